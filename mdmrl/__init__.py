@@ -1,0 +1,31 @@
+"""Reinforcement learning of masked diffusion language models, and its autoregressive twin.
+
+Names are imported when first used, so that `import mdmrl` costs next to nothing.
+"""
+
+from importlib import import_module
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "load_policy": "mdmrl.policies",
+    "add_lora": "mdmrl.policies",
+    "generate": "mdmrl.sampling",
+    "SamplerConfig": "mdmrl.sampling",
+    "load_task": "mdmrl.tasks",
+    "load_rows": "mdmrl.tasks",
+    "GRPOConfig": "mdmrl.rl.config",
+    "train_grpo": "mdmrl.rl.grpo",
+    "evaluate": "mdmrl.evaluation.accuracy",
+}
+__all__ = list(_EXPORTS)
+
+
+def __getattr__(name: str):
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'mdmrl' has no attribute {name!r}")
+    return getattr(import_module(_EXPORTS[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_EXPORTS])

@@ -1,0 +1,5 @@
+"""`python -m mdmrl ...`, and `accelerate launch -m mdmrl ...`."""
+
+from mdmrl.cli import main
+
+main()

@@ -1,0 +1,96 @@
+"""Settings: dataclasses that coerce values by declared type and refuse unknown names."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+
+
+def unknown(what: str, name: object, known: Iterable[str]) -> ValueError:
+    """The error for a name that is not among `known`, with the nearest known one suggested."""
+    known = sorted(known)
+    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return ValueError(f"unknown {what} {name!r}: {hint}known: {', '.join(known)}")
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise `ValueError(message)` unless `condition` holds."""
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclasses.dataclass
+class Config:
+    """Base of every settings class.
+
+    Values are coerced to the declared type when the object is made ("1e-5" from YAML becomes a
+    float), then `validate` runs. `from_dict` refuses unknown keys and names the nearest one.
+    """
+
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self))
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            setattr(self, field.name, _coerce(field.name, value, hints[field.name]))
+        self.validate()
+
+    def validate(self) -> None:
+        """Raise `ValueError` naming the value, what was expected and how to mend it."""
+
+    @classmethod
+    def from_dict(cls, values: Mapping):
+        known = {field.name for field in dataclasses.fields(cls)}
+        for key in values:
+            if key not in known:
+                raise unknown(f"{cls.__name__} key", key, known)
+        return cls(**values)
+
+    def to_dict(self) -> dict:
+        return dataclasses.asdict(self)
+
+    def replace(self, **changes):
+        return type(self).from_dict({**self.to_dict(), **changes})
+
+
+def _coerce(name: str, value, declared):
+    """`value` as the `declared` type: bool, int, float, str, a list or a union with None."""
+    if isinstance(declared, types.UnionType):
+        if value is None and types.NoneType in declared.__args__:
+            return None
+        declared = next(a for a in declared.__args__ if a is not types.NoneType)
+    origin = typing.get_origin(declared) or declared
+    mistake = ValueError(f"{name}={value!r}: expected {getattr(declared, '__name__', declared)}")
+    if origin is list:
+        if isinstance(value, str) or not isinstance(value, Iterable):
+            raise mistake
+        (item,) = typing.get_args(declared)
+        return [_coerce(name, v, item) for v in value]
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise mistake
+        return dict(value)
+    if origin is bool:
+        if isinstance(value, bool):
+            return value
+        if str(value).lower() in ("true", "false"):
+            return str(value).lower() == "true"
+        raise mistake
+    if origin is str:
+        if not isinstance(value, str):
+            raise mistake
+        return value
+    if origin in (int, float):
+        if isinstance(value, bool):
+            raise mistake
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            raise mistake from None
+        if origin is int and number != int(number):
+            raise mistake
+        return int(value) if origin is int and not isinstance(value, str) else origin(number)
+    return value

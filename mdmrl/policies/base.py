@@ -1,0 +1,282 @@
+"""What a language model is to this study.
+
+A `Policy` wraps a transformers causal-LM class and its tokenizer and owns what differs between
+families: the attention pattern, the mask token, and which hidden state predicts which position.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mdmrl.config import require
+
+Prompt = str | list[dict]
+
+
+@dataclass
+class Prompts:
+    """Encoded prompts, left-padded: `input_ids` and `attention_mask` are (B, P)."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+
+
+class Policy:
+    """A language model with one interface for every family.
+
+    Attributes:
+        kind: `"ar"` (autoregressive) or `"mdm"` (masked diffusion).
+        logit_shift: True where position i is predicted by the hidden state of position i-1.
+        model: a transformers causal-LM, possibly wrapped by peft.
+    """
+
+    kind: str
+    logit_shift: bool
+
+    def __init__(self, model, tokenizer):
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.tokenizer.padding_side = "left"
+        self._reference = None
+        rows = model.get_input_embeddings().weight.shape[0]
+        require(
+            len(tokenizer) <= rows,
+            f"the tokenizer has {len(tokenizer)} tokens but the embedding only {rows} rows: "
+            "they do not belong to the same checkpoint",
+        )
+        require(
+            tokenizer.eos_token_id is not None,
+            "the tokenizer has no end-of-sequence token: completions could never end",
+        )
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def end_token_ids(self) -> tuple[int, ...]:
+        return (self.tokenizer.eos_token_id,)
+
+    @property
+    def pad_token_id(self) -> int:
+        pad = self.tokenizer.pad_token_id
+        return self.tokenizer.eos_token_id if pad is None else pad
+
+    @property
+    def context_length(self) -> int:
+        return self.model.config.max_position_embeddings
+
+    # -- text -----------------------------------------------------------------------------------
+
+    def encode(self, prompts: Sequence[Prompt], max_new_tokens: int = 0) -> Prompts:
+        """Encode strings (a user's message) or message lists with the chat template.
+
+        Raises:
+            ValueError: an empty batch, or a prompt that leaves no room for `max_new_tokens`.
+        """
+        require(len(prompts) > 0, "no prompts given: expected at least one")
+        messages = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
+        texts = self.tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True
+        )
+        batch = self.tokenizer(texts, add_special_tokens=False, padding=True, return_tensors="pt")
+        longest = batch.input_ids.shape[1]
+        require(
+            longest + max_new_tokens <= self.context_length,
+            f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the context of "
+            f"{self.context_length}: shorten the prompt or lower max_new_tokens",
+        )
+        return Prompts(batch.input_ids.to(self.device), batch.attention_mask.to(self.device).bool())
+
+    def decode(self, completion_ids: Tensor, completion_mask: Tensor) -> list[str]:
+        """Texts up to the first end token, special tokens (leftover masks too) left out."""
+        rows = [ids[mask] for ids, mask in zip(completion_ids, completion_mask, strict=True)]
+        return self.tokenizer.batch_decode(rows, skip_special_tokens=True)
+
+    def completion_mask(self, completion_ids: Tensor) -> Tensor:
+        """True up to and including the first end token, (B, L) bool."""
+        ends = torch.isin(completion_ids, torch.tensor(self.end_token_ids, device=self.device))
+        return ends.cumsum(1) - ends.long() == 0
+
+    # -- network --------------------------------------------------------------------------------
+
+    @property
+    def _transformer(self):
+        """The transformers causal-LM inside any peft wrapper; LoRA layers sit inside it."""
+        get_base = getattr(self.model, "get_base_model", None)
+        return get_base() if get_base else self.model
+
+    def hidden_states(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, cache=None
+    ) -> Tensor:
+        """Last hidden states as the network lays them out, (B, L, H); see `forward`.
+
+        With a `cache`, `input_ids` are the new tokens and `attention_mask` covers all of them.
+        """
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        attention_mask = attention_mask.long()
+        positions = (attention_mask.cumsum(1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
+        return self._transformer.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=cache is not None,
+        ).last_hidden_state
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Hidden states in canvas positions, (B, L, H): `head(hidden[:, i])` predicts token i.
+
+        Where the family shifts (autoregressive ones), nothing predicts position 0 and its row
+        repeats its own hidden state; no sampler or estimator reads it.
+        """
+        hidden = self.hidden_states(input_ids, attention_mask)
+        return torch.cat([hidden[:, :1], hidden[:, :-1]], 1) if self.logit_shift else hidden
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Float32 logits (..., V) of hidden states (..., H); give it only the rows needed."""
+        return self._transformer.get_output_embeddings()(hidden.float())
+
+    def logits(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Float32 logits in canvas positions, (B, L, V)."""
+        return self.head(self.forward(input_ids, attention_mask))
+
+    # -- training -------------------------------------------------------------------------------
+
+    def trainable_parameters(self) -> dict[str, Tensor]:
+        return {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+
+    @property
+    def uses_lora(self) -> bool:
+        return hasattr(self.model, "peft_config")
+
+    def sync_reference(self) -> None:
+        """Copy the policy into the reference.
+
+        With LoRA the reference is the disabled adapter until the first call, then a frozen second
+        adapter; without LoRA it is a frozen copy of the model.
+        """
+        if not self.uses_lora:
+            self._reference = copy.deepcopy(self.model).requires_grad_(False)
+            return
+        if self._reference is None:
+            self.model.add_adapter("reference", self.model.peft_config["default"])
+            self._reference = "reference"
+        weights = dict(self.model.named_parameters())
+        with torch.no_grad():
+            for name, weight in weights.items():
+                if ".default." in name:
+                    weights[name.replace(".default.", ".reference.")].copy_(weight)
+        self._activate("default")
+
+    @contextlib.contextmanager
+    def reference(self):
+        """Inside this context the policy is its reference (no gradient)."""
+        if not self.uses_lora:
+            require(
+                self._reference is not None, "no reference yet: call policy.sync_reference() first"
+            )
+        with torch.no_grad():
+            if not self.uses_lora:
+                policy, self.model = self.model, self._reference
+                try:
+                    yield
+                finally:
+                    self.model = policy
+            elif self._reference is None:
+                with self.model.disable_adapter():
+                    yield
+                self._activate("default")
+            else:
+                self._activate("reference")
+                try:
+                    yield
+                finally:
+                    self._activate("default")
+
+    def _activate(self, adapter: str) -> None:
+        """Switch adapters; peft turns the active one's gradients on, so set them right again."""
+        self.model.base_model.set_adapter(adapter)
+        for name, weight in self.model.named_parameters():
+            weight.requires_grad_("lora_" in name and ".default." in name)
+
+    def fingerprint(self) -> str:
+        """Ten hexadecimal digits of the family, every weight and which of them are trained."""
+        digest = hashlib.sha256(self.kind.encode())
+        for name, weight in self.model.named_parameters():
+            digest.update(f"{name} {weight.requires_grad} {weight.dtype}".encode())
+            digest.update(weight.detach().float().cpu().numpy().tobytes())
+        return digest.hexdigest()[:10]
+
+    def reference_state(self) -> dict[str, Tensor]:
+        """Weights of the reference that a checkpoint must keep; empty while it is the base."""
+        if self._reference is None:
+            return {}
+        if self.uses_lora:
+            weights = self.model.named_parameters()
+            return {n: w.detach() for n, w in weights if ".reference." in n}
+        return {n: w.detach() for n, w in self._reference.named_parameters()}
+
+    def load_reference_state(self, state: dict[str, Tensor]) -> None:
+        """Restore what `reference_state` returned."""
+        if not state:
+            return
+        self.sync_reference()
+        model = self.model if self.uses_lora else self._reference
+        weights = dict(model.named_parameters())
+        with torch.no_grad():
+            for name, value in state.items():
+                weights[name].copy_(value)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the model (or its adapter) and tokenizer the Hugging Face way."""
+        if self.uses_lora:
+            self.model.save_pretrained(
+                folder, save_embedding_layers=False, selected_adapters=["default"]
+            )
+        else:
+            self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+
+class AutoregressivePolicy(Policy):
+    """Left to right: causal attention, position i predicted from i-1, exact KV cache."""
+
+    kind = "ar"
+    logit_shift = True
+
+
+class MaskedDiffusionPolicy(Policy):
+    """Every position sees every other; [MASK] marks what is still to be revealed."""
+
+    kind = "mdm"
+    logit_shift = False
+
+    def __init__(self, model, tokenizer):
+        super().__init__(model, tokenizer)
+        mask = tokenizer.mask_token_id
+        require(
+            mask is not None,
+            "a masked diffusion policy needs a mask token, and the tokenizer has none: "
+            "set tokenizer.mask_token before saving the checkpoint",
+        )
+        rows = model.get_input_embeddings().weight.shape[0]
+        require(mask < rows, f"mask token id {mask} lies outside the embedding of {rows} rows")
+        require(
+            mask not in (tokenizer.eos_token_id, tokenizer.pad_token_id),
+            f"mask token id {mask} equals the end or padding token "
+            f"({tokenizer.eos_token_id}, {tokenizer.pad_token_id}): they must differ",
+        )
+
+    @property
+    def mask_token_id(self) -> int:
+        return self.tokenizer.mask_token_id

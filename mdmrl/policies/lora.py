@@ -1,0 +1,40 @@
+"""LoRA through peft, with the thesis's settings.
+
+The thesis adapts q_proj, v_proj and "the output layers" and claims 42 % trainable parameters. On
+Qwen2.5-7B's shapes r = 48 on q_proj, v_proj, o_proj and lm_head is 32,243,712 parameters, 0.42 %:
+a slipped percent, and the reading that fixes the targets.
+"""
+
+from __future__ import annotations
+
+import peft
+import torch
+
+from mdmrl.policies.base import Policy
+
+THESIS_TARGETS = ["q_proj", "v_proj", "o_proj", "lm_head"]
+
+
+def add_lora(
+    policy: Policy,
+    r: int = 48,
+    lora_alpha: int = 128,
+    lora_dropout: float = 0.05,
+    target_modules: list[str] = THESIS_TARGETS,
+    seed: int = 0,
+) -> Policy:
+    """Wrap `policy.model` in place with LoRA adapters (float32 over any base dtype).
+
+    Initial adapter weights derive from `seed`; the global random state is left as it was.
+    """
+    config = peft.LoraConfig(
+        r=r,
+        lora_alpha=lora_alpha,
+        lora_dropout=lora_dropout,
+        target_modules=target_modules,
+        task_type="CAUSAL_LM",
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        policy.model = peft.get_peft_model(policy.model, config).eval()
+    return policy

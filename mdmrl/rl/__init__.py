@@ -1,0 +1,1 @@
+"""Learning: pre-training losses, log-probability and KL estimators, advantages, GRPO."""

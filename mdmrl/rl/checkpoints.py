@@ -1,0 +1,44 @@
+"""Checkpoints of an RL run: what a resumed run needs to give the same bits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from mdmrl.policies.base import Policy
+from mdmrl.runs import Run
+
+
+def save(run: Run, policy: Policy, optimizer: torch.optim.Optimizer, step: int) -> None:
+    """Write trained weights, reference and optimizer; random numbers derive from the step.
+
+    `pretrained/` inside is an ordinary folder for `load_policy` (or, with LoRA, its adapter).
+    """
+
+    def write(folder: Path) -> None:
+        trained = {n: p.detach().contiguous() for n, p in policy.trainable_parameters().items()}
+        save_file(trained, folder / "policy.safetensors")
+        save_file(policy.reference_state(), folder / "reference.safetensors")
+        torch.save(optimizer.state_dict(), folder / "optimizer.pt")
+        policy.save_pretrained(folder / "pretrained")
+
+    run.save_checkpoint(step, write)
+
+
+def restore(run: Run, policy: Policy, optimizer: torch.optim.Optimizer) -> int:
+    """Load the newest whole checkpoint if there is one; returns the step to go on from."""
+    latest = run.latest_checkpoint()
+    if latest is None:
+        run.rewind(0)
+        return 0
+    step, folder = latest
+    parameters = policy.trainable_parameters()
+    with torch.no_grad():
+        for name, value in load_file(folder / "policy.safetensors").items():
+            parameters[name].copy_(value)
+    policy.load_reference_state(load_file(folder / "reference.safetensors"))
+    optimizer.load_state_dict(torch.load(folder / "optimizer.pt"))
+    run.rewind(step)
+    return step

@@ -1,0 +1,88 @@
+"""Settings of the RL loops."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from mdmrl.config import Config, require, unknown
+from mdmrl.rl.kl import KL_ESTIMATORS
+from mdmrl.sampling import SamplerConfig
+
+
+@dataclass
+class GRPOConfig(Config):
+    """Settings of a run; the names are TRL's and transformers' where they have one.
+
+    Attributes:
+        output_dir: the run's folder; a run of the same configuration in it is resumed.
+        per_device_train_batch_size: completions scored in one forward; times
+            `gradient_accumulation_steps` and the number of processes it is the batch of an update,
+            a multiple of `num_generations`.
+        num_iterations: updates on one batch of rollouts.
+        kl_estimator: `k1`, `k2` or `k3`.
+        logp_estimator: `exact` (autoregressive), `ar_style` or `one_step` (masked diffusion).
+        p_mask_prompt: share of prompt tokens that `one_step` masks.
+        steps, remasking, temperature, suppress_mask: the sampler's, see `SamplerConfig`.
+        eval_steps: every so many updates (and at the end) complete the held-out prompts greedily.
+    """
+
+    output_dir: str = "runs/grpo"
+    max_steps: int = 60
+    per_device_train_batch_size: int = 12
+    gradient_accumulation_steps: int = 1
+    num_generations: int = 6
+    num_iterations: int = 1
+    learning_rate: float = 1e-4
+    max_grad_norm: float = 1.0
+    beta: float = 1.0
+    epsilon: float = 0.1
+    kl_estimator: str = "k3"
+    logp_estimator: str = "one_step"
+    p_mask_prompt: float = 0.15
+    ref_model_sync_steps: int = 500
+    max_completion_length: int = 128
+    steps: int = 64
+    remasking: str = "low_confidence"
+    temperature: float = 1.0
+    suppress_mask: bool = True
+    eval_steps: int = 10
+    save_steps: int = 20
+    seed: int = 0
+
+    def validate(self) -> None:
+        batch = self.per_device_train_batch_size * self.gradient_accumulation_steps
+        require(
+            self.num_generations >= 2,
+            f"num_generations={self.num_generations}: expected at least 2, since an advantage "
+            "compares the completions of one group",
+        )
+        require(
+            batch >= 1 and batch % self.num_generations == 0,
+            f"per_device_train_batch_size x gradient_accumulation_steps = {batch}: expected a "
+            f"multiple of num_generations={self.num_generations}",
+        )
+        for name in ("max_steps", "num_iterations", "ref_model_sync_steps", "eval_steps"):
+            require(getattr(self, name) >= 1, f"{name}={getattr(self, name)}: expected at least 1")
+        for name in ("learning_rate", "epsilon", "max_grad_norm", "temperature"):
+            value = getattr(self, name)
+            require(0 < value < math.inf, f"{name}={value}: expected a positive number")
+        require(0 <= self.beta < math.inf, f"beta={self.beta}: expected 0 or more")
+        require(0 <= self.p_mask_prompt < 1, f"p_mask_prompt={self.p_mask_prompt}: expected [0, 1)")
+        if self.kl_estimator not in KL_ESTIMATORS:
+            raise unknown("kl_estimator", self.kl_estimator, KL_ESTIMATORS)
+        self.sampler()
+
+    @property
+    def prompts_per_process(self) -> int:
+        batch = self.per_device_train_batch_size * self.gradient_accumulation_steps
+        return batch // self.num_generations
+
+    def sampler(self, temperature: float | None = None) -> SamplerConfig:
+        return SamplerConfig(
+            max_new_tokens=self.max_completion_length,
+            steps=min(self.steps, self.max_completion_length),
+            remasking=self.remasking,
+            temperature=self.temperature if temperature is None else temperature,
+            suppress_mask=self.suppress_mask,
+        )

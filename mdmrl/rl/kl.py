@@ -1,0 +1,26 @@
+"""Estimators of KL(pi || pi_ref) per token from d = log pi - log pi_ref at sampled tokens.
+
+All three are unbiased (k2 to second order) where the samples come from pi and d is its own
+log-ratio (Schulman 2020). Their gradients as losses differ: k1's vanishes in expectation, k2's is
+that of KL(pi || pi_ref), k3's that of KL(pi_ref || pi) (Tang & Munos 2025). Only k3 is exponential
+in -d.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def k1(d: Tensor) -> Tensor:
+    return d
+
+
+def k2(d: Tensor) -> Tensor:
+    return d.square() / 2
+
+
+def k3(d: Tensor) -> Tensor:
+    return (-d).exp() + d - 1
+
+
+KL_ESTIMATORS = {"k1": k1, "k2": k2, "k3": k3}

@@ -1,0 +1,241 @@
+"""Pre-training of the tiny twins: one recipe, one corpus, one token budget, two losses.
+
+Both families see the same stream of chat-formatted documents (prompt, completion, end token) in
+the same order. The autoregressive model minimises the cross-entropy of the next token; the masked
+diffusion model the linear-schedule ELBO (`mdmrl.diffusion`) over a canvas that end tokens fill up,
+as LLaDA's SFT does. In `PROMPT_SHARE` of the batches the prompt is learnt too (it is masked like
+the completion, or predicted like it), so that both also know the law of questions.
+
+The budget counts the tokens of documents, not the positions computed: the canvas's filling end
+tokens are the masked diffusion model's own expense.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from mdmrl.config import Config, require, unknown
+from mdmrl.diffusion import linear_elbo_loss, mask_tokens, sample_times
+from mdmrl.policies.base import AutoregressivePolicy, MaskedDiffusionPolicy, Policy
+from mdmrl.runs import Run, generator_for
+
+FAMILIES = {"ar": AutoregressivePolicy, "mdm": MaskedDiffusionPolicy}
+PROMPT_SHARE = 0.25
+
+
+@dataclass
+class PretrainConfig(Config):
+    """Recipe of a tiny model. Field names are transformers' where it has one."""
+
+    family: str = "mdm"
+    task: str = "medcot"
+    tokens: float = 12e6  # document tokens to see
+    hidden_size: int = 128
+    num_hidden_layers: int = 4
+    intermediate_size: int = 384
+    num_attention_heads: int = 4
+    max_position_embeddings: int = 512
+    canvas: int = 128  # completion positions of the masked diffusion model
+    batch_size: int = 48
+    learning_rate: float = 3e-3
+    muon_learning_rate: float = 2e-2
+    warmup_share: float = 0.01
+    decay_share: float = 0.3
+    max_grad_norm: float = 1.0
+    logging_steps: int = 50
+    save_steps: int = 500
+    bf16: bool = True
+    seed: int = 0
+
+    def validate(self) -> None:
+        if self.family not in FAMILIES:
+            raise unknown("family", self.family, FAMILIES)
+        require(self.tokens > 0, f"tokens={self.tokens}: expected a positive budget")
+
+
+@dataclass
+class Batch:
+    """Documents of one batch: prompts left-padded, completions followed by end tokens.
+
+    input_ids, attention_mask, prompt (all (B, P+L)); `prompt` marks real prompt tokens.
+    `document_tokens` counts prompt and completion tokens with one end token each.
+    """
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    prompt: torch.Tensor
+    completion: torch.Tensor
+    first_ends: torch.Tensor
+    document_tokens: int
+
+
+def make_policy(config: PretrainConfig, tokenizer) -> Policy:
+    """A freshly initialised tiny model of the family; the initial weights derive from the seed."""
+    architecture = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=config.hidden_size,
+        num_hidden_layers=config.num_hidden_layers,
+        intermediate_size=config.intermediate_size,
+        num_attention_heads=config.num_attention_heads,
+        num_key_value_heads=config.num_attention_heads,
+        max_position_embeddings=config.max_position_embeddings,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    architecture.is_causal = config.family == "ar"
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        model = Qwen2ForCausalLM(architecture)
+    return FAMILIES[config.family](model, tokenizer)
+
+
+def batches(policy: Policy, documents: Iterator[dict], batch_size: int, canvas: int):
+    """Endless batches; documents of like prompt length share one, to spare padding."""
+    end = policy.tokenizer.eos_token_id
+    while True:
+        pool = list(itertools.islice(documents, 8 * batch_size))
+        encoded = [
+            (
+                policy.tokenizer(f"<|user|>{d['prompt']}<|assistant|>").input_ids,
+                policy.tokenizer(d["completion"]).input_ids + [end],
+            )
+            for d in pool
+        ]
+        encoded.sort(key=lambda pair: len(pair[0]))
+        order = range(0, len(encoded), batch_size)
+        for start in order:
+            yield _collate(encoded[start : start + batch_size], canvas, end)
+
+
+def _collate(pairs: list[tuple[list[int], list[int]]], canvas: int, end: int) -> Batch:
+    width = max(len(prompt) for prompt, _ in pairs)
+    longest = max(len(completion) for _, completion in pairs)
+    require(longest <= canvas, f"a completion of {longest} tokens exceeds the canvas of {canvas}")
+    ids = torch.full((len(pairs), width + canvas), end)
+    attention = torch.ones_like(ids, dtype=torch.bool)
+    first_ends = torch.zeros_like(attention)
+    for row, (prompt, completion) in enumerate(pairs):
+        pad = width - len(prompt)
+        ids[row, pad : width + len(completion)] = torch.tensor(prompt + completion)
+        attention[row, :pad] = False
+        first_ends[row, width : width + len(completion)] = True
+    columns = torch.arange(width + canvas)
+    return Batch(
+        ids,
+        attention,
+        prompt=attention & (columns < width),
+        completion=(columns >= width).expand_as(attention),
+        first_ends=first_ends,
+        document_tokens=sum(len(p) + len(c) for p, c in pairs),
+    )
+
+
+def loss_of(policy: Policy, batch: Batch, learn_prompt: bool, generator) -> torch.Tensor:
+    """The family's loss on one batch, in nats per token."""
+    if policy.kind == "ar":
+        width = int((~batch.completion[0]).sum()) + int(batch.first_ends.sum(1).max())
+        targets = batch.first_ends | batch.prompt if learn_prompt else batch.first_ends
+        targets = targets[:, :width].clone()
+        targets[:, 0] = False
+        ids, attention = batch.input_ids[:, :width], batch.attention_mask[:, :width]
+        hidden = policy.forward(ids, attention)[targets]
+        return F.cross_entropy(policy.head(hidden), ids[targets])
+    maskable = batch.completion | batch.prompt if learn_prompt else batch.completion
+    t, weight = sample_times(len(maskable), generator)
+    xt, masked = mask_tokens(batch.input_ids, t, maskable, policy.mask_token_id, generator)
+    logits = policy.head(policy.forward(xt, batch.attention_mask)[masked])
+    nll = F.cross_entropy(logits, batch.input_ids[masked], reduction="none")
+    return linear_elbo_loss(nll, masked, weight, maskable)
+
+
+def optimizers(policy: Policy, config: PretrainConfig) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside the layers, AdamW for embeddings, head, norms and biases."""
+    named = policy.trainable_parameters()
+    inner = [p for n, p in named.items() if p.ndim == 2 and ".layers." in n]
+    outer = [p for n, p in named.items() if not (p.ndim == 2 and ".layers." in n)]
+    return [
+        torch.optim.AdamW(outer, lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0),
+        torch.optim.Muon(inner, lr=config.muon_learning_rate, weight_decay=0.01),
+    ]
+
+
+def learning_rate_factor(progress: float, config: PretrainConfig) -> float:
+    """Linear warm-up, a plateau, linear decay to zero over the last `decay_share`."""
+    rise = progress / config.warmup_share if config.warmup_share else 1.0
+    return max(0.0, min(1.0, rise + 1e-3, (1.0 - progress) / config.decay_share))
+
+
+def pretrain(config: PretrainConfig, tokenizer, stream, folder: str | Path) -> Policy:
+    """Train a tiny model from scratch and save it in `folder/model`; resumes where it stopped.
+
+    Args:
+        stream: `stream(seed, start)` yields documents with `prompt` and `completion`.
+    """
+    run = Run(folder, config.to_dict())
+    policy = make_policy(config, tokenizer)
+    optims = optimizers(policy, config)
+    base_rates = [o.param_groups[0]["lr"] for o in optims]
+    step, seen = 0, 0
+    if latest := run.latest_checkpoint():
+        step, checkpoint = latest
+        policy.model.load_state_dict(load_file(checkpoint / "model.safetensors"))
+        for optim, name in zip(optims, ("adamw", "muon"), strict=True):
+            optim.load_state_dict(torch.load(checkpoint / f"{name}.pt"))
+        seen = json.loads((checkpoint / "progress.json").read_text())["seen"]
+        run.rewind(step + 1)
+
+    def write(checkpoint: Path) -> None:
+        save_file(policy.model.state_dict(), checkpoint / "model.safetensors")
+        for optim, name in zip(optims, ("adamw", "muon"), strict=True):
+            torch.save(optim.state_dict(), checkpoint / f"{name}.pt")
+        (checkpoint / "progress.json").write_text(json.dumps({"seen": seen}))
+
+    documents = stream(config.seed, step * config.batch_size)
+    policy.model.train()
+    clock, losses = time.perf_counter(), []
+    for batch in batches(policy, documents, config.batch_size, config.canvas):
+        if seen >= config.tokens:
+            break
+        draw = generator_for(config.seed, "pretrain", step)
+        learn_prompt = torch.rand((), generator=draw).item() < PROMPT_SHARE
+        for optim, rate in zip(optims, base_rates, strict=True):
+            optim.param_groups[0]["lr"] = rate * learning_rate_factor(seen / config.tokens, config)
+        with torch.autocast("cpu", torch.bfloat16, enabled=config.bf16):
+            loss = loss_of(policy, batch, learn_prompt, draw)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(policy.model.parameters(), config.max_grad_norm)
+        for optim in optims:
+            optim.step()
+            optim.zero_grad()
+        require(bool(loss.isfinite()), f"loss={loss.item()} at step {step}: training diverged")
+        step, seen = step + 1, seen + batch.document_tokens
+        losses.append(loss.item())
+        if step % config.logging_steps == 0:
+            seconds = time.perf_counter() - clock
+            run.log(
+                {
+                    "step": step,
+                    "tokens": seen,
+                    "loss": sum(losses) / len(losses),
+                    "seconds_per_step": seconds / len(losses),
+                }
+            )
+            clock, losses = time.perf_counter(), []
+        if step % config.save_steps == 0:
+            run.save_checkpoint(step, write)
+    policy.model.eval()
+    policy.model.to(torch.bfloat16)
+    policy.save_pretrained(run.folder / "model")
+    return policy

@@ -1,0 +1,135 @@
+"""What one round of sampling gives to learning."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from mdmrl.policies.base import Policy
+from mdmrl.rewards.score import reward_name, score
+from mdmrl.rl.monitors import completion_metrics
+from mdmrl.runs import generator_for
+from mdmrl.sampling import SamplerConfig, SamplerOutput, generate
+
+
+@dataclass
+class Rollout:
+    """Prompts, completions and advantages; rows of one group are adjacent.
+
+    prompt_ids, prompt_mask: (B, P), left-padded. completion_ids: (B, L). completion_mask: (B, L),
+    True up to and including the first end token; loss, KL and metrics count these positions.
+    advantages: (B,). counted: (B,), False for samples that a reward left out of their group.
+    temperature: the sampler's; scoring applies it too.
+    """
+
+    prompt_ids: Tensor
+    prompt_mask: Tensor
+    completion_ids: Tensor
+    completion_mask: Tensor
+    advantages: Tensor
+    counted: Tensor
+    temperature: float
+
+    @classmethod
+    def of(cls, output: SamplerOutput, advantages: Tensor, counted: Tensor, temperature: float):
+        width = output.sequences.shape[1] - output.completion_ids.shape[1]
+        return cls(
+            output.sequences[:, :width],
+            output.prompt_mask,
+            output.completion_ids,
+            output.completion_mask,
+            advantages,
+            counted,
+            temperature,
+        )
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids)
+
+    def rows(self, chosen: slice) -> Rollout:
+        """The same for some of the rows."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        cut = {k: v[chosen] if isinstance(v, Tensor) else v for k, v in values.items()}
+        return Rollout(**cut)
+
+
+def group_advantages(rewards: Tensor, num_generations: int) -> tuple[Tensor, Tensor]:
+    """Advantages (r - mean) / (std + 1e-4) within each group of `num_generations` rows.
+
+    The standard deviation is the unbiased one (ddof 1). A group of equal rewards, or with fewer
+    than two samples that count, gets 0. NaN marks a sample that is left out of its group.
+
+    Returns:
+        advantages and which samples count, both (B,).
+    """
+    groups = rewards.view(-1, num_generations)
+    counted = ~groups.isnan()
+    n = counted.sum(1, keepdim=True)
+    centred = torch.where(counted, groups - groups.nanmean(1, keepdim=True), 0.0)
+    std = (centred.square().sum(1, keepdim=True) / (n - 1).clamp(min=1)).sqrt()
+    equal = (centred.abs().amax(1, keepdim=True) < 1e-9) | (n < 2)
+    advantages = torch.where(equal, 0.0, centred / (std + 1e-4))
+    return advantages.flatten().float(), counted.flatten()
+
+
+def draw_rows(
+    rows: Sequence[dict], count: int, step: int, rank: int, processes: int, seed: int
+) -> list[dict]:
+    """This process's `count` rows of a step, from an endless reading of `rows`, shuffled anew each
+    epoch; they depend on (seed, step, rank) alone."""
+
+    def at(position: int) -> dict:
+        epoch, index = divmod(position, len(rows))
+        order = torch.randperm(len(rows), generator=generator_for(seed, "prompts", epoch))
+        return rows[order[index].item()]
+
+    first = (step * processes + rank) * count
+    return [at(first + i) for i in range(count)]
+
+
+def collect(
+    policy: Policy,
+    batch: Sequence[dict],
+    rewards: Sequence[Callable],
+    num_generations: int,
+    config: SamplerConfig,
+    generator: torch.Generator,
+) -> tuple[Rollout, dict[str, float], dict]:
+    """Draw and score one group of completions for each row of `batch`.
+
+    Returns:
+        the rollout, the round's metrics, and the first group's texts and rewards to look at.
+    """
+    start = time.perf_counter()
+    rows = [row for row in batch for _ in range(num_generations)]
+    prompts = [row["prompt"] for row in rows]
+    output = generate(policy, prompts, config, generator)
+    drawn = time.perf_counter()
+    values = score(rewards, prompts, output.completions, output.token_lists(), rows)
+    total = values.sum(1)  # NaN where any component left the sample out
+    advantages, counted = group_advantages(total, num_generations)
+    groups = total.view(-1, num_generations)
+    components = zip(map(reward_name, rewards), values.nanmean(0).tolist(), strict=True)
+    metrics = {
+        "reward": total.nanmean().item(),
+        "reward_std": groups.std(1).nanmean().item(),
+        "frac_reward_zero_std": (advantages.view_as(groups) == 0).all(1).double().mean().item(),
+        **{f"rewards/{name}/mean": value for name, value in components},
+        **completion_metrics(policy, output),
+        "rollout_time": drawn - start,
+        "reward_time": time.perf_counter() - drawn,
+        "num_tokens": output.completion_mask.sum().item(),
+        "token_forwards": output.token_forwards,
+    }
+    sample = {
+        "prompt": prompts[0],
+        "completions": output.completions[:num_generations],
+        "rewards": total[:num_generations].nan_to_num(0).tolist(),
+    }
+    device = policy.device
+    rollout = Rollout.of(output, advantages.to(device), counted.to(device), config.temperature)
+    return rollout, metrics, sample

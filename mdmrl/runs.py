@@ -1,0 +1,187 @@
+"""Run folders, configuration hashes, metrics, atomic checkpoints, random-number derivation."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+
+def derived_seed(seed: int, purpose: str, step: int = 0, index: int = 0) -> int:
+    """A 63-bit seed that depends on all four arguments and nothing else."""
+    digest = hashlib.sha256(f"{seed}/{purpose}/{step}/{index}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def generator_for(
+    seed: int, purpose: str, step: int = 0, index: int = 0, device: str | torch.device = "cpu"
+) -> torch.Generator:
+    """The generator of one purpose at one step; the global random state is never touched."""
+    return torch.Generator(device).manual_seed(derived_seed(seed, purpose, step, index))
+
+
+def config_hash(config: Mapping) -> str:
+    """Ten hexadecimal digits that change when any value of `config` does."""
+    text = json.dumps(config, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file so that a crash leaves the old one or the new one, never half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def environment() -> dict:
+    """What a number was measured on: versions, processor, threads, source revision."""
+    packages = ("torch", "transformers", "peft", "accelerate", "sentence-transformers")
+    return {
+        "python": platform.python_version(),
+        **{name: metadata.version(name) for name in packages},
+        "machine": machine(),
+        "threads": torch.get_num_threads(),
+        "revision": _revision(),
+        "command": Path(sys.argv[0]).name,
+    }
+
+
+def machine() -> str:
+    """The processor's name and core count, or the card's name where there is one."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = cpuinfo.read_text().splitlines()
+        name = next((x.split(": ", 1)[1] for x in lines if x.startswith("model name")), name)
+    return f"{name}, {os.cpu_count()} cores"
+
+
+def _revision() -> str | None:
+    """The git revision of the sources, marked if they were changed; None outside a checkout."""
+
+    def git(*arguments: str) -> str:
+        folder = Path(__file__).parent
+        done = subprocess.run(
+            ["git", *arguments], cwd=folder, capture_output=True, text=True, check=True
+        )
+        return done.stdout.strip()
+
+    try:
+        return git("rev-parse", "--short", "HEAD") + ("-dirty" if git("status", "-s") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+class Run:
+    """A run folder: `config.json`, `environment.json`, `metrics.jsonl`, `samples.jsonl`, and
+    `checkpoints/step-NNNNNN/`, each complete or absent.
+
+    Args:
+        folder: made if missing.
+        config: the full configuration; a folder that holds another one is refused.
+
+    Raises:
+        FileExistsError: the folder holds a run of another configuration, or other files.
+    """
+
+    def __init__(self, folder: str | Path, config: Mapping):
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / "config.json"
+        text = json.dumps(config, indent=1, sort_keys=True, default=str)
+        if path.exists():
+            held = json.loads(path.read_text())
+            wanted = json.loads(text)
+            changed = sorted(k for k in held.keys() | wanted.keys() if held.get(k) != wanted.get(k))
+            if changed:
+                detail = ", ".join(f"{k} {held.get(k)!r} -> {wanted.get(k)!r}" for k in changed)
+                raise FileExistsError(
+                    f"{self.folder} holds another run ({detail[:500]}): "
+                    "choose another output_dir or delete the folder"
+                )
+        elif any(self.folder.iterdir()):
+            raise FileExistsError(
+                f"{self.folder} is not empty and holds no run: choose another output_dir"
+            )
+        else:
+            write_atomically(path, text)
+            write_atomically(self.folder / "environment.json", json.dumps(environment(), indent=1))
+
+    def log(self, row: Mapping, name: str = "metrics") -> None:
+        """Append one row to `<name>.jsonl`."""
+        with open(self.folder / f"{name}.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def rows(self, name: str = "metrics") -> list[dict]:
+        """The complete rows of `<name>.jsonl`; a line that a crash cut short is left out."""
+        path = self.folder / f"{name}.jsonl"
+        if not path.exists():
+            return []
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+    def complete(self, max_steps: int) -> bool:
+        """Whether the run's last row, that of step `max_steps`, has been logged."""
+        rows = self.rows()
+        return bool(rows) and rows[-1]["step"] == max_steps
+
+    def rewind(self, step: int) -> None:
+        """Drop logged rows of steps at or after `step`: a resumed run writes them again."""
+        for name in ("metrics", "samples"):
+            kept = [json.dumps(row) + "\n" for row in self.rows(name) if row["step"] < step]
+            write_atomically(self.folder / f"{name}.jsonl", "".join(kept))
+
+    def save_checkpoint(self, step: int, write: Callable[[Path], None]) -> Path:
+        """Let `write(folder)` fill a checkpoint; it takes the place of the one before it.
+
+        The folder is written aside, every file synced and listed with its SHA-256 in
+        `manifest.json`, then renamed: a crash at any byte leaves the previous checkpoint whole.
+        """
+        target = self.folder / "checkpoints" / f"step-{step:06d}"
+        aside = target.with_name(f".{target.name}")
+        for stale in (aside, target):
+            shutil.rmtree(stale, ignore_errors=True)
+        aside.mkdir(parents=True)
+        write(aside)
+        files = sorted(p for p in aside.rglob("*") if p.is_file())
+        manifest = {str(p.relative_to(aside)): _sha256(p) for p in files}
+        write_atomically(aside / "manifest.json", json.dumps(manifest, indent=1))
+        for path in files:
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+        os.replace(aside, target)
+        for older in target.parent.iterdir():
+            if older != target:
+                shutil.rmtree(older)
+        return target
+
+    def latest_checkpoint(self) -> tuple[int, Path] | None:
+        """(step, folder) of the newest checkpoint whose files match its manifest, or None."""
+        for folder in sorted((self.folder / "checkpoints").glob("step-*"), reverse=True):
+            manifest = folder / "manifest.json"
+            if manifest.exists() and all(
+                (folder / name).exists() and _sha256(folder / name) == digest
+                for name, digest in json.loads(manifest.read_text()).items()
+            ):
+                return int(folder.name.removeprefix("step-")), folder
+        return None
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,52 @@
+"""Left-to-right sampling with an exact KV cache."""
+
+from __future__ import annotations
+
+import torch
+from transformers import DynamicCache
+
+from mdmrl.policies.base import AutoregressivePolicy, Prompts
+from mdmrl.sampling.config import SamplerConfig, SamplerOutput, draw
+
+
+@torch.no_grad()
+def sample_autoregressive(
+    policy: AutoregressivePolicy,
+    prompts: Prompts,
+    config: SamplerConfig,
+    generator: torch.Generator,
+) -> SamplerOutput:
+    """Complete `prompts` one token a forward pass; ends early once every row has ended."""
+    batch, length = len(prompts.input_ids), config.max_new_tokens
+    device = prompts.input_ids.device
+    completion = torch.full((batch, length), policy.pad_token_id, device=device)
+    logprobs = torch.zeros(batch, length, device=device)
+    ended = torch.zeros(batch, dtype=torch.bool, device=device)
+    ends = torch.tensor(policy.end_token_ids, device=device)
+    cache = DynamicCache(config=policy.model.config)
+    attention, tokens = prompts.attention_mask, prompts.input_ids
+    nfe = token_forwards = 0
+
+    for position in range(length):
+        hidden = policy.hidden_states(tokens, attention, cache)[:, -1]
+        nfe, token_forwards = nfe + 1, token_forwards + tokens.numel()
+        drawn, logprob = draw(policy.head(hidden), config.temperature, generator)
+        completion[~ended, position] = drawn[~ended]
+        logprobs[~ended, position] = logprob[~ended]
+        ended |= torch.isin(drawn, ends)
+        if ended.all():
+            break
+        tokens = completion[:, position : position + 1]
+        attention = torch.cat([attention, torch.ones_like(tokens, dtype=torch.bool)], 1)
+
+    mask = policy.completion_mask(completion)
+    return SamplerOutput(
+        sequences=torch.cat([prompts.input_ids, completion], 1),
+        prompt_mask=prompts.attention_mask,
+        completion_ids=completion,
+        completion_mask=mask,
+        completions=policy.decode(completion, mask),
+        logprobs=logprobs,
+        nfe=nfe,
+        token_forwards=token_forwards,
+    )

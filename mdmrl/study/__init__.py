@@ -1,0 +1,1 @@
+"""Headless reproduction, outputs of the notebooks, the claims ledger, plots and widgets."""

@@ -1,0 +1,153 @@
+"""The claims ledger: what the thesis says, what was measured here, and the verdict."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from mdmrl.config import Config, require, unknown
+from mdmrl.runs import write_atomically
+
+VERDICTS = ("reproduced", "contradicted", "inconclusive", "erratum")
+COLUMNS = ("Claim", "Thesis", "Measured here", "Seeds", "Verdict", "Notebook")
+START, END = "<!-- claims:start -->", "<!-- claims:end -->"
+
+
+@dataclass(kw_only=True)
+class Claim(Config):
+    """One row of the ledger.
+
+    Args:
+        id: names the row; recording it again replaces the row.
+        says: what the thesis says.
+        where: where it says so ("Fig. 4-1").
+        measured: what was measured here, in words.
+        estimate, low, high: the number and its 95 % interval, in `unit`; None where there is none.
+        seeds: training runs behind the number; 0 for exact arithmetic.
+        verdict: one of `VERDICTS`, from a rule written before the run.
+        conditional: the verdict holds for the shipped checkpoints only.
+        notebook, profile: what recorded it; `Outputs.claim` fills them in.
+
+    Raises:
+        ValueError: an unknown verdict, a number that is not finite, half an interval.
+    """
+
+    id: str
+    says: str
+    where: str
+    measured: str
+    estimate: float | None = None
+    low: float | None = None
+    high: float | None = None
+    seeds: int = 0
+    unit: str = ""
+    verdict: str
+    conditional: bool = False
+    notebook: str = ""
+    profile: str = ""
+
+    def validate(self) -> None:
+        require(bool(self.id), "a claim's id is empty: name the row, as in 'fig_4_1_ar'")
+        if self.verdict not in VERDICTS:
+            raise unknown(f"verdict of claim {self.id}", self.verdict, VERDICTS)
+        require(self.seeds >= 0, f"claim {self.id}: seeds={self.seeds}: expected 0 or more")
+        for name in ("estimate", "low", "high"):
+            value = getattr(self, name)
+            require(
+                value is None or math.isfinite(value),
+                f"claim {self.id}: {name}={value}: expected a finite number; "
+                "give None and say in `measured` what happened",
+            )
+        interval = (self.low, self.high)
+        require(
+            interval == (None, None)
+            or (self.estimate is not None and None not in interval and self.low <= self.high),
+            f"claim {self.id}: estimate={self.estimate}, low={self.low}, high={self.high}: "
+            "an interval needs an estimate and both ends in order",
+        )
+
+
+def record(claim: Claim, folder: str | Path) -> Path:
+    """Add the claim to `folder/claims.json`, or replace its row; safe beside other writers."""
+    path = Path(folder) / "claims.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(path.with_name(".claims.lock")):
+        rows = {row.id: row for row in load(path)} | {claim.id: claim}
+        text = json.dumps([rows[id].to_dict() for id in sorted(rows)], indent=1)
+        write_atomically(path, text + "\n")
+    return path
+
+
+def load(path: str | Path) -> list[Claim]:
+    """The claims of a ledger file, sorted by id; none if there is no file yet.
+
+    Raises:
+        ValueError: the file is no ledger.
+    """
+    path = Path(path)
+    if not path.exists():
+        return []
+    try:
+        return [Claim.from_dict(row) for row in json.loads(path.read_text(encoding="utf-8"))]
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"{path.name} is no claims ledger ({error}): delete it and run the notebooks again"
+        ) from error
+
+
+def cells(claim: Claim) -> tuple[str, ...]:
+    """The claim as plain text, one entry for each of `COLUMNS`."""
+    measured = claim.measured
+    if claim.estimate is not None:
+        measured += f": {_number(claim.estimate)}"
+        if claim.low is not None:
+            measured += f" [{_number(claim.low)}, {_number(claim.high)}]"
+        measured += f" {claim.unit}".rstrip()
+    verdict = claim.verdict
+    if claim.conditional:
+        verdict += ", conditional on these checkpoints"
+    return claim.says, claim.where, measured, str(claim.seeds or "-"), verdict, claim.notebook
+
+
+def render(claims: Iterable[Claim]) -> str:
+    """The claims as a Markdown table, without a newline at its end."""
+    lines = [COLUMNS, ("---",) * len(COLUMNS)]
+    for claim in claims:
+        *texts, notebook = (" ".join(c.split()).replace("|", r"\|") for c in cells(claim))
+        lines.append((*texts, f"[{notebook}](notebooks/{notebook}.ipynb)"))
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def update_readme(readme_path: str | Path, claims_path: str | Path) -> None:
+    """Put the `full` profile's claims between the README's two claims markers.
+
+    Raises:
+        ValueError: the markers are missing, repeated or out of order.
+    """
+    readme_path = Path(readme_path)
+    text = readme_path.read_text(encoding="utf-8")
+    require(
+        text.count(START) == text.count(END) == 1 and text.index(START) < text.index(END),
+        f"{readme_path.name} has no place for the claims: "
+        f"it needs one line {START} and, below it, one line {END}",
+    )
+    claims = [claim for claim in load(claims_path) if claim.profile == "full"]
+    body = render(claims) if claims else "No `full` run has been recorded yet."
+    before, after = text[: text.index(START)], text[text.index(END) :]
+    write_atomically(readme_path, f"{before}{START}\n\n{body}\n\n{after}")
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

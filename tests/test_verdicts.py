@@ -1,0 +1,214 @@
+"""The verdict rules at and around their boundaries."""
+
+import json
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from mdmrl.study.verdicts import (
+    Verdict,
+    appc_failures,
+    fig41_ar_rises,
+    fig41_mdm_does_not_converge,
+    fig42_kl_is_the_cause,
+    fig43_longer_is_steadier,
+    gain,
+    headroom,
+    kl_ratio,
+    updates_to,
+)
+
+# Five seeds around 0 whose mean has a 95 % t-interval of exactly -1 to 1.
+UNIT = np.array([-2.0, -1.0, 0.0, 1.0, 2.0])
+UNIT /= stats.sem(UNIT) * stats.t.ppf(0.975, 4)
+ONES = np.ones(5)
+
+
+def around(mean, half):
+    return mean + half * UNIT
+
+
+# -- Quantities ---------------------------------------------------------------------------------
+
+
+def test_gain_and_headroom():
+    assert gain([1, 2]) == 1
+    assert gain([0, 5, 5, 5, 1]) == 1  # at least one step each
+    curve = [0, 1] + [9] * 16 + [2, 4]
+    assert gain(curve) == 2.5
+    assert headroom(curve, 2.8) == pytest.approx(2.3)
+    with pytest.raises(ValueError, match=r"starts at 0\.5, not below its ceiling 0\.5"):
+        headroom(curve, 0.5)
+    with pytest.raises(ValueError, match="at least 2"):
+        gain([1])
+
+
+def test_updates_to():
+    step = [0.0] * 20 + [1.0] * 20
+    assert updates_to(step) == 25  # the first five updates all at the new level
+    assert updates_to(step, window=1) == 21
+    assert updates_to(step, share=0.5) == 23
+    ramp = list(range(41))
+    # From 1.5 to 38.5; 90 % is 34.8; the window ending at value v averages v - 2.
+    assert updates_to(ramp) == 38
+    assert updates_to([0, 1]) == 2  # the window cannot be longer than the curve
+    assert updates_to([1.0] * 20 + [0.0] * 20) == 40  # fell: never on its way
+    assert updates_to([1.0] * 40) == 40
+
+
+def test_kl_ratio_is_a_median_over_updates_with_a_surrogate():
+    assert kl_ratio([1, 8, 3, 9], [1, 2, 1, 0]) == 3
+    assert np.isnan(kl_ratio([1, 2], [0, 0]))
+
+
+# -- Rules --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("sampled", "greedy", "verdict"),
+    [
+        (around(1.01, 1), around(1.01, 1), "reproduced"),
+        (around(1.01, 1), around(0.99, 1), "inconclusive"),
+        (around(0.99, 1), around(1.01, 1), "inconclusive"),
+        (around(-0.99, 1), around(2, 1), "inconclusive"),
+        (around(-1.01, 1), around(2, 1), "contradicted"),
+        (around(2, 1), around(-1.01, 1), "contradicted"),
+    ],
+)
+def test_fig41_ar_rises(sampled, greedy, verdict):
+    result = fig41_ar_rises(sampled, greedy)
+    assert result.verdict == verdict
+    assert (result.estimate, result.low, result.high) == pytest.approx(
+        (sampled.mean(), sampled.mean() - 1, sampled.mean() + 1)
+    )
+
+
+@pytest.mark.parametrize(
+    ("share", "verdict"),
+    [(0.14, "reproduced"), (0.16, "inconclusive"), (0.34, "inconclusive"), (0.36, "contradicted")],
+)
+def test_fig41_mdm_does_not_converge(share, verdict):
+    result = fig41_mdm_does_not_converge(2 * around(share, 0.1), 2 * ONES, around(4, 9), 4.0 * ONES)
+    assert result.verdict == verdict
+    assert result.estimate == pytest.approx(share)
+    assert "a quarter of AR's mean 0.25" in result.measured
+
+
+def test_fig41_needs_an_ar_that_rises():
+    result = fig41_mdm_does_not_converge(around(-5, 1), ONES, around(-0.1, 1), ONES)
+    assert result.verdict == "inconclusive"
+    assert "AR did not rise" in result.measured
+
+
+def fig42(restored, lost=1.0, mdm=3 * ONES, ar=0.5 * ONES):
+    """AR gains its whole headroom, the MDM lacks `lost` of it, beta 0 gives back `restored`."""
+    gained = 2 - lost * ONES
+    return fig42_kl_is_the_cause(gained, gained + restored, 2 * ONES, 3 * ONES, 3 * ONES, mdm, ar)
+
+
+@pytest.mark.parametrize(
+    ("case", "verdict"),
+    [
+        (dict(restored=around(0.61, 0.1)), "reproduced"),
+        (dict(restored=0.5 * ONES), "reproduced"),
+        (dict(restored=around(0.59, 0.1)), "inconclusive"),
+        (dict(restored=around(0.41, 0.1)), "inconclusive"),
+        (dict(restored=around(0.39, 0.1)), "contradicted"),
+        (dict(restored=around(0.9, 0.1), mdm=2 * ONES), "inconclusive"),
+        (dict(restored=around(0.9, 0.1), mdm=1.99 * ONES), "contradicted"),
+        (dict(restored=around(0.9, 0.1), mdm=2 * np.exp(around(0.99, 1))), "inconclusive"),
+        (dict(restored=around(0.9, 0.1), mdm=2 * np.exp(around(1.01, 1))), "reproduced"),
+        (dict(restored=around(0.9, 0.1), ar=ONES), "inconclusive"),
+        (dict(restored=around(0.9, 0.1), ar=1e9 * ONES), "inconclusive"),
+        (dict(restored=around(0.9, 0.1), ar=0 * ONES), "reproduced"),
+        (dict(restored=around(0.9, 0.1), lost=0.0), "contradicted"),
+        (dict(restored=around(-0.9, 0.1), lost=-1.0), "contradicted"),
+        (dict(restored=around(0.9, 0.1), lost=around(0.5, 0.6)), "inconclusive"),
+        (dict(restored=around(0.9, 0.1), lost=around(-0.5, 0.6)), "inconclusive"),
+        (dict(restored=around(0.9, 0.1), lost=around(-0.5, 0.4)), "contradicted"),
+        (dict(restored=around(0.9, 0.1), mdm=np.nan * ONES), "inconclusive"),
+    ],
+)
+def test_fig42_kl_is_the_cause(case, verdict):
+    assert fig42(**case).verdict == verdict
+
+
+def test_fig42_says_that_nothing_was_lost():
+    assert fig42(around(0.9, 0.1), lost=-1.0).measured.startswith("nothing was lost: ")
+    assert "nothing was lost" not in fig42(around(0.9, 0.1)).measured
+
+
+def test_fig42_share_is_scaled_by_headroom():
+    # AR makes 60 % of its way; 60 % of the MDM's headroom of 2 is 1.2; it made 0.2 and 0.7.
+    result = fig42_kl_is_the_cause(
+        0.2 * ONES, 0.7 * ONES, 2 * ONES, 0.9 * ONES, 1.5 * ONES, 3 * ONES, 0.5 * ONES
+    )
+    assert result.estimate == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    ("std", "updates", "verdict"),
+    [
+        (-1.01, -1.01, "reproduced"),
+        (-0.99, -1.01, "inconclusive"),
+        (-1.01, -0.99, "inconclusive"),
+        (-2, 0.99, "inconclusive"),
+        (-2, 1.01, "contradicted"),
+        (1.01, -2, "contradicted"),
+    ],
+)
+def test_fig43_longer_is_steadier(std, updates, verdict):
+    assert fig43_longer_is_steadier(around(std, 1), around(updates, 1)).verdict == verdict
+
+
+@pytest.mark.parametrize(
+    ("rate_16", "rate_ar", "verdict"),
+    [
+        (around(0.41, 0.1), 0.1 * ONES, "reproduced"),
+        (around(0.39, 0.1), 0.1 * ONES, "inconclusive"),
+        (around(0.19, 0.1), 0.05 * ONES, "contradicted"),
+        (around(0.41, 0.1), 0.4 * ONES, "inconclusive"),
+        (around(0.41, 0.1), 0.52 * ONES, "contradicted"),
+    ],
+)
+def test_appc_failures(rate_16, rate_ar, verdict):
+    assert appc_failures(rate_16, 0.1 * ONES, rate_ar).verdict == verdict
+
+
+@pytest.mark.parametrize("seeds", [1, 2, 4])
+def test_fewer_than_five_seeds_decide_nothing(seeds):
+    large = np.linspace(10, 11, seeds)
+    one = np.ones(seeds)
+    results = [
+        fig41_ar_rises(large, large),
+        fig41_ar_rises(-large, -large),
+        fig41_mdm_does_not_converge(-large, one, one, one),
+        fig42_kl_is_the_cause(-one, one, one, one, one, large, 0.1 * one),
+        fig42_kl_is_the_cause(one, one, one, 0 * one, one, 0 * one, np.nan * one),
+        fig43_longer_is_steadier(-large, -large),
+        appc_failures(large, one, one),
+    ]
+    for result in results:
+        assert result.verdict == "inconclusive"
+        assert f"({seeds} seed{'s' * (seeds > 1)}, needs 5 seeds)" in result.measured
+        assert (result.low is None) == (seeds == 1)
+        json.dumps(asdict(result), allow_nan=False)
+
+
+def test_a_seed_without_a_finite_number_decides_nothing():
+    values = around(9, 1)
+    values[2] = np.nan
+    expected = "G is nan sampled and 9 [8, 10] greedy (5 seeds)"
+    result = fig41_ar_rises(values, around(9, 1))
+    assert result == Verdict("inconclusive", None, None, None, expected)
+
+
+def test_columns_must_hold_the_same_seeds():
+    with pytest.raises(ValueError, match=r"'sampled': 5, 'greedy': 4"):
+        fig41_ar_rises(ONES, ONES[:4])
+    with pytest.raises(ValueError, match="expected one a seed"):
+        fig41_ar_rises([], [])
+    with pytest.raises(ValueError, match=r"headroom_ar=.*expected positive"):
+        fig41_mdm_does_not_converge(ONES, ONES, ONES, 0 * ONES)
