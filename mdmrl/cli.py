@@ -34,6 +34,79 @@ def reproduce(
     raise typer.Exit(reproduce(profile, [*(only or []), *(more or [])], force))
 
 
+@app.command()
+def pretrain(
+    name: Annotated[str, typer.Argument(help="tokenizer, or a recipe: tiny-ar, tiny-mdm, ...")],
+    output_dir: Annotated[Path | None, typer.Option(help="Default: runs/pretrain/NAME.")] = None,
+    tokens: Annotated[float | None, typer.Option(help="Another budget of document tokens.")] = None,
+    seed: Annotated[int, typer.Option(help="Of weights, data and noise.")] = 0,
+) -> None:
+    """Train the tokenizer or a tiny model from scratch; goes on where it was stopped."""
+    from mdmrl.rl.pretrain import pretrain_by_name
+
+    folder = output_dir or Path("runs") / "pretrain" / name
+    print(f"{name}: saved in {pretrain_by_name(name, folder, tokens, seed)}")
+
+
+@app.command("eval")
+def evaluate(
+    policy: Annotated[str, typer.Argument(help="A name, or a folder.")],
+    task: Annotated[str, typer.Option(help="The task.")] = "medcot",
+    split: Annotated[str, typer.Option(help="validation or test.")] = "test",
+    limit: Annotated[int, typer.Option(help="How many prompts.")] = 300,
+    steps: Annotated[list[int] | None, typer.Option(help="Denoising steps; repeatable.")] = None,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    max_new_tokens: Annotated[int, typer.Option(help="Completion positions.")] = 128,
+    csv: Annotated[Path | None, typer.Option(help="Append the rows to this file.")] = None,
+) -> None:
+    """Exact answers and rewards on held-out prompts, with intervals."""
+    from mdmrl.evaluation.tables import evaluation_table, print_table
+
+    frame = evaluation_table(policy, task, split, limit, steps or [64], temperature, max_new_tokens)
+    print_table(frame)
+    if csv is not None:
+        frame.to_csv(csv, mode="a", header=not csv.exists(), index=False, float_format="%.6g")
+
+
+@app.command()
+def sample(
+    policy: Annotated[str, typer.Argument(help="A name, or a folder.")],
+    prompt: Annotated[str, typer.Argument(help="A user's message.")],
+    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 64,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    max_new_tokens: Annotated[int, typer.Option(help="Completion positions.")] = 128,
+    seed: Annotated[int, typer.Option(help="Of the sampler.")] = 0,
+) -> None:
+    """Complete one prompt."""
+    from mdmrl import SamplerConfig, generate, load_policy
+    from mdmrl.runs import generator_for
+
+    config = SamplerConfig(max_new_tokens=max_new_tokens, steps=steps, temperature=temperature)
+    output = generate(load_policy(policy), [prompt], config, generator_for(seed, "sample"))
+    print(output.completions[0])
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="YAML: GRPOConfig's fields.")],
+    policy: Annotated[str, typer.Option(help="A name, or a folder.")] = "tiny-mdm",
+    task: Annotated[str, typer.Option(help="The task.")] = "medcot",
+    lora_r: Annotated[int, typer.Option(help="LoRA rank; 0 trains every weight.")] = 0,
+) -> None:
+    """Train with GRPO; `accelerate launch -m mdmrl train ...` on several processes."""
+    import yaml
+
+    from mdmrl import GRPOConfig, add_lora, load_policy, load_task, train_grpo
+
+    settings = GRPOConfig.from_dict(yaml.safe_load(config.read_text()) or {})
+    judged = load_task(task)
+    trained = load_policy(policy)
+    if lora_r:
+        add_lora(trained, r=lora_r, seed=settings.seed)
+    held_out = judged.rows("validation", 48)
+    print(train_grpo(trained, judged.rewards, judged.rows("rl"), settings, held_out, judged.metric))
+
+
 def main() -> None:
     """Run the command line; bad input is one line and exit code 2, a bug keeps its traceback."""
     try:

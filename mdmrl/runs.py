@@ -82,7 +82,7 @@ def _revision() -> str | None:
         return done.stdout.strip()
 
     try:
-        return git("rev-parse", "--short", "HEAD") + ("-dirty" if git("status", "-s") else "")
+        return git("rev-parse", "--short", "HEAD") + ("-dirty" if git("status", "-s", ".") else "")
     except (OSError, subprocess.CalledProcessError):
         return None
 
@@ -142,7 +142,7 @@ class Run:
 
     def rewind(self, step: int) -> None:
         """Drop logged rows of steps at or after `step`: a resumed run writes them again."""
-        for name in ("metrics", "samples"):
+        for name in (path.stem for path in self.folder.glob("*.jsonl")):
             kept = [json.dumps(row) + "\n" for row in self.rows(name) if row["step"] < step]
             write_atomically(self.folder / f"{name}.jsonl", "".join(kept))
 

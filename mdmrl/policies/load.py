@@ -7,7 +7,13 @@ from importlib import metadata, resources
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from mdmrl.config import require, unknown
 from mdmrl.policies.base import AutoregressivePolicy, MaskedDiffusionPolicy, Policy
@@ -42,7 +48,7 @@ def load_policy(
     kind = AutoregressivePolicy
     if AutoConfig.from_pretrained(source).to_dict().get("is_causal") is False:
         kind = MaskedDiffusionPolicy
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer = load_tokenizer(source)
     model = AutoModelForCausalLM.from_pretrained(source, dtype=DTYPES[dtype])
     policy = kind(_with_own_float32_head(model).to(device), tokenizer)
     if adapter is not None:
@@ -52,6 +58,17 @@ def load_policy(
             policy.model, adapter, is_trainable=True
         ).eval()
     return policy
+
+
+def load_tokenizer(source: str | Path):
+    """The tokenizer of a folder or hub name, of the class that it was saved with.
+
+    For some architectures AutoTokenizer prefers the architecture's own class to the saved one, and
+    rebuilds another pre-tokenizer around the vocabulary.
+    """
+    saved_as = get_tokenizer_config(source).get("tokenizer_class")
+    generic = saved_as in ("TokenizersBackend", "PreTrainedTokenizerFast")
+    return (PreTrainedTokenizerFast if generic else AutoTokenizer).from_pretrained(source)
 
 
 def _source(name: str) -> str:

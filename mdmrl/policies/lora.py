@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import peft
 import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from mdmrl.policies.base import Policy
 
@@ -38,3 +39,26 @@ def add_lora(
         torch.manual_seed(seed)
         policy.model = peft.get_peft_model(policy.model, config).eval()
     return policy
+
+
+def thesis_lora_share() -> tuple[int, int]:
+    """Trained and total parameters of Qwen2.5-7B with the thesis's LoRA, counted on its published
+    shapes without any weights."""
+    config = Qwen2Config(
+        vocab_size=152064,
+        hidden_size=3584,
+        num_hidden_layers=28,
+        num_attention_heads=28,
+        num_key_value_heads=4,
+        intermediate_size=18944,
+        tie_word_embeddings=False,
+    )
+    with torch.device("meta"):
+        model = Qwen2ForCausalLM(config)
+    total = model.num_parameters()
+    adapted = peft.get_peft_model(
+        model,
+        peft.LoraConfig(r=48, target_modules=THESIS_TARGETS, task_type="CAUSAL_LM"),
+        low_cpu_mem_usage=True,
+    )
+    return adapted.num_parameters(only_trainable=True), total

@@ -28,10 +28,9 @@ def save(run: Run, policy: Policy, optimizer: torch.optim.Optimizer, step: int) 
 
 
 def restore(run: Run, policy: Policy, optimizer: torch.optim.Optimizer) -> int:
-    """Load the newest whole checkpoint if there is one; returns the step to go on from."""
+    """Load the newest whole checkpoint if there is one; returns the step it was taken at."""
     latest = run.latest_checkpoint()
     if latest is None:
-        run.rewind(0)
         return 0
     step, folder = latest
     parameters = policy.trainable_parameters()
@@ -40,5 +39,4 @@ def restore(run: Run, policy: Policy, optimizer: torch.optim.Optimizer) -> int:
             parameters[name].copy_(value)
     policy.load_reference_state(load_file(folder / "reference.safetensors"))
     optimizer.load_state_dict(torch.load(folder / "optimizer.pt"))
-    run.rewind(step)
     return step

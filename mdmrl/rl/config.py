@@ -42,7 +42,7 @@ class GRPOConfig(Config):
     p_mask_prompt: float = 0.15
     ref_model_sync_steps: int = 500
     max_completion_length: int = 128
-    steps: int = 64
+    steps: int | None = None
     remasking: str = "low_confidence"
     temperature: float = 1.0
     suppress_mask: bool = True
@@ -81,7 +81,7 @@ class GRPOConfig(Config):
     def sampler(self, temperature: float | None = None) -> SamplerConfig:
         return SamplerConfig(
             max_new_tokens=self.max_completion_length,
-            steps=min(self.steps, self.max_completion_length),
+            steps=self.steps,
             remasking=self.remasking,
             temperature=self.temperature if temperature is None else temperature,
             suppress_mask=self.suppress_mask,

@@ -89,7 +89,8 @@ def train_grpo(
     """Train `policy` in place; returns the run's folder.
 
     A run that was cut off resumes from its last checkpoint and gives the same bits as one that was
-    not. On several processes (`accelerate launch`) each takes its share of the prompts.
+    not; of a complete one the final weights are loaded. On several processes (`accelerate launch`)
+    each takes its share of the prompts.
 
     Args:
         rewards: functions of TRL's signature; their sum is the reward.
@@ -116,13 +117,14 @@ def train_grpo(
         "processes": processes,
     }
     run = Run(config.output_dir, identity)
-    if run.complete(config.max_steps):
-        return run.folder
     if not policy.uses_lora:
         policy.sync_reference()
     parameters = policy.trainable_parameters()
     optimizer = torch.optim.AdamW(parameters.values(), lr=config.learning_rate, weight_decay=0.0)
-    skipped = 0
+    first, skipped = restore(run, policy, optimizer), 0
+    if run.complete(config.max_steps):
+        return run.folder
+    run.rewind(first)
 
     def generator(purpose: str, step: int, index: int = 0) -> torch.Generator:
         return generator_for(config.seed, purpose, step, index * processes + rank, policy.device)
@@ -130,7 +132,7 @@ def train_grpo(
     def held_out() -> dict[str, float]:
         return evaluate(policy, eval_rows, config.sampler(0.0), rewards, metric, "eval/")
 
-    for step in range(restore(run, policy, optimizer), config.max_steps):
+    for step in range(first, config.max_steps):
         metrics: dict[str, float] = {}
         if eval_rows and step % config.eval_steps == 0:
             metrics |= held_out()

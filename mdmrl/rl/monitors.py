@@ -11,6 +11,7 @@ from mdmrl.rewards.text import TAGS
 from mdmrl.sampling import SamplerOutput
 
 NGRAM = 4
+REPETITIVE = 0.2
 
 
 def format_rate(texts: Sequence[str]) -> float:
@@ -24,6 +25,13 @@ def repetition(ids: Sequence[int]) -> float:
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
+def fails(text: str, ids: Sequence[int], mask_token_id: int | None) -> bool:
+    """Whether a completion shows one of appendix C's failures: it lacks a tag, keeps a [MASK], or
+    more than `REPETITIVE` of its 4-grams are repeats."""
+    lacks_tag = not all(tag in text for tag in TAGS)
+    return lacks_tag or mask_token_id in ids or repetition(ids) > REPETITIVE
+
+
 def completion_metrics(policy: Policy, output: SamplerOutput) -> dict[str, float]:
     """Length, truncation, format, leftover masks, repetition and entropy of a batch.
 
@@ -33,12 +41,15 @@ def completion_metrics(policy: Policy, output: SamplerOutput) -> dict[str, float
     ids, mask = output.completion_ids, output.completion_mask
     lengths = mask.sum(1).float()
     ended = torch.isin(ids, ids.new_tensor(policy.end_token_ids)).any(1)
-    repeated = [repetition(row[kept].tolist()) for row, kept in zip(ids, mask, strict=True)]
+    written = output.token_lists()
+    texts = zip(output.completions, written, strict=True)
+    failures = [fails(text, row, policy.tokenizer.mask_token_id) for text, row in texts]
     metrics = {
         "completions/mean_length": lengths.mean().item(),
         "completions/clipped_ratio": 1 - ended.float().mean().item(),
         "format_rate": format_rate(output.completions),
-        "repetition": sum(repeated) / len(repeated),
+        "failure_rate": sum(failures) / len(failures),
+        "repetition": sum(map(repetition, written)) / len(written),
         "entropy": -(output.logprobs * mask).sum().item() / lengths.sum().item(),
     }
     if policy.kind == "mdm":

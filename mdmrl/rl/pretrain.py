@@ -12,13 +12,16 @@ tokens are the masked diffusion model's own expense.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
@@ -26,11 +29,17 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from mdmrl.config import Config, require, unknown
 from mdmrl.diffusion import linear_elbo_loss, mask_tokens, sample_times
-from mdmrl.policies.base import AutoregressivePolicy, MaskedDiffusionPolicy, Policy
-from mdmrl.runs import Run, generator_for
+from mdmrl.policies import AutoregressivePolicy, MaskedDiffusionPolicy, Policy, load_policy
+from mdmrl.policies.load import load_tokenizer
+from mdmrl.policies.tokenizer import train_tokenizer
+from mdmrl.runs import Run, environment, generator_for, write_atomically
+from mdmrl.tasks import load_task, tokenizer_corpus
 
 FAMILIES = {"ar": AutoregressivePolicy, "mdm": MaskedDiffusionPolicy}
 PROMPT_SHARE = 0.25
+POOL = 8  # batches
+VOCABULARY = 2048
+HASHED_DOCUMENTS = 10_000
 
 
 @dataclass
@@ -63,20 +72,32 @@ class PretrainConfig(Config):
         require(self.tokens > 0, f"tokens={self.tokens}: expected a positive budget")
 
 
+# What `mdmrl pretrain NAME` trains, beside the tokenizer. The autoregressive twin is at its plateau
+# after a quarter of the tokens; `tiny-mdm-equal` is the masked diffusion model at that budget.
+RECIPES = {
+    "tiny-ar": PretrainConfig(family="ar", tokens=8e6, warmup_share=0.015),
+    "tiny-mdm": PretrainConfig(family="mdm", tokens=32e6),
+    "tiny-mdm-equal": PretrainConfig(family="mdm", tokens=8e6, warmup_share=0.015),
+}
+
+
 @dataclass
 class Batch:
-    """Documents of one batch: prompts left-padded, completions followed by end tokens.
+    """Documents of one batch: prompts left-padded to P, completions filled up with end tokens to L.
 
-    input_ids, attention_mask, prompt (all (B, P+L)); `prompt` marks real prompt tokens.
-    `document_tokens` counts prompt and completion tokens with one end token each.
+    All tensors are (B, P+L). `prompt` and `completion` mark where real prompt tokens and the whole
+    canvas lie, `written` the completion with its first end token.
     """
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
     prompt: torch.Tensor
     completion: torch.Tensor
-    first_ends: torch.Tensor
-    document_tokens: int
+    written: torch.Tensor
+
+    @property
+    def document_tokens(self) -> int:
+        return int(self.prompt.sum() + self.written.sum())
 
 
 def make_policy(config: PretrainConfig, tokenizer) -> Policy:
@@ -101,22 +122,26 @@ def make_policy(config: PretrainConfig, tokenizer) -> Policy:
     return FAMILIES[config.family](model, tokenizer)
 
 
-def batches(policy: Policy, documents: Iterator[dict], batch_size: int, canvas: int):
-    """Endless batches; documents of like prompt length share one, to spare padding."""
+def batches(policy: Policy, stream, config: PretrainConfig, first: int = 0) -> Iterator[Batch]:
+    """Batches number `first`, `first` + 1, ... without end.
+
+    Documents are drawn `POOL` batches at a time and sorted by prompt length, to spare padding.
+    """
     end = policy.tokenizer.eos_token_id
+    skipped = first % POOL
+    documents = stream(config.seed, (first - skipped) * config.batch_size)
     while True:
-        pool = list(itertools.islice(documents, 8 * batch_size))
-        encoded = [
+        pool = [
             (
-                policy.tokenizer(f"<|user|>{d['prompt']}<|assistant|>").input_ids,
-                policy.tokenizer(d["completion"]).input_ids + [end],
+                policy.tokenizer(f"<|user|>{document['prompt']}<|assistant|>").input_ids,
+                [*policy.tokenizer(document["completion"]).input_ids, end],
             )
-            for d in pool
+            for document in itertools.islice(documents, POOL * config.batch_size)
         ]
-        encoded.sort(key=lambda pair: len(pair[0]))
-        order = range(0, len(encoded), batch_size)
-        for start in order:
-            yield _collate(encoded[start : start + batch_size], canvas, end)
+        pool.sort(key=lambda pair: len(pair[0]))
+        for start in range(skipped * config.batch_size, len(pool), config.batch_size):
+            yield _collate(pool[start : start + config.batch_size], config.canvas, end)
+        skipped = 0
 
 
 def _collate(pairs: list[tuple[list[int], list[int]]], canvas: int, end: int) -> Batch:
@@ -125,28 +150,27 @@ def _collate(pairs: list[tuple[list[int], list[int]]], canvas: int, end: int) ->
     require(longest <= canvas, f"a completion of {longest} tokens exceeds the canvas of {canvas}")
     ids = torch.full((len(pairs), width + canvas), end)
     attention = torch.ones_like(ids, dtype=torch.bool)
-    first_ends = torch.zeros_like(attention)
+    written = torch.zeros_like(attention)
     for row, (prompt, completion) in enumerate(pairs):
         pad = width - len(prompt)
         ids[row, pad : width + len(completion)] = torch.tensor(prompt + completion)
         attention[row, :pad] = False
-        first_ends[row, width : width + len(completion)] = True
+        written[row, width : width + len(completion)] = True
     columns = torch.arange(width + canvas)
     return Batch(
         ids,
         attention,
         prompt=attention & (columns < width),
         completion=(columns >= width).expand_as(attention),
-        first_ends=first_ends,
-        document_tokens=sum(len(p) + len(c) for p, c in pairs),
+        written=written,
     )
 
 
 def loss_of(policy: Policy, batch: Batch, learn_prompt: bool, generator) -> torch.Tensor:
     """The family's loss on one batch, in nats per token."""
     if policy.kind == "ar":
-        width = int((~batch.completion[0]).sum()) + int(batch.first_ends.sum(1).max())
-        targets = batch.first_ends | batch.prompt if learn_prompt else batch.first_ends
+        width = int((~batch.completion[0]).sum()) + int(batch.written.sum(1).max())
+        targets = batch.written | batch.prompt if learn_prompt else batch.written
         targets = targets[:, :width].clone()
         targets[:, 0] = False
         ids, attention = batch.input_ids[:, :width], batch.attention_mask[:, :width]
@@ -202,10 +226,9 @@ def pretrain(config: PretrainConfig, tokenizer, stream, folder: str | Path) -> P
             torch.save(optim.state_dict(), checkpoint / f"{name}.pt")
         (checkpoint / "progress.json").write_text(json.dumps({"seen": seen}))
 
-    documents = stream(config.seed, step * config.batch_size)
     policy.model.train()
     clock, losses = time.perf_counter(), []
-    for batch in batches(policy, documents, config.batch_size, config.canvas):
+    for batch in batches(policy, stream, config, step):
         if seen >= config.tokens:
             break
         draw = generator_for(config.seed, "pretrain", step)
@@ -235,7 +258,66 @@ def pretrain(config: PretrainConfig, tokenizer, stream, folder: str | Path) -> P
             clock, losses = time.perf_counter(), []
         if step % config.save_steps == 0:
             run.save_checkpoint(step, write)
-    policy.model.eval()
-    policy.model.to(torch.bfloat16)
+    policy.model.eval().to(torch.bfloat16)
     policy.save_pretrained(run.folder / "model")
-    return policy
+    return load_policy(run.folder / "model")
+
+
+def pretrain_by_name(
+    name: str, folder: str | Path, tokens: float | None = None, seed: int = 0
+) -> Path:
+    """Train what `name` says, `tokenizer` or a recipe; returns the folder of the saved model.
+
+    Beside the weights lie the recipe with seed and data hash (`recipe.json`), the training log
+    (`log.csv`) and a model card (`README.md`).
+    """
+    folder = Path(folder)
+    if name == "tokenizer":
+        train_tokenizer(tokenizer_corpus.texts(seed), VOCABULARY).save_pretrained(folder)
+        return folder
+    if name not in RECIPES:
+        raise unknown("recipe", name, ["tokenizer", *RECIPES])
+    config = RECIPES[name].replace(seed=seed)
+    if tokens is not None:
+        config = config.replace(tokens=tokens)
+    stream = load_task(config.task).stream
+    tokenizer = load_tokenizer(resources.files("mdmrl.policies") / "zoo" / "tokenizer")
+    policy = pretrain(config, tokenizer, stream, folder)
+    model = folder / "model"
+    log = pd.read_json(folder / "metrics.jsonl", lines=True)
+    log.to_csv(model / "log.csv", index=False, float_format="%.6g")
+    documents = "".join(map(str, itertools.islice(stream(seed, 0), HASHED_DOCUMENTS)))
+    recipe = config.to_dict() | {
+        "parameters": policy.model.num_parameters(),
+        "data_sha256_of_first_documents": hashlib.sha256(documents.encode()).hexdigest(),
+        "documents_hashed": HASHED_DOCUMENTS,
+        **environment(),
+    }
+    write_atomically(model / "recipe.json", json.dumps(recipe, indent=1) + "\n")
+    write_atomically(model / "README.md", model_card(name, recipe, log))
+    return model
+
+
+def model_card(name: str, recipe: dict, log: pd.DataFrame) -> str:
+    """The model card of a tiny model, from its recipe and log alone."""
+    families = {"ar": "autoregressive", "mdm": "masked diffusion"}
+    last = log.iloc[-1]
+    return f"""---
+license: apache-2.0
+pipeline_tag: text-generation
+---
+# {name}
+
+A tiny {families[recipe["family"]]} language model ({recipe["parameters"]:,} parameters, Qwen2
+architecture) for generated medical chain-of-thought questions. For the study of reinforcement
+learning only: its medical statements are templates over a small table of facts, not advice.
+
+* Data: an endless stream of `{recipe["task"]}` documents, SHA-256 of the first
+  {recipe["documents_hashed"]:,}: `{recipe["data_sha256_of_first_documents"][:16]}`;
+  seed {recipe["seed"]}.
+* Budget: {last["tokens"] / 1e6:.1f} M document tokens, {last["step"]:,.0f} steps of
+  {recipe["batch_size"]}; final training loss {last["loss"]:.3f} nats a token.
+* Recipe and machine: `recipe.json`; training log: `log.csv`.
+* Train it again: `mdmrl pretrain {name}`. Held-out numbers: `figures/data/tiny_models.csv`,
+  by `mdmrl eval`.
+"""

@@ -18,7 +18,8 @@ class SamplerConfig(Config):
 
     Attributes:
         max_new_tokens: completion positions, L.
-        steps: denoising steps of a masked diffusion policy (an autoregressive one ignores it).
+        steps: denoising steps of a masked diffusion policy; None means half of `max_new_tokens`, as
+            in d1. An autoregressive policy takes one step a token whatever is asked.
         remasking: which positions a step reveals, as LLaDA names it: `"low_confidence"` keeps the
             most probable of the drawn tokens, `"random"` a uniform choice.
         temperature: 0 takes the most probable token.
@@ -27,7 +28,7 @@ class SamplerConfig(Config):
     """
 
     max_new_tokens: int = 128
-    steps: int = 64
+    steps: int | None = None
     remasking: str = "low_confidence"
     temperature: float = 0.0
     suppress_mask: bool = True
@@ -40,13 +41,17 @@ class SamplerConfig(Config):
             f"max_new_tokens={self.max_new_tokens}: expected at least 1",
         )
         require(
-            1 <= self.steps <= self.max_new_tokens,
+            self.steps is None or 1 <= self.steps <= self.max_new_tokens,
             f"steps={self.steps}: expected 1 to max_new_tokens={self.max_new_tokens}, "
             "since a step reveals at least one token",
         )
         require(
             self.temperature >= 0, f"temperature={self.temperature}: expected 0 (greedy) or more"
         )
+
+    @property
+    def denoising_steps(self) -> int:
+        return -(-self.max_new_tokens // 2) if self.steps is None else self.steps
 
 
 @dataclass

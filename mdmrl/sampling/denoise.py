@@ -38,7 +38,7 @@ def denoise(
     open_at = torch.arange(length, device=device).expand(batch, length)  # masked positions
     trajectory = []
 
-    for quota in reveal_quota(length, config.steps):
+    for quota in reveal_quota(length, config.denoising_steps):
         hidden = policy.forward(canvas, attention)[:, width:]
         hidden = hidden.gather(1, open_at[..., None].expand(-1, -1, hidden.shape[-1]))
         logits = policy.head(hidden)  # (B, M, V) with M positions still masked
@@ -62,8 +62,8 @@ def denoise(
         completion_mask=mask,
         completions=policy.decode(completion, mask),
         logprobs=logprobs,
-        nfe=config.steps,
-        token_forwards=config.steps * canvas.numel(),
+        nfe=config.denoising_steps,
+        token_forwards=config.denoising_steps * canvas.numel(),
         trajectory=trajectory if record else None,
     )
 

@@ -1,0 +1,54 @@
+"""Evaluation of a policy as a table, one row a number of denoising steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pandas as pd
+from rich.console import Console
+from rich.table import Table
+
+from mdmrl.evaluation.accuracy import evaluate
+from mdmrl.evaluation.stats import wilson_interval
+from mdmrl.policies import load_policy
+from mdmrl.sampling import SamplerConfig
+from mdmrl.tasks import load_task
+
+SHOWN = ("steps", "temperature", "accuracy", "low", "high", "reward", "format_rate", "entropy")
+
+
+def evaluation_table(
+    policy: str,
+    task: str,
+    split: str,
+    limit: int,
+    steps: Sequence[int],
+    temperature: float,
+    max_new_tokens: int,
+) -> pd.DataFrame:
+    """Accuracy with its 95 % Wilson interval (`low`, `high`), rewards and monitors.
+
+    An autoregressive policy has no denoising steps and gets one row.
+    """
+    loaded, judged = load_policy(policy), load_task(task)
+    rows = judged.rows(split, limit)
+    table = []
+    for count in steps if loaded.kind != "ar" else [max_new_tokens]:
+        config = SamplerConfig(max_new_tokens=max_new_tokens, steps=count, temperature=temperature)
+        found = evaluate(loaded, rows, config, judged.rewards, judged.metric)
+        right = round(found["accuracy"] * len(rows))
+        interval = wilson_interval(right, len(rows))
+        asked = {"policy": policy, "task": task, "split": split, "prompts": len(rows)}
+        drawn = {"steps": count, "temperature": temperature, "low": interval.low}
+        table.append(asked | drawn | {"high": interval.high} | found)
+    return pd.DataFrame(table)
+
+
+def print_table(frame: pd.DataFrame) -> None:
+    """The columns that matter most, on the terminal."""
+    first = frame.iloc[0]
+    title = f"{first.policy} on {first.prompts} prompts of {first.task}/{first.split}"
+    table = Table(*SHOWN, title=title, title_justify="left")
+    for row in frame[list(SHOWN)].itertuples(index=False):
+        table.add_row(*(f"{value:.3g}" for value in row))
+    Console().print(table)

@@ -1,0 +1,222 @@
+"""Training runs that notebooks share: an arm of a figure, trained once a seed and kept.
+
+A run is named by a readable slug and a hash of everything that decides its result: settings,
+weights, rows, the version of the algorithm. Its rows are kept as one CSV, in `figures/data/runs`
+for the `full` profile (committed) and in `runs/<profile>/runs` for any other; a run whose CSV is
+there is not trained again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from mdmrl.config import Config
+from mdmrl.evaluation.accuracy import evaluate
+from mdmrl.policies import Policy, add_lora, load_policy
+from mdmrl.rl.config import GRPOConfig
+from mdmrl.rl.grpo import ALGORITHM, train_grpo
+from mdmrl.runs import config_hash, write_atomically
+from mdmrl.sampling import SamplerConfig
+from mdmrl.study.outputs import figures_folder, project_root
+from mdmrl.tasks import load_task
+from mdmrl.tasks.medcot import SYSTEM_PROMPT
+
+REWARD_CEILING = 2.8  # the thesis's count: accuracy 2, depth 0.2, format 0.6
+FEW_STEPS = 16  # denoising steps at which appendix C looks at completions
+
+
+@dataclass
+class Arm(Config):
+    """One line of a figure.
+
+    Attributes:
+        name: how figures and tables call it.
+        policy: what `load_policy` takes; dtype as there.
+        lora: settings of `add_lora`; empty for full fine-tuning.
+        grpo: settings of `GRPOConfig`.
+        instruct: put the format's instruction before each prompt, for a model that was not
+            pre-trained on the task.
+        eval_prompts: how many held-out prompts are completed greedily.
+        final_steps: after training, also complete them at temperature 1, [MASK] not suppressed,
+            with each of these numbers of denoising steps (columns `final<steps>/...`).
+    """
+
+    name: str
+    policy: str
+    dtype: str = "float32"
+    lora: dict = field(default_factory=dict)
+    grpo: dict = field(default_factory=dict)
+    instruct: bool = False
+    eval_prompts: int = 48
+    final_steps: list[int] = field(default_factory=list)
+
+
+def train_arms(arms: Sequence[Arm], seeds: Sequence[int], profile: str) -> pd.DataFrame:
+    """Train every arm with every seed; rows of `metrics.jsonl` with columns `arm` and `seed`."""
+    return pd.concat(
+        [train_arm(arm, seed, profile) for seed in seeds for arm in arms], ignore_index=True
+    )
+
+
+def train_arm(arm: Arm, seed: int, profile: str) -> pd.DataFrame:
+    """Train one arm with one seed, or read what an earlier run of the same hash left."""
+    policy = load_policy(arm.policy, dtype=arm.dtype)
+    if arm.lora:
+        add_lora(policy, **arm.lora, seed=seed)
+    config = GRPOConfig.from_dict({**arm.grpo, "seed": seed})
+    described = {k: v for k, v in arm.to_dict().items() if k not in ("name", "grpo")}
+    identity = (
+        described
+        | config.to_dict()
+        | {
+            "weights": policy.fingerprint(),
+            "rows": config_hash({"rows": load_task("medcot").rows("rl")}),
+            "algorithm": ALGORITHM,
+        }
+    )
+    slug = "-".join([Path(arm.policy).name, config.logp_estimator, f"s{seed}"])
+    kept = runs_folder(profile) / f"{slug}-{config_hash(identity)}.csv"
+    if not kept.exists():
+        folder = project_root() / "runs" / profile / "grpo" / kept.stem
+        frame = _train(policy, arm, config.replace(output_dir=str(folder)))
+        write_atomically(kept, frame.to_csv(index=False, float_format="%.6g"))
+    frame = pd.read_csv(kept)
+    frame["run"] = kept.stem
+    frame.insert(0, "seed", seed)
+    frame.insert(0, "arm", arm.name)
+    return frame
+
+
+def runs_folder(profile: str) -> Path:
+    """Where the CSVs of finished runs lie."""
+    if profile == "full":
+        return figures_folder(profile) / "data" / "runs"
+    return project_root() / "runs" / profile / "runs"
+
+
+def _train(policy: Policy, arm: Arm, config: GRPOConfig) -> pd.DataFrame:
+    task = load_task("medcot")
+    system = SYSTEM_PROMPT if arm.instruct else None
+    held_out = task.rows("validation", arm.eval_prompts, system) if arm.eval_prompts else []
+    folder = train_grpo(
+        policy, task.rewards, task.rows("rl", system=system), config, held_out, task.metric
+    )
+    frame = pd.read_json(folder / "metrics.jsonl", lines=True)
+    for steps in arm.final_steps:
+        sampler = SamplerConfig(
+            max_new_tokens=config.max_completion_length,
+            steps=steps,
+            temperature=1.0,
+            suppress_mask=False,
+        )
+        final = evaluate(
+            policy, held_out, sampler, task.rewards, task.metric, f"final{steps}/", seed=config.seed
+        )
+        for column, value in final.items():
+            frame.loc[frame.index[-1], column] = value
+    return frame
+
+
+def medcot_arms(
+    autoregressive: str,
+    masked_diffusion: str,
+    estimators: Sequence[str],
+    steps: Sequence[int],
+    eval_prompts: int,
+    settings: dict,
+) -> dict[str, Arm]:
+    """The arms of Fig. 4-1 and 4-2 by name: the autoregressive model, and the masked diffusion
+    model for each estimator and number of denoising steps; every weight is trained.
+
+    `settings` are GRPOConfig's that all arms share.
+    """
+    length = settings["max_completion_length"]
+    arms = [
+        Arm(
+            name="AR",
+            policy=autoregressive,
+            grpo={**settings, "logp_estimator": "exact"},
+            final_steps=[length],
+            eval_prompts=eval_prompts,
+        )
+    ]
+    arms += [
+        Arm(
+            name=f"MDM {estimator}, {count} steps",
+            policy=masked_diffusion,
+            grpo={**settings, "logp_estimator": estimator, "steps": count},
+            final_steps=[FEW_STEPS, length],
+            eval_prompts=eval_prompts,
+        )
+        for estimator in estimators
+        for count in steps
+    ]
+    return {arm.name: arm for arm in arms}
+
+
+def variant(arm: Arm, name: str, lora: dict | None = None, **changes) -> Arm:
+    """`arm` under another name with other GRPO settings, or with LoRA."""
+    return arm.replace(name=name, lora=lora or arm.lora, grpo={**arm.grpo, **changes})
+
+
+def per_seed(runs: pd.DataFrame, arm: str, column: str) -> list[np.ndarray]:
+    """The curve of `column` of one arm, one array a seed; updates that lack it are left out."""
+    chosen = runs[runs.arm == arm].sort_values("step")
+    return [rows[column].dropna().to_numpy() for _, rows in chosen.groupby("seed")]
+
+
+def log_ratios(
+    runs: pd.DataFrame, arm: str, other: str, column: str, quantity: Callable
+) -> list[float]:
+    """log(quantity of `arm` / quantity of `other`) of the curves of `column`, one a seed."""
+    pairs = zip(per_seed(runs, arm, column), per_seed(runs, other, column), strict=True)
+    return [float(np.log(quantity(one) / quantity(two))) for one, two in pairs]
+
+
+def final_looks(runs: pd.DataFrame, arms: dict[str, Arm], measures: Sequence[str]) -> pd.DataFrame:
+    """What completions looked like after training: columns completed (arm and number of steps),
+    seed, measure, value. A measure that a family does not have is left out."""
+    rows = [
+        {
+            "completed": name if len(arm.final_steps) == 1 else f"{name}\ncompleted in {steps}",
+            "measure": measure,
+            "seed": seed,
+            "value": curve[-1],
+        }
+        for name, arm in arms.items()
+        for steps in arm.final_steps
+        for measure in measures
+        if (column := f"final{steps}/{measure}") in runs
+        for seed, curve in enumerate(per_seed(runs, name, column))
+        if len(curve)
+    ]
+    return pd.DataFrame(rows)
+
+
+def last_sample(runs: pd.DataFrame, arm: str, profile: str) -> str:
+    """The first completion of an arm's last update, where the run's folder is still there."""
+    folder = project_root() / "runs" / profile / "grpo" / runs[runs.arm == arm].run.iloc[0]
+    if not (folder / "samples.jsonl").exists():
+        return "(trained elsewhere: only its numbers are kept)"
+    sample = json.loads((folder / "samples.jsonl").read_text().splitlines()[-1])
+    return f"{sample['prompt']}\n{sample['completions'][0]}\nreward {sample['rewards'][0]:.2f}"
+
+
+def real_arm(policy: str, **settings) -> Arm:
+    """A real pretrained autoregressive model with the thesis's settings."""
+    thesis = {"learning_rate": 5e-6, "beta": 1.0, "epsilon": 0.1, "ref_model_sync_steps": 500}
+    return Arm(
+        name=policy,
+        policy=policy,
+        dtype="bfloat16",
+        lora={"r": 48, "lora_alpha": 128, "lora_dropout": 0.05},
+        grpo=thesis | {"logp_estimator": "exact"} | settings,
+        instruct=True,
+        eval_prompts=0,
+    )

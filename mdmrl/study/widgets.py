@@ -1,0 +1,89 @@
+"""What JupyterLab makes interactive, each with a static twin for headless runs."""
+
+from __future__ import annotations
+
+import html
+import json
+import time
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.figure import Figure
+
+from mdmrl.policies import Policy
+from mdmrl.sampling import SamplerOutput
+
+MASK_SHOWN = "░"
+
+
+def canvas_after(output: SamplerOutput, policy: Policy, row: int, steps: int) -> list[str]:
+    """The completion of `row` after `steps` denoising steps: one string a position."""
+    shown = [MASK_SHOWN] * output.completion_ids.shape[1]
+    for step in output.trajectory[:steps]:
+        for position, token in zip(step.positions[row], step.tokens[row], strict=True):
+            shown[position] = policy.tokenizer.decode([token.item()])
+    return shown
+
+
+def as_html(pieces: list[str], fresh: set[int] = frozenset()) -> str:
+    """Positions as HTML, those in `fresh` highlighted."""
+    spans = [
+        f"<mark>{html.escape(piece)}</mark>" if i in fresh else html.escape(piece)
+        for i, piece in enumerate(pieces)
+    ]
+    return f"<div style='font-family:monospace;white-space:pre-wrap'>{''.join(spans)}</div>"
+
+
+def scrub(output: SamplerOutput, policy: Policy, row: int = 0):
+    """A slider over the denoising steps of one completion."""
+    import ipywidgets
+
+    def show(step: int) -> ipywidgets.HTML:
+        fresh = set(output.trajectory[step - 1].positions[row].tolist()) if step else set()
+        view.value = as_html(canvas_after(output, policy, row, step), fresh)
+
+    view = ipywidgets.HTML()
+    slider = ipywidgets.IntSlider(0, 0, len(output.trajectory), description="step")
+    slider.observe(lambda change: show(change["new"]), "value")
+    show(0)
+    return ipywidgets.VBox([slider, view])
+
+
+def order_of_reveal(output: SamplerOutput, policy: Policy, row: int = 0) -> Figure:
+    """The static twin of `scrub`: when each position was revealed, and how sure the policy was."""
+    frame = pd.concat(
+        pd.DataFrame({"step": i, "position": s.positions[row], "p": s.logprobs[row].exp()})
+        for i, s in enumerate(output.trajectory, start=1)
+    )
+    end = int(output.completion_mask[row].sum())
+    figure, axes = plt.subplots(figsize=(6.3, 2.6), layout="constrained")
+    points = axes.scatter(
+        frame.position, frame.step, c=frame.p, s=9, cmap="viridis", vmin=0, vmax=1
+    )
+    axes.axvline(end - 0.5, color="0.6", linewidth=0.8, linestyle=":")
+    axes.set(xlabel="position in the completion (dotted: its end)", ylabel="step of reveal")
+    figure.colorbar(points, label="probability when revealed")
+    return figure
+
+
+def live_curve(folder: str | Path, column: str = "reward", seconds: float = 0.0) -> None:
+    """Draw a run's curve from its folder, and again each second while `seconds` last.
+
+    Reads files only, so any notebook or kernel can watch any run; a finished one is drawn once.
+    """
+    from IPython.display import display
+
+    folder, deadline = Path(folder), time.monotonic() + seconds
+    last = json.loads((folder / "config.json").read_text())["max_steps"]
+    handle = display(display_id=True)
+    while True:
+        frame = pd.read_json(folder / "metrics.jsonl", lines=True)
+        figure, axes = plt.subplots(figsize=(6.3, 2.2), layout="constrained")
+        axes.plot(frame.step, frame[column], marker=".", linewidth=1)
+        axes.set(xlabel="update", ylabel=column, title=folder.name)
+        plt.close(figure)
+        handle.update(figure)
+        if frame.step.max() >= last or time.monotonic() >= deadline:
+            return
+        time.sleep(1)

@@ -1,0 +1,78 @@
+"""Tiny random policies that every test of the core shares."""
+
+import copy
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+import mdmrl.policies
+from mdmrl.rl.pretrain import PretrainConfig, make_policy
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """The tokenizer that ships with the package."""
+    folder = mdmrl.policies.__path__[0] + "/zoo/tokenizer"
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def random_policy(family, tokenizer, seed=0, **shapes):
+    """A tiny policy whose weights are large enough that logits are spread and attention matters."""
+    shapes = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "intermediate_size": 64,
+        "num_attention_heads": 2,
+    } | shapes
+    policy = make_policy(PretrainConfig(family=family, seed=seed, **shapes), tokenizer)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in policy.model.named_parameters():
+            noise = torch.randn(weight.shape, generator=generator)
+            weight.copy_(1 + 0.2 * noise if "norm" in name else 0.4 * noise)
+    return policy
+
+
+@pytest.fixture(scope="session")
+def _weights(tokenizer):
+    return {family: random_policy(family, tokenizer) for family in ("ar", "mdm")}
+
+
+def _fresh(policy):
+    return type(policy)(copy.deepcopy(policy.model), copy.deepcopy(policy.tokenizer))
+
+
+@pytest.fixture
+def ar(_weights):
+    """A fresh random autoregressive policy."""
+    return _fresh(_weights["ar"])
+
+
+@pytest.fixture
+def mdm(_weights):
+    """A fresh random masked diffusion policy."""
+    return _fresh(_weights["mdm"])
+
+
+@pytest.fixture(params=["ar", "mdm"])
+def policy(request, _weights):
+    """Each family in turn."""
+    return _fresh(_weights[request.param])
+
+
+@pytest.fixture
+def rng_untouched():
+    """Fails the test if it moves a global random state."""
+    import random
+
+    import numpy as np
+
+    def state():
+        return torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()
+
+    before = state()
+    yield
+    assert state() == before, "the global random state was touched"

@@ -1,0 +1,509 @@
+"""Policies: what each position sees and predicts, references, adapters, saving, refusals."""
+
+import copy
+import json
+
+import pytest
+import torch
+from conftest import random_policy
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from mdmrl.policies import MaskedDiffusionPolicy, add_lora, load_policy
+from mdmrl.policies.lora import thesis_lora_share
+from mdmrl.policies.tokenizer import train_tokenizer
+
+PROMPTS = [
+    "Which test is decisive?",
+    "A patient has fever, rash and joint pain. What is the most likely diagnosis?",
+    "x",
+]
+
+
+def ids_of(policy, length=12, rows=2, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(5, len(policy.tokenizer), (rows, length), generator=generator)
+
+
+# -- the network -----------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_causal_positions_see_only_earlier_tokens(ar):
+    ids = ids_of(ar)
+    before = ar.logits(ids)
+    for changed in range(ids.shape[1]):
+        other = ids.clone()
+        other[:, changed] = (other[:, changed] + 1) % 1000 + 5
+        moved = (ar.logits(other) != before).any(-1)
+        assert not moved[:, 1 : changed + 1].any()  # position i is predicted by tokens before i
+        assert moved[:, changed + 1 :].all()
+
+
+@torch.no_grad()
+def test_bidirectional_positions_see_every_token(mdm):
+    ids = ids_of(mdm)
+    before = mdm.logits(ids)
+    for changed in range(ids.shape[1]):
+        other = ids.clone()
+        other[:, changed] = (other[:, changed] + 1) % 1000 + 5
+        assert (mdm.logits(other) != before).any(-1).all()
+
+
+@torch.no_grad()
+def test_left_padding_changes_no_logits(policy):
+    batch = policy.encode(PROMPTS)
+    assert not batch.attention_mask.all()
+    completion = ids_of(policy, 7, len(PROMPTS))
+    canvas = torch.cat([batch.input_ids, completion], 1)
+    attention = torch.cat([batch.attention_mask, torch.ones_like(completion, dtype=torch.bool)], 1)
+    padded = policy.logits(canvas, attention)
+    first = 1 if policy.logit_shift else 0  # nothing predicts an autoregressive first token
+    for row, (ids, seen) in enumerate(zip(canvas, attention, strict=True)):
+        alone = policy.logits(ids[seen][None])[0]
+        torch.testing.assert_close(padded[row, seen][first:], alone[first:], atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_logits_are_those_of_transformers_shifted_where_the_family_shifts(policy):
+    ids = ids_of(policy)
+    expected = policy.model(input_ids=ids).logits
+    found = policy.logits(ids)
+    if policy.kind == "ar":
+        torch.testing.assert_close(found[:, 1:], expected[:, :-1])
+    else:
+        torch.testing.assert_close(found, expected)
+    assert policy.forward(ids).shape == (2, 12, 32)
+
+
+@torch.no_grad()
+def test_the_bidirectional_network_knows_left_from_right(mdm):
+    """Causality does not give it order, so its positions must: reversing the tokens does more than
+    reverse the rows."""
+    ids = ids_of(mdm, rows=1)
+    assert not torch.allclose(mdm.logits(ids.flip(1)).flip(1), mdm.logits(ids), atol=1e-3)
+
+
+@torch.no_grad()
+def test_a_cache_gives_the_logits_of_a_whole_forward(ar):
+    from transformers import DynamicCache
+
+    batch = ar.encode(PROMPTS)
+    whole = ar.hidden_states(batch.input_ids, batch.attention_mask)
+    cache = DynamicCache(config=ar.model.config)
+    parts = [
+        ar.hidden_states(batch.input_ids[:, a:b], batch.attention_mask[:, :b], cache)
+        for a, b in ((0, 5), (5, 6), (6, batch.input_ids.shape[1]))
+    ]
+    real = batch.attention_mask
+    torch.testing.assert_close(torch.cat(parts, 1)[real], whole[real], atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_the_head_stays_float32_over_a_bfloat16_body(policy, tmp_path):
+    policy.save_pretrained(tmp_path)
+    half = load_policy(tmp_path, dtype="bfloat16")
+    types = {n: p.dtype for n, p in half.model.named_parameters()}
+    assert types.pop("lm_head.weight") == torch.float32
+    assert set(types.values()) == {torch.bfloat16}
+    ids = ids_of(policy)
+    hidden = half.forward(ids)
+    logits = half.head(hidden)
+    assert hidden.dtype == torch.bfloat16
+    assert logits.dtype == torch.float32
+    expected = hidden.double() @ half.model.lm_head.weight.double().T
+    torch.testing.assert_close(logits.double(), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_tied_head_becomes_its_own(tokenizer, tmp_path):
+    policy = random_policy("ar", tokenizer)
+    policy.model.config.tie_word_embeddings = True
+    policy.model.lm_head.weight = policy.model.model.embed_tokens.weight
+    policy.save_pretrained(tmp_path / "tied")
+    loaded = load_policy(tmp_path / "tied")
+    head, embedding = loaded.model.lm_head.weight, loaded.model.get_input_embeddings().weight
+    assert torch.equal(head, embedding)
+    assert head is not embedding
+    assert head.data_ptr() != embedding.data_ptr()
+    with torch.no_grad():
+        head.add_(1)
+    loaded.save_pretrained(tmp_path / "untied")
+    again = load_policy(tmp_path / "untied")
+    assert torch.equal(again.model.lm_head.weight, head)
+    assert torch.equal(again.model.get_input_embeddings().weight, embedding)
+
+
+# -- text ------------------------------------------------------------------------------------------
+
+
+def test_prompts_are_chats_padded_on_the_left(policy):
+    batch = policy.encode([*PROMPTS, [{"role": "user", "content": PROMPTS[0]}]])
+    rows = [ids[seen].tolist() for ids, seen in zip(*vars(batch).values(), strict=True)]
+    assert rows[0] == rows[3]
+    for text, row, seen in zip(PROMPTS, rows, batch.attention_mask, strict=False):
+        assert policy.tokenizer.decode(row) == f"<|user|>{text}<|assistant|>"
+        assert seen.sort().values.equal(seen)
+
+
+def test_completions_end_with_the_first_end_token(policy):
+    end, mask = policy.tokenizer.eos_token_id, policy.tokenizer.mask_token_id
+    a, b = policy.tokenizer(" fever rash").input_ids[:2]
+    ids = torch.tensor([[a, end, b, end], [a, mask, b, a], [end, a, b, a]])
+    expected = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0]]).bool()
+    assert torch.equal(policy.completion_mask(ids), expected)
+    decode = policy.tokenizer.decode
+    assert policy.decode(ids, expected) == [decode([a]), decode([a, b, a]), ""]
+
+
+def test_the_tokenizer_encodes_any_text_without_loss(tokenizer):
+    text = "BP 145/92, λ=0.5 \n\n\t<answer>naïve 日本 🩺</answer>  x"
+    ids = tokenizer(text).input_ids
+    assert tokenizer.decode(ids) == text
+    digits = [t for t in tokenizer.convert_ids_to_tokens(ids) if any(c.isdigit() for c in t)]
+    assert len(digits) == sum(c.isdigit() for c in text)
+
+
+def test_a_prompt_beyond_the_context_is_refused_with_all_three_numbers(policy):
+    tokens = len(policy.tokenizer("<|user|>" + "1" * 400 + "<|assistant|>").input_ids)
+    policy.encode(["1" * 400], 512 - tokens)
+    with pytest.raises(ValueError, match=rf"{tokens} tokens and {513 - tokens} .* 512"):
+        policy.encode(["x", "1" * 400], 513 - tokens)
+    with pytest.raises(ValueError, match="no prompts"):
+        policy.encode([])
+
+
+# -- LoRA ------------------------------------------------------------------------------------------
+
+
+def lora_parameters(r, hidden, layers, heads, kv_heads, vocabulary, targets):
+    """r (in + out) for each adapted matrix, by hand."""
+    head = hidden // heads
+    shapes = {
+        "q_proj": hidden + heads * head,
+        "k_proj": hidden + kv_heads * head,
+        "v_proj": hidden + kv_heads * head,
+        "o_proj": heads * head + hidden,
+    }
+    inner = sum(shapes[t] for t in targets if t in shapes) * layers
+    return r * (inner + (hidden + vocabulary) * ("lm_head" in targets))
+
+
+@pytest.mark.parametrize(
+    "targets", [["q_proj", "v_proj", "o_proj", "lm_head"], ["q_proj", "v_proj"], ["lm_head"]]
+)
+def test_lora_trains_as_many_parameters_as_the_formula_says(policy, targets, rng_untouched):
+    add_lora(policy, r=4, target_modules=targets)
+    found = policy.trainable_parameters()
+    expected = lora_parameters(4, 32, 2, 2, 2, len(policy.tokenizer), targets)
+    assert sum(p.numel() for p in found.values()) == expected
+    assert all(".default." in name for name in found)
+    assert all(p.dtype == torch.float32 for p in found.values())
+
+
+def test_the_thesis_trains_042_percent_not_42():
+    """Qwen2.5-7B's shapes (r = 48), counted by peft on the meta device and by hand."""
+    shapes = (3584, 28, 28, 4, 152064)
+    trained, total = thesis_lora_share()
+    targets = ["q_proj", "v_proj", "o_proj", "lm_head"]
+    assert trained == lora_parameters(48, *shapes, targets) == 32_243_712
+    mlp, attention = 3 * 3584 * 18944, 2 * 3584 * 3584 + 2 * 3584 * 512 + (3584 + 2 * 512)
+    assert total == 2 * 152064 * 3584 + 28 * (mlp + attention + 2 * 3584) + 3584
+    assert f"{trained / total:.2%}" == "0.42%"
+    without_o = lora_parameters(48, *shapes, ["q_proj", "v_proj", "lm_head"])
+    assert f"{without_o / total:.2%}" == "0.30%"
+
+
+def test_adapters_are_float32_over_a_bfloat16_body_and_start_as_nothing(policy, tmp_path):
+    policy.save_pretrained(tmp_path)
+    half = load_policy(tmp_path, dtype="bfloat16")
+    ids = ids_of(policy)
+    with torch.no_grad():
+        before = half.logits(ids)
+        add_lora(half, r=4)
+        assert torch.equal(half.logits(ids), before)
+        move(half)
+        assert not torch.equal(half.logits(ids), before)
+    assert {p.dtype for p in half.trainable_parameters().values()} == {torch.float32}
+    half.sync_reference()
+    adapters = [p for n, p in half.model.named_parameters() if "lora_" in n]
+    assert {p.dtype for p in adapters} == {torch.float32}
+
+
+def test_adapter_weights_derive_from_the_seed(_weights):
+    def made(seed):
+        policy = type(_weights["ar"])(copy.deepcopy(_weights["ar"].model), _weights["ar"].tokenizer)
+        return add_lora(policy, r=4, seed=seed).fingerprint()
+
+    assert made(0) == made(0)
+    assert made(0) != made(1)
+
+
+# -- references ------------------------------------------------------------------------------------
+
+
+def move(policy, seed=0):
+    """Stand in for a training step: change every trained weight."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in policy.trainable_parameters().values():
+            weight.add_(0.1 * torch.randn(weight.shape, generator=generator))
+
+
+@torch.no_grad()
+def reference_logits(policy, ids):
+    with policy.reference():
+        return policy.logits(ids)
+
+
+def trained_names(policy):
+    return {n for n, p in policy.model.named_parameters() if p.requires_grad}
+
+
+def test_the_reference_is_the_disabled_adapter_then_a_frozen_copy(policy, rng_untouched):
+    ids = ids_of(policy)
+    with torch.no_grad():
+        base = policy.logits(ids)
+    add_lora(policy, r=4)
+    names = trained_names(policy)
+    move(policy, 1)
+    assert not torch.equal(policy.logits(ids), base)
+    assert torch.equal(reference_logits(policy, ids), base)
+    assert trained_names(policy) == names
+    parameters = policy.trainable_parameters()
+
+    policy.sync_reference()
+    assert trained_names(policy) == names
+    copied = policy.logits(ids).detach()
+    assert torch.equal(reference_logits(policy, ids), copied)
+    with policy.reference():
+        assert trained_names(policy) <= names
+    assert trained_names(policy) == names
+
+    move(policy, 2)
+    assert not torch.equal(policy.logits(ids), copied)
+    assert torch.equal(reference_logits(policy, ids), copied)
+    policy.sync_reference()
+    assert torch.equal(reference_logits(policy, ids), policy.logits(ids))
+    # An optimizer that was made at the start still holds the policy's weights.
+    assert all(p is parameters[n] for n, p in policy.trainable_parameters().items())
+
+
+def test_no_dropout_in_policy_or_reference(policy):
+    ids = ids_of(policy)
+    add_lora(policy, r=4, lora_dropout=0.5)
+    move(policy)
+    assert torch.equal(reference_logits(policy, ids), reference_logits(policy, ids))
+    policy.sync_reference()
+    assert torch.equal(policy.logits(ids), policy.logits(ids))
+    assert torch.equal(reference_logits(policy, ids), reference_logits(policy, ids))
+
+
+def test_the_reference_of_full_fine_tuning_is_a_frozen_copy(policy, rng_untouched):
+    ids = ids_of(policy)
+    with (
+        pytest.raises(ValueError, match=r"sync_reference\(\) first"),
+        policy.reference(),
+    ):
+        pass
+    policy.sync_reference()
+    names = trained_names(policy)
+    start = policy.logits(ids).detach()
+    move(policy)
+    assert not torch.equal(policy.logits(ids), start)
+    assert torch.equal(reference_logits(policy, ids), start)
+    with policy.reference():
+        assert not trained_names(policy)
+    assert trained_names(policy) == names
+    policy.sync_reference()
+    assert torch.equal(reference_logits(policy, ids), policy.logits(ids))
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("synced", [False, True])
+def test_training_the_policy_moves_neither_reference_nor_base(policy, lora, synced):
+    ids = ids_of(policy)
+    if lora:
+        add_lora(policy, r=4)
+        move(policy)
+    if synced or not lora:
+        policy.sync_reference()
+    before = reference_logits(policy, ids)
+    optimizer = torch.optim.SGD(policy.trainable_parameters().values(), lr=1.0)
+    for _ in range(2):
+        with policy.reference():
+            assert not policy.logits(ids).requires_grad
+        policy.logits(ids).square().mean().backward()
+        optimizer.step()
+    assert all(p.grad is not None for p in policy.trainable_parameters().values())
+    assert torch.equal(reference_logits(policy, ids), before)
+    assert not torch.equal(policy.logits(ids), before)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("synced", [False, True])
+def test_an_error_inside_the_reference_leaves_the_policy_as_it_was(policy, lora, synced):
+    if lora:
+        add_lora(policy, r=4)
+        move(policy)
+    if synced or not lora:
+        policy.sync_reference()
+        move(policy)
+    names, logits = trained_names(policy), policy.logits(ids_of(policy))
+    with pytest.raises(KeyError), policy.reference():
+        raise KeyError
+    assert trained_names(policy) == names
+    assert torch.equal(policy.logits(ids_of(policy)), logits)
+    assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_reference_state_restores_the_reference(_weights, lora):
+    def start():
+        base = _weights["mdm"]
+        policy = MaskedDiffusionPolicy(copy.deepcopy(base.model), base.tokenizer)
+        return add_lora(policy, r=4) if lora else policy
+
+    policy, other = start(), start()
+    ids = ids_of(policy)
+    assert policy.reference_state() == {}
+    move(policy)
+    policy.sync_reference()
+    move(policy)
+    other.load_reference_state({n: w.clone() for n, w in policy.reference_state().items()})
+    assert torch.equal(reference_logits(other, ids), reference_logits(policy, ids))
+
+
+# -- saving and loading ----------------------------------------------------------------------------
+
+
+def test_a_saved_policy_is_loaded_as_it_was(policy, tmp_path, rng_untouched):
+    policy.save_pretrained(tmp_path)
+    loaded = load_policy(tmp_path)
+    ids = ids_of(policy)
+    assert loaded.kind == policy.kind
+    assert torch.equal(loaded.logits(ids), policy.logits(ids))
+    text = "Fever for 12 days, 38.5 °C.\n\n<answer>gout</answer>"
+    assert len(loaded.tokenizer) == len(policy.tokenizer)
+    assert loaded.tokenizer(text).input_ids == policy.tokenizer(text).input_ids
+    for name in ("pad_token_id", "eos_token_id", "mask_token_id", "all_special_ids"):
+        assert getattr(loaded.tokenizer, name) == getattr(policy.tokenizer, name)
+    for one, other in zip(
+        vars(loaded.encode(PROMPTS)).values(), vars(policy.encode(PROMPTS)).values(), strict=True
+    ):
+        assert torch.equal(one, other)
+
+
+def test_a_saved_adapter_is_loaded_as_it_was(policy, tmp_path):
+    policy.save_pretrained(tmp_path / "base")
+    ids = ids_of(policy)
+    add_lora(policy, r=4)
+    move(policy)
+    policy.sync_reference()  # a second adapter, which is not saved
+    move(policy, 1)
+    policy.save_pretrained(tmp_path / "adapter")
+    loaded = load_policy(tmp_path / "base", adapter=tmp_path / "adapter")
+    assert torch.equal(loaded.logits(ids), policy.logits(ids))
+    assert trained_names(loaded) == trained_names(policy)
+    settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert settings["r"] == 4
+    assert not (tmp_path / "adapter" / "reference").exists()
+    with pytest.raises(ValueError, match=r"config\.json"):
+        load_policy(tmp_path / "adapter")
+
+
+def test_fingerprints_tell_weights_families_and_training_apart(ar, mdm):
+    found = {ar.fingerprint(), mdm.fingerprint()}
+    add_lora(mdm, r=4)
+    found.add(mdm.fingerprint())
+    with torch.no_grad():
+        ar.model.lm_head.weight[0, 0] += 1e-6
+    found.add(ar.fingerprint())
+    assert len(found) == 4
+
+
+# -- refusals --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [("tiny-mdn", "tiny-mdm"), ("tiny_ar", "tiny-ar"), ("smollm2", "smollm2-135m")],
+)
+def test_an_unknown_policy_suggests_the_nearest(name, nearest):
+    with pytest.raises(ValueError, match=f"policy '{name}': did you mean '{nearest}'"):
+        load_policy(name)
+
+
+def test_other_wrong_names(tmp_path):
+    with pytest.raises(ValueError, match="did you mean 'bfloat16'"):
+        load_policy("tiny-ar", dtype="bfloat")
+    with pytest.raises(ValueError, match=r"config\.json"):
+        load_policy(tmp_path)
+    with pytest.raises(ValueError, match="unknown policy"):
+        load_policy("./missing/folder")
+
+
+def save(folder, tokenizer, rows, is_causal=False):
+    config = Qwen2Config(
+        vocab_size=rows,
+        hidden_size=8,
+        num_hidden_layers=1,
+        intermediate_size=8,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+    )
+    config.is_causal = is_causal
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def small_tokenizer(**changes):
+    tokenizer = train_tokenizer(["fever and rash"] * 3, 270)
+    for name, value in changes.items():
+        setattr(tokenizer, name, value)
+    return tokenizer
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path):
+    tokenizer = small_tokenizer()
+    save(tmp_path, tokenizer, rows=100)
+    with pytest.raises(ValueError, match=rf"{len(tokenizer)} tokens.* 100 rows"):
+        load_policy(tmp_path)
+
+
+def test_a_diffusion_checkpoint_without_a_mask_token_is_refused(tmp_path):
+    tokenizer = small_tokenizer(mask_token=None)
+    save(tmp_path, tokenizer, rows=len(tokenizer))
+    with pytest.raises(ValueError, match="mask token"):
+        load_policy(tmp_path)
+    save(tmp_path / "ar", tokenizer, rows=len(tokenizer), is_causal=True)
+    assert load_policy(tmp_path / "ar").kind == "ar"
+
+
+@pytest.mark.parametrize("role", ["eos_token", "pad_token"])
+def test_a_mask_token_that_is_end_or_padding_is_refused(tmp_path, role):
+    tokenizer = small_tokenizer()
+    tokenizer.mask_token = getattr(tokenizer, role)
+    save(tmp_path, tokenizer, rows=len(tokenizer))
+    with pytest.raises(ValueError, match=rf"mask token id {tokenizer.mask_token_id} equals"):
+        load_policy(tmp_path)
+
+
+def test_a_checkpoint_without_an_end_token_is_refused(tmp_path):
+    tokenizer = small_tokenizer(eos_token=None)
+    save(tmp_path, tokenizer, rows=len(tokenizer), is_causal=True)
+    with pytest.raises(ValueError, match="end-of-sequence"):
+        load_policy(tmp_path)
+
+
+def test_a_mask_id_outside_the_embedding_is_refused(mdm):
+    """Ids may have holes, so that the tokenizer's size alone does not tell."""
+
+    class Sparse:
+        mask_token_id = 5000
+        eos_token_id = 1
+        pad_token_id = 0
+
+        def __len__(self):
+            return 10
+
+    with pytest.raises(ValueError, match=r"mask token id 5000 .* 2048 rows"):
+        MaskedDiffusionPolicy(mdm.model, Sparse())

@@ -1,0 +1,217 @@
+"""Run folders: random numbers, hashes, and what a crash leaves."""
+
+import contextlib
+import json
+import os
+import random
+import shutil
+
+import pytest
+import torch
+from scipy import stats
+
+from mdmrl.runs import Run, config_hash, derived_seed, generator_for, write_atomically
+
+CONFIG = {"learning_rate": 1e-4, "seed": 0, "sizes": [1, 2]}
+
+
+# -- random numbers --------------------------------------------------------------------------------
+
+
+def test_generators_are_reproducible_and_touch_nothing_global(rng_untouched):
+    draws = [torch.rand(5, generator=generator_for(3, "noise", 7, 2)) for _ in range(2)]
+    assert torch.equal(*draws)
+
+
+def test_every_argument_changes_the_seed_and_none_runs_into_another():
+    keys = [
+        (seed, purpose, step, index)
+        for seed in (0, 1, 11)
+        for purpose in ("noise", "rollout", "noise/1")
+        for step in (0, 1, 11)
+        for index in (0, 1, 11)
+    ]
+    seeds = {derived_seed(*key) for key in keys}
+    assert len(seeds) == len(keys)
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_streams_of_neighbouring_steps_are_independent():
+    draws = torch.stack([torch.rand(50, generator=generator_for(0, "x", s)) for s in range(200)])
+    assert stats.kstest(draws.flatten().numpy(), "uniform").pvalue > 1e-3
+    assert stats.pearsonr(draws[:-1].flatten(), draws[1:].flatten()).pvalue > 1e-3
+    assert stats.kstest(draws[:, 0].numpy(), "uniform").pvalue > 1e-3  # across generators
+
+
+def test_config_hash_ignores_order_and_sees_every_value():
+    assert config_hash(CONFIG) == config_hash(dict(reversed(CONFIG.items())))
+    variants = [CONFIG, CONFIG | {"seed": 1}, CONFIG | {"sizes": [2, 1]}, CONFIG | {"beta": 0}]
+    hashes = {config_hash(variant) for variant in variants}
+    assert len(hashes) == len(variants)
+    assert all(len(h) == 10 and int(h, 16) >= 0 for h in hashes)
+
+
+# -- the folder ------------------------------------------------------------------------------------
+
+
+def test_a_folder_of_another_run_is_refused_and_left_alone(tmp_path):
+    Run(tmp_path / "run", CONFIG)
+    Run(tmp_path / "run", dict(CONFIG))  # the same run again
+    with pytest.raises(FileExistsError, match=r"seed 0 -> 1.*output_dir"):
+        Run(tmp_path / "run", CONFIG | {"seed": 1})
+    with pytest.raises(FileExistsError, match="beta None -> 1"):
+        Run(tmp_path / "run", CONFIG | {"beta": 1})
+    assert json.loads((tmp_path / "run" / "config.json").read_text()) == CONFIG
+
+
+def test_a_folder_of_other_files_is_refused(tmp_path):
+    (tmp_path / "thesis.tex").write_text("mine")
+    with pytest.raises(FileExistsError, match="not empty"):
+        Run(tmp_path, CONFIG)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_the_environment_is_recorded(tmp_path):
+    Run(tmp_path / "run", CONFIG)
+    found = json.loads((tmp_path / "run" / "environment.json").read_text())
+    assert torch.__version__.startswith(found["torch"].partition("+")[0])
+    assert found["threads"] == torch.get_num_threads()
+    assert found["machine"]
+
+
+def test_write_atomically_replaces_and_leaves_nothing_aside(tmp_path):
+    path = tmp_path / "new" / "file.txt"
+    for text in ("one", "two ü"):
+        write_atomically(path, text)
+        assert path.read_text(encoding="utf-8") == text
+    assert list(path.parent.iterdir()) == [path]
+
+
+# -- metrics ---------------------------------------------------------------------------------------
+
+
+def test_metrics_cut_at_any_byte_give_the_complete_rows(tmp_path):
+    run = Run(tmp_path / "run", CONFIG)
+    assert run.rows() == []
+    rows = [{"step": s, "text": f"ü\u2028\n{s}", "loss": s / 3} for s in range(4)]
+    for row in rows:
+        run.log(row)
+    path = run.folder / "metrics.jsonl"
+    whole = path.read_bytes()
+    ends = [i + 1 for i, byte in enumerate(whole) if byte == ord("\n")]
+    for size in range(len(whole) + 1):
+        path.write_bytes(whole[:size])
+        assert run.rows() == rows[: sum(end <= size for end in ends)]
+
+
+def test_a_resumed_run_writes_over_the_cut_line(tmp_path):
+    run = Run(tmp_path / "run", CONFIG)
+    for step in range(4):
+        run.log({"step": step})
+        run.log({"step": step}, "samples")
+    path = run.folder / "metrics.jsonl"
+    path.write_bytes(path.read_bytes()[:-4])
+    assert not run.complete(3)
+    run.rewind(2)
+    for step in (2, 3):
+        run.log({"step": step})
+    assert [row["step"] for row in run.rows()] == [0, 1, 2, 3]
+    assert [row["step"] for row in run.rows("samples")] == [0, 1]
+    assert run.complete(3)
+
+
+# -- checkpoints -----------------------------------------------------------------------------------
+
+FILES = {"policy.bin": b"p" * 400, "optimizer.bin": b"o" * 300, "pretrained/config.json": b"{}"}
+
+
+def fill(step):
+    def write(folder):
+        for name, content in FILES.items():
+            path = folder / name
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(content + str(step).encode())
+
+    return write
+
+
+def is_whole(folder, step):
+    return all((folder / n).read_bytes() == c + str(step).encode() for n, c in FILES.items())
+
+
+def test_the_newest_checkpoint_takes_the_place_of_the_older(tmp_path):
+    run = Run(tmp_path / "run", CONFIG)
+    assert run.latest_checkpoint() is None
+    for step in (1, 2, 10):
+        run.save_checkpoint(step, fill(step))
+        found, folder = run.latest_checkpoint()
+        assert found == step
+        assert is_whole(folder, step)
+        assert [p.name for p in folder.parent.iterdir()] == [f"step-{step:06d}"]
+
+
+@pytest.mark.parametrize("trial", range(20))
+def test_a_damaged_checkpoint_is_never_given(tmp_path, trial):
+    """Truncate or delete any file of the newest: the previous one is given, or none."""
+    rng = random.Random(trial)
+    run = Run(tmp_path / "run", CONFIG)
+    previous = run.save_checkpoint(1, fill(1))
+    shutil.copytree(previous, tmp_path / "kept")
+    newest = run.save_checkpoint(2, fill(2))
+    keeps_previous = rng.random() < 0.5
+    if keeps_previous:
+        shutil.copytree(tmp_path / "kept", previous)
+    files = sorted(path for path in newest.rglob("*") if path.is_file())
+    victim = files[trial % len(files)]  # manifest.json among them
+    if rng.random() < 0.3:
+        victim.unlink()
+    else:
+        victim.write_bytes(victim.read_bytes()[: rng.randrange(victim.stat().st_size)])
+    found = run.latest_checkpoint()
+    if keeps_previous:
+        assert found is not None
+        assert found[0] == 1
+        assert is_whole(found[1], 1)
+    else:
+        assert found is None
+
+
+class Crash(BaseException):
+    """What the operating system does, as far as Python can play it."""
+
+
+@pytest.mark.parametrize("call", range(26))
+def test_a_crash_while_saving_leaves_a_whole_checkpoint(tmp_path, monkeypatch, call):
+    """Cut `save_checkpoint` off at its n-th call to the file system."""
+    run = Run(tmp_path / "run", CONFIG)
+    run.save_checkpoint(1, fill(1))
+    calls = 0
+
+    def cut(function):
+        def wrapper(*args, **kwargs):
+            nonlocal calls
+            calls += 1
+            if calls == call:
+                raise Crash
+            return function(*args, **kwargs)
+
+        return wrapper
+
+    def write(folder):
+        for name, content in FILES.items():
+            path = folder / name
+            path.parent.mkdir(exist_ok=True)
+            with open(path, "wb") as file:
+                for byte in (content + b"2")[:50], (content + b"2")[50:]:
+                    cut(file.write)(byte)
+
+    with monkeypatch.context() as patch:
+        for name in ("replace", "fsync", "mkdir", "unlink", "rmdir"):
+            patch.setattr(os, name, cut(getattr(os, name)))
+        with contextlib.suppress(Crash):
+            run.save_checkpoint(2, write)
+    step, folder = run.latest_checkpoint()
+    assert is_whole(folder, step)
+    run.save_checkpoint(3, fill(3))  # and the run goes on
+    assert run.latest_checkpoint()[0] == 3
+    assert [p.name for p in folder.parent.iterdir()] == ["step-000003"]

@@ -1,0 +1,310 @@
+"""Samplers against plain loops, transformers' own `generate`, and the laws they must keep."""
+
+import pytest
+import torch
+from scipy import stats
+
+from mdmrl.runs import generator_for
+from mdmrl.sampling import SamplerConfig, generate
+from mdmrl.sampling.config import draw
+from mdmrl.sampling.denoise import commit_score, reveal_quota
+
+PROMPTS = [
+    "Which test is decisive?",
+    "A patient has fever, rash and joint pain. What is the most likely diagnosis?",
+    "x",
+    "Someone comes in with weight loss and a tremor. Where does the problem lie?",
+]
+
+
+def settings(**changes):
+    return SamplerConfig(**{"max_new_tokens": 12, "steps": 5} | changes)
+
+
+def double(policy):
+    """Body in float64, so that the shape of a batch flips no near-tie; the head stays float32."""
+    policy.model.double()
+    policy.model.lm_head.float()
+    return policy
+
+
+# -- laws ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_the_prompt_is_untouched(policy, temperature):
+    given = policy.encode(PROMPTS)
+    found = generate(policy, PROMPTS, settings(temperature=temperature))
+    width = given.input_ids.shape[1]
+    assert torch.equal(found.sequences[:, :width], given.input_ids)
+    assert torch.equal(found.prompt_mask, given.attention_mask)
+    assert torch.equal(found.sequences[:, width:], found.completion_ids)
+    assert found.completion_ids.shape == (4, 12)
+    assert len(found.completions) == 4
+
+
+@pytest.mark.parametrize(("length", "steps"), [(12, 12), (12, 5), (12, 1), (7, 3), (1, 1)])
+def test_quotas_are_even_and_spend_the_remainder_first(length, steps):
+    quota = reveal_quota(length, steps)
+    assert sum(quota) == length
+    assert len(quota) == steps
+    assert quota == sorted(quota, reverse=True)
+    assert quota[0] - quota[-1] <= 1
+
+
+@pytest.mark.parametrize("steps", [1, 5, 12, None])
+@pytest.mark.parametrize("remasking", ["low_confidence", "random"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_each_step_reveals_its_quota_and_each_position_once(mdm, steps, remasking, temperature):
+    config = settings(steps=steps, remasking=remasking, temperature=temperature)
+    found = generate(mdm, PROMPTS, config, record=True)
+    steps = steps or 6
+    revealed = [step.positions for step in found.trajectory]
+    assert [p.shape[1] for p in revealed] == reveal_quota(12, steps)
+    order = torch.cat(revealed, 1)
+    assert torch.equal(order.sort(1).values, torch.arange(12).expand(4, 12))
+    tokens = torch.cat([step.tokens for step in found.trajectory], 1)
+    assert torch.equal(found.completion_ids.gather(1, order), tokens)
+    logprobs = torch.cat([step.logprobs for step in found.trajectory], 1)
+    assert torch.equal(found.logprobs.gather(1, order), logprobs)
+    assert (logprobs <= 0).all()
+    assert found.nfe == steps
+    assert found.token_forwards == steps * found.sequences.numel()
+
+
+def mask_lover(mdm):
+    """About half of the positions, whatever the canvas, prefer [MASK] to any other token."""
+    with torch.no_grad():
+        mdm.model.lm_head.weight[mdm.mask_token_id] *= 100
+    return mdm
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("remasking", ["low_confidence", "random"])
+def test_masks_are_left_only_where_they_may_be_drawn(mdm, temperature, remasking):
+    mask_lover(mdm)
+    config = settings(temperature=temperature, remasking=remasking)
+    suppressed = generate(mdm, PROMPTS, config)
+    assert not (suppressed.completion_ids == mdm.mask_token_id).any()
+    config = config.replace(suppress_mask=False)
+    free = generate(mdm, PROMPTS, config, record=True)
+    left = free.completion_ids == mdm.mask_token_id
+    assert left.any()
+    assert not left.all()
+    assert "<|mask|>" not in "".join(free.completions)
+    # A [MASK] that was drawn is committed like any token: every position is still revealed once.
+    order = torch.cat([step.positions for step in free.trajectory], 1)
+    assert torch.equal(order.sort(1).values, torch.arange(12).expand(4, 12))
+
+
+@pytest.mark.parametrize("suppress_mask", [True, False])
+def test_a_batch_gives_what_each_prompt_gives_alone(policy, suppress_mask):
+    double(policy)
+    config = settings(steps=12, suppress_mask=suppress_mask)
+    together = generate(policy, PROMPTS, config)
+    assert not together.prompt_mask.all()
+    for row, prompt in enumerate(PROMPTS):
+        alone = generate(policy, [prompt], config)
+        assert torch.equal(together.completion_ids[row], alone.completion_ids[0])
+        assert together.completions[row] == alone.completions[0]
+        torch.testing.assert_close(together.logprobs[row], alone.logprobs[0], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("remasking", ["low_confidence", "random"])
+def test_the_generator_decides_and_nothing_global_moves(policy, remasking, rng_untouched):
+    config = settings(temperature=1.0, remasking=remasking)
+
+    def text(seed):
+        return generate(policy, PROMPTS, config, generator_for(seed, "test")).completions
+
+    assert text(0) == text(0)
+    assert text(0) != text(1)
+    assert (
+        generate(policy, PROMPTS, config).completions
+        == generate(policy, PROMPTS, config).completions
+    )
+
+
+# -- against plain loops ---------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("steps", [1, 5, 12])
+@pytest.mark.parametrize("suppress_mask", [True, False])
+def test_denoising_equals_a_plain_loop(mdm, steps, suppress_mask):
+    """LLaDA's loop as published, one prompt at a time: full canvas, full softmax, top-k."""
+    if not suppress_mask:
+        mask_lover(mdm)
+    double(mdm)
+    found = generate(mdm, PROMPTS, settings(steps=steps, suppress_mask=suppress_mask))
+    mask = mdm.mask_token_id
+    for row, prompt in enumerate(PROMPTS):
+        ids = mdm.tokenizer(f"<|user|>{prompt}<|assistant|>").input_ids
+        canvas = torch.tensor([ids + [mask] * 12])
+        todo = set(range(len(ids), len(ids) + 12))
+        for quota in reveal_quota(12, steps):
+            hidden = mdm.model.model(input_ids=canvas).last_hidden_state
+            logits = mdm.model.lm_head(hidden.float())
+            if suppress_mask:
+                logits[..., mask] = -torch.inf
+            probability, token = logits.softmax(-1)[0].max(-1)
+            best = sorted(todo, key=lambda i: -probability[i].item())[:quota]
+            for i in best:
+                canvas[0, i] = token[i]
+            todo -= set(best)
+        assert not todo
+        assert torch.equal(found.completion_ids[row], canvas[0, len(ids) :])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize("remasking", ["low_confidence", "random"])
+def test_a_trajectory_can_be_replayed(mdm, temperature, remasking):
+    """At every step the recorded probabilities are the model's on the canvas of that step."""
+    config = settings(temperature=temperature, remasking=remasking)
+    found = generate(mdm, PROMPTS, config, record=True)
+    width = found.prompt_mask.shape[1]
+    canvas = found.sequences.clone()
+    canvas[:, width:] = mdm.mask_token_id
+    attention = torch.cat([found.prompt_mask, torch.ones(4, 12, dtype=torch.bool)], 1)
+    for step in found.trajectory:
+        logits = mdm.logits(canvas, attention)[:, width:]
+        logits[..., mdm.mask_token_id] = -torch.inf
+        logp = (logits / (temperature or 1)).log_softmax(-1)
+        rows = torch.arange(4)[:, None]
+        expected = logp[rows, step.positions, step.tokens]
+        torch.testing.assert_close(step.logprobs, expected, atol=1e-4, rtol=1e-4)
+        canvas[rows, width + step.positions] = step.tokens
+    assert torch.equal(canvas, found.sequences)
+
+
+def ender(ar, strength):
+    """Make the end token likelier, so that rows end at different places."""
+    with torch.no_grad():
+        ar.model.lm_head.weight[ar.tokenizer.eos_token_id] *= strength
+    return ar
+
+
+def test_greedy_left_to_right_equals_transformers(ar):
+    ender(ar, 4)
+    found = generate(ar, PROMPTS, settings(max_new_tokens=40))
+    given = ar.encode(PROMPTS)
+    expected = ar.model.generate(
+        input_ids=given.input_ids,
+        attention_mask=given.attention_mask.long(),
+        do_sample=False,
+        max_new_tokens=40,
+        pad_token_id=ar.pad_token_id,
+        eos_token_id=ar.tokenizer.eos_token_id,
+    )
+    ended = found.completion_mask.sum(1)
+    assert ended.min() < ended.max()  # rows end at different places
+    assert torch.equal(found.sequences[:, : expected.shape[1]], expected)
+    assert (found.sequences[:, expected.shape[1] :] == ar.pad_token_id).all()
+    assert found.nfe == ended.max()
+    width = given.input_ids.shape[1]
+    assert found.token_forwards == 4 * (width + found.nfe - 1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_left_to_right_probabilities_are_those_of_a_whole_forward(ar, temperature):
+    ender(ar, 2)
+    found = generate(ar, PROMPTS, settings(temperature=temperature))
+    rows = zip(found.sequences, found.prompt_mask, found.completion_mask, strict=True)
+    for row, (ids, seen, written) in enumerate(rows):
+        keep = torch.cat([seen, written])
+        logits = ar.model(input_ids=ids[keep][None]).logits[0, :-1]
+        logp = (logits / (temperature or 1)).log_softmax(-1)
+        expected = logp.gather(1, ids[keep][1:, None])[-int(written.sum()) :, 0]
+        torch.testing.assert_close(found.logprobs[row][written], expected, atol=1e-4, rtol=1e-4)
+        assert (found.logprobs[row][~written] == 0).all()
+        assert (found.completion_ids[row][~written] == ar.pad_token_id).all()
+
+
+def test_texts_stop_at_the_end_token(policy):
+    ender(policy, {"ar": 10, "mdm": -2}[policy.kind])
+    found = generate(policy, PROMPTS, settings(temperature=1.0, max_new_tokens=24, steps=24))
+    end = policy.tokenizer.eos_token_id
+    lengths = found.completion_mask.sum(1)
+    assert 1 < lengths.max()
+    assert lengths.min() < 24
+    for row, ids in enumerate(found.token_lists()):
+        before = found.completion_ids[row].tolist()
+        expected = before[: before.index(end) + 1] if end in before else before
+        assert ids == expected
+        text = policy.tokenizer.decode(expected, skip_special_tokens=True)
+        assert found.completions[row] == text
+
+
+# -- randomness ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_draws_follow_the_tempered_softmax(temperature):
+    logits = torch.tensor([2.0, 0.0, -1.0, 1.0, -torch.inf, 0.5])
+    n = 20_000
+    tokens, logprobs = draw(logits.expand(n, -1), temperature, generator_for(0, "draw"))
+    weights = [2.718281828459045 ** (x / temperature) for x in logits.tolist()]
+    expected = torch.tensor(weights, dtype=torch.float64)
+    expected = expected / expected.sum()
+    counts = torch.bincount(tokens, minlength=6)
+    assert counts[4] == 0
+    seen = [0, 1, 2, 3, 5]
+    assert stats.chisquare(counts[seen], (expected * n)[seen]).pvalue > 1e-3
+    torch.testing.assert_close(logprobs, expected.log()[tokens].float(), atol=1e-5, rtol=1e-5)
+
+
+def test_a_draw_at_temperature_zero_is_the_best_token():
+    logits = torch.randn(50, 9, generator=torch.Generator().manual_seed(0))
+    tokens, logprobs = draw(logits, 0.0, generator_for(0, "draw"))
+    assert tokens.tolist() == [max(range(9), key=row.__getitem__) for row in logits.tolist()]
+    torch.testing.assert_close(logprobs, logits.softmax(-1).max(-1).values.log())
+
+
+def test_random_remasking_reveals_every_position_equally_often(mdm):
+    config = SamplerConfig(max_new_tokens=6, steps=6, remasking="random")
+    counts = torch.zeros(6)
+    for seed in range(3):
+        found = generate(mdm, ["x"] * 100, config, generator_for(seed, "uniform"), record=True)
+        counts += torch.bincount(found.trajectory[0].positions[:, 0], minlength=6)
+    assert stats.chisquare(counts).pvalue > 1e-3
+
+
+def test_confidence_is_the_untempered_probability_of_the_drawn_token():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 5, 7, generator=generator)
+    tokens = torch.randint(7, (3, 5), generator=generator)
+    score = commit_score(logits, tokens, settings(temperature=2.0), generator)
+    probability = logits.softmax(-1).gather(-1, tokens[..., None])[..., 0]
+    torch.testing.assert_close(score.exp(), probability)
+
+
+# -- refusals --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": 0}, r"steps=0: expected 1 to max_new_tokens=12"),
+        ({"steps": 13}, r"steps=13: expected 1 to max_new_tokens=12"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0"),
+        ({"remasking": "low_confidance"}, "did you mean 'low_confidence'"),
+        ({"temperature": -0.1}, "temperature=-0.1"),
+        ({"temperature": "nan"}, "temperature=nan"),
+        ({"temperature": "inf"}, "temperature=inf"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        settings(**changes)
+
+
+def test_steps_default_to_half_the_tokens():
+    assert [SamplerConfig(max_new_tokens=n).denoising_steps for n in (1, 2, 7)] == [1, 1, 4]
+
+
+def test_a_prompt_that_leaves_no_room_is_refused_before_any_work(policy, monkeypatch):
+    monkeypatch.setattr(policy, "hidden_states", None)  # a forward pass would fail
+    with pytest.raises(ValueError, match="context of 512"):
+        generate(policy, ["1" * 600], settings())
