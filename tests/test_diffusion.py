@@ -75,7 +75,7 @@ def test_sample_times_weigh_integrals_without_bias(count, f, integral):
     means = []
     for _ in range(2000):
         t, weight = sample_times(count, generator)
-        assert 0 < t.min()
+        assert t.min() > 0
         assert t.max() <= 1
         means.append((weight * f(t)).mean())
     means = torch.stack(means).double()

@@ -227,7 +227,7 @@ def test_texts_stop_at_the_end_token(policy):
     found = generate(policy, PROMPTS, settings(temperature=1.0, max_new_tokens=24, steps=24))
     end = policy.tokenizer.eos_token_id
     lengths = found.completion_mask.sum(1)
-    assert 1 < lengths.max()
+    assert lengths.max() > 1
     assert lengths.min() < 24
     for row, ids in enumerate(found.token_lists()):
         before = found.completion_ids[row].tolist()

@@ -23,7 +23,7 @@ class GRPOConfig(Config):
         kl_estimator: `k1`, `k2` or `k3`.
         logp_estimator: `exact` (autoregressive), `ar_style` or `one_step` (masked diffusion).
         p_mask_prompt: share of prompt tokens that `one_step` masks.
-        steps, remasking, temperature, suppress_mask: the sampler's, see `SamplerConfig`.
+        steps, remasking, end_last, temperature, suppress_mask: the sampler's, see `SamplerConfig`.
         eval_steps: every so many updates (and at the end) complete the held-out prompts greedily.
     """
 
@@ -44,6 +44,7 @@ class GRPOConfig(Config):
     max_completion_length: int = 128
     steps: int | None = None
     remasking: str = "low_confidence"
+    end_last: bool = True
     temperature: float = 1.0
     suppress_mask: bool = True
     eval_steps: int = 10
@@ -83,6 +84,7 @@ class GRPOConfig(Config):
             max_new_tokens=self.max_completion_length,
             steps=self.steps,
             remasking=self.remasking,
+            end_last=self.end_last,
             temperature=self.temperature if temperature is None else temperature,
             suppress_mask=self.suppress_mask,
         )

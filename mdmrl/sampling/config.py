@@ -22,6 +22,11 @@ class SamplerConfig(Config):
             in d1. An autoregressive policy takes one step a token whatever is asked.
         remasking: which positions a step reveals, as LLaDA names it: `"low_confidence"` keeps the
             most probable of the drawn tokens, `"random"` a uniform choice.
+        end_last: reveal positions whose most probable token ends the text only once no other is
+            left, as LLaDA does for its instruct models. Without it, a canvas that is filled up
+            with end tokens is revealed from its far end, where they are surest, and texts come out
+            short or empty. The most probable token decides, not the drawn one: at temperature 1
+            the redrawing of postponed positions would select against end tokens.
         temperature: 0 takes the most probable token.
         suppress_mask: never draw [MASK]; with False a drawn [MASK] is committed like any token
             and stays in the text, as it can with Dream.
@@ -30,6 +35,7 @@ class SamplerConfig(Config):
     max_new_tokens: int = 128
     steps: int | None = None
     remasking: str = "low_confidence"
+    end_last: bool = True
     temperature: float = 0.0
     suppress_mask: bool = True
 

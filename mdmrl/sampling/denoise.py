@@ -36,6 +36,7 @@ def denoise(
     completion = canvas[:, width:]  # a view
     logprobs = torch.zeros(batch, length, device=device)
     open_at = torch.arange(length, device=device).expand(batch, length)  # masked positions
+    ends = torch.tensor(policy.end_token_ids, device=device)
     trajectory = []
 
     for quota in reveal_quota(length, config.denoising_steps):
@@ -46,6 +47,8 @@ def denoise(
             logits[..., policy.mask_token_id] = -torch.inf
         tokens, logprob = draw(logits, config.temperature, generator)
         score = commit_score(logits, tokens, config, generator)
+        if config.end_last:  # log-probabilities and uniforms alike stay far above
+            score = score - 1e6 * torch.isin(logits.argmax(-1), ends)
         chosen = score.topk(quota, dim=1).indices  # (B, quota) into the masked positions
         step = Step(*(x.gather(1, chosen) for x in (open_at, tokens, logprob)))
         completion.scatter_(1, step.positions, step.tokens)
