@@ -107,6 +107,27 @@ def train(
     print(train_grpo(trained, judged.rewards, judged.rows("rl"), settings, held_out, judged.metric))
 
 
+@app.command()
+def bench(
+    what: Annotated[str, typer.Argument(help="update or import.")],
+    policy: Annotated[str, typer.Option(help="For update: a name, or a folder.")] = "tiny-mdm",
+    json: Annotated[Path | None, typer.Option(help="Write the numbers to this file.")] = None,
+) -> None:
+    """Time one GRPO update, or the import of the package; run it on an idle machine."""
+    from json import dumps
+
+    from mdmrl.config import unknown
+    from mdmrl.study.bench import bench_import, bench_update
+
+    benches = {"update": lambda: bench_update(policy), "import": bench_import}
+    if what not in benches:
+        raise unknown("bench", what, benches)
+    numbers = dumps(benches[what](), indent=1)
+    print(numbers)
+    if json is not None:
+        json.write_text(numbers + "\n")
+
+
 def main() -> None:
     """Run the command line; bad input is one line and exit code 2, a bug keeps its traceback."""
     try:

@@ -46,6 +46,14 @@ def write_atomically(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
+def read_rows(path: Path) -> list[dict]:
+    """Rows of a JSONL log, none without a file; a last line that a crash cut short is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
 def environment() -> dict:
     """What a number was measured on: versions, processor, threads, source revision."""
     packages = ("torch", "transformers", "peft", "accelerate", "sentence-transformers")
@@ -128,12 +136,8 @@ class Run:
             file.write(json.dumps(row) + "\n")
 
     def rows(self, name: str = "metrics") -> list[dict]:
-        """The complete rows of `<name>.jsonl`; a line that a crash cut short is left out."""
-        path = self.folder / f"{name}.jsonl"
-        if not path.exists():
-            return []
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        """The complete rows of `<name>.jsonl`."""
+        return read_rows(self.folder / f"{name}.jsonl")
 
     def complete(self, max_steps: int) -> bool:
         """Whether the run's last row, that of step `max_steps`, has been logged."""

@@ -1,7 +1,9 @@
 """Tiny random policies that every test of the core shares."""
 
 import copy
+import random
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoTokenizer
@@ -37,7 +39,8 @@ def random_policy(family, tokenizer, seed=0, **shapes):
 
 
 @pytest.fixture(scope="session")
-def _weights(tokenizer):
+def shared_policies(tokenizer):
+    """One of each family; copy before changing weights."""
     return {family: random_policy(family, tokenizer) for family in ("ar", "mdm")}
 
 
@@ -46,29 +49,26 @@ def _fresh(policy):
 
 
 @pytest.fixture
-def ar(_weights):
+def ar(shared_policies):
     """A fresh random autoregressive policy."""
-    return _fresh(_weights["ar"])
+    return _fresh(shared_policies["ar"])
 
 
 @pytest.fixture
-def mdm(_weights):
+def mdm(shared_policies):
     """A fresh random masked diffusion policy."""
-    return _fresh(_weights["mdm"])
+    return _fresh(shared_policies["mdm"])
 
 
 @pytest.fixture(params=["ar", "mdm"])
-def policy(request, _weights):
+def policy(request, shared_policies):
     """Each family in turn."""
-    return _fresh(_weights[request.param])
+    return _fresh(shared_policies[request.param])
 
 
 @pytest.fixture
 def rng_untouched():
     """Fails the test if it moves a global random state."""
-    import random
-
-    import numpy as np
 
     def state():
         return torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()

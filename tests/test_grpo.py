@@ -158,7 +158,7 @@ def test_clipped_tokens_have_no_gradient_and_others_that_of_the_ratio():
     for i in range(len(rollout)):
         a, n = rollout.advantages[i].item(), int(rollout.completion_mask[i].sum())
         for k in range(8):
-            ratio = math.exp(logp[i, k] - old[i, k])
+            ratio = math.exp(logp[i, k].item() - old[i, k].item())
             free = (ratio < 1.2) if a > 0 else (ratio > 0.8)
             expected = -a * ratio / n if k < n and free else 0.0
             assert logp.grad[i, k].item() == pytest.approx(expected)
@@ -300,9 +300,6 @@ def test_the_two_parts_add_up_and_the_log_says_what_they_are(mdm):
         logp = ESTIMATORS["one_step"][1](mdm, rollout, no_noise(rollout))
     found, total = updated(mdm, rollout, "one_step", beta=0.5)
     _, surrogate = updated(mdm, rollout, "one_step", beta=0.0)
-    for name, value in total.items():
-        kl_part = value - surrogate[name]
-        assert kl_part.isfinite().all()
     norm = math.sqrt(sum((total[n] - surrogate[n]).double().square().sum() for n in total))
     assert found["grad_norm/kl"] == pytest.approx(norm, rel=1e-3)
     assert found["loss"] == pytest.approx(found["loss/surrogate"] + found["loss/kl"])
@@ -634,9 +631,9 @@ RESUMED = {
 
 
 @pytest.fixture(scope="module", params=RESUMED)
-def uninterrupted(request, _weights, tmp_path_factory):
+def uninterrupted(request, shared_policies, tmp_path_factory):
     """A way to start the run, and what it gives when nothing happens."""
-    base = _weights[request.param.partition("-")[0]]
+    base = shared_policies[request.param.partition("-")[0]]
 
     def start(folder, reward):
         policy = type(base)(copy.deepcopy(base.model), base.tokenizer)

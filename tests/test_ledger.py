@@ -8,8 +8,10 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
-from mdmrl.study.ledger import END, START, Claim, load, record, render, update_readme
+from mdmrl.study.ledger import Claim, load, record, render, update_readme
 from mdmrl.study.outputs import Outputs, figures_folder, figures_of, project_root
+
+START, END = "<!-- claims:start -->", "<!-- claims:end -->"
 
 
 def claim(**changes) -> Claim:

@@ -11,7 +11,6 @@ import papermill
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from mdmrl.study.ledger import END, START
 from mdmrl.study.reproduce import load_profile, notebook_parameters, plan, reproduce
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
@@ -19,6 +18,8 @@ NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 PROFILES = ("smoke", "cpu", "full")
 
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+START, END = "<!-- claims:start -->", "<!-- claims:end -->"
 
 
 # ------------------------------------------------------------------ form

@@ -228,9 +228,11 @@ def test_adapters_are_float32_over_a_bfloat16_body_and_start_as_nothing(policy, 
     assert {p.dtype for p in adapters} == {torch.float32}
 
 
-def test_adapter_weights_derive_from_the_seed(_weights):
+def test_adapter_weights_derive_from_the_seed(shared_policies):
     def made(seed):
-        policy = type(_weights["ar"])(copy.deepcopy(_weights["ar"].model), _weights["ar"].tokenizer)
+        policy = type(shared_policies["ar"])(
+            copy.deepcopy(shared_policies["ar"].model), shared_policies["ar"].tokenizer
+        )
         return add_lora(policy, r=4, seed=seed).fingerprint()
 
     assert made(0) == made(0)
@@ -356,9 +358,9 @@ def test_an_error_inside_the_reference_leaves_the_policy_as_it_was(policy, lora,
 
 
 @pytest.mark.parametrize("lora", [False, True])
-def test_reference_state_restores_the_reference(_weights, lora):
+def test_reference_state_restores_the_reference(shared_policies, lora):
     def start():
-        base = _weights["mdm"]
+        base = shared_policies["mdm"]
         policy = MaskedDiffusionPolicy(copy.deepcopy(base.model), base.tokenizer)
         return add_lora(policy, r=4) if lora else policy
 

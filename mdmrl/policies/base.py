@@ -15,10 +15,23 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers.utils import logging
 
 from mdmrl.config import require
 
 Prompt = str | list[dict]
+
+
+@contextlib.contextmanager
+def no_progress_bars():
+    """Load or save without transformers' progress bars: they end up in logs and notebooks."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 @dataclass
@@ -239,12 +252,11 @@ class Policy:
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the model (or its adapter) and tokenizer the Hugging Face way."""
+        options = {}
         if self.uses_lora:
-            self.model.save_pretrained(
-                folder, save_embedding_layers=False, selected_adapters=["default"]
-            )
-        else:
-            self.model.save_pretrained(folder)
+            options = {"save_embedding_layers": False, "selected_adapters": ["default"]}
+        with no_progress_bars():
+            self.model.save_pretrained(folder, **options)
         self.tokenizer.save_pretrained(folder)
 
 

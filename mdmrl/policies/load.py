@@ -16,7 +16,12 @@ from transformers import (
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from mdmrl.config import require, unknown
-from mdmrl.policies.base import AutoregressivePolicy, MaskedDiffusionPolicy, Policy
+from mdmrl.policies.base import (
+    AutoregressivePolicy,
+    MaskedDiffusionPolicy,
+    Policy,
+    no_progress_bars,
+)
 
 ZOO = ("tiny-ar", "tiny-mdm")
 SMOLLM2 = "smollm2-135m"
@@ -49,7 +54,8 @@ def load_policy(
     if AutoConfig.from_pretrained(source).to_dict().get("is_causal") is False:
         kind = MaskedDiffusionPolicy
     tokenizer = load_tokenizer(source)
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=DTYPES[dtype])
+    with no_progress_bars():
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=DTYPES[dtype])
     policy = kind(_with_own_float32_head(model).to(device), tokenizer)
     if adapter is not None:
         import peft

@@ -73,7 +73,8 @@ def grpo_loss(
     tokens = {"ratio": ratio, "clipped": gain < ratio * advantage, "d": d, "kl": kl}
     return (
         -over_completions(gain),
-        config.beta * over_completions(kl),
+        # An infinite KL must not reach a loss that does without it: 0 * inf is nan.
+        config.beta * over_completions(kl) if config.beta else torch.zeros(()),
         {name: value.detach() for name, value in tokens.items()},
     )
 
@@ -96,6 +97,14 @@ def train_grpo(
         rewards: functions of TRL's signature; their sum is the reward.
         rows: training rows with `prompt` and the columns that rewards take.
         eval_rows, metric: held-out rows and the true metric, `metric(completion, row) -> bool`.
+
+    Each row of `metrics.jsonl` holds the reward and its components; `loss` and its parts
+    `loss/surrogate` and `loss/kl` (beta KL), their gradient norms, `grad_norm` before clipping;
+    `kl` (mean over tokens, without beta), `kl/sum` (over a completion), `kl/max` and `kl/law` =
+    log mean exp(-d), which is 0 where samples come from the distribution that is scored;
+    ratio, clip fraction, what completions look like (`mdmrl.rl.monitors`), seconds, and
+    `token_forwards`, the positions that sampling pushed through the network. `eval/...` are greedy
+    completions of `eval_rows`, before the update of that step; the last row has nothing else.
     """
     from accelerate import Accelerator
 
@@ -216,6 +225,8 @@ def update(
         surrogate, kl, seen = grpo_loss(logp, before, ref, part, config)
         for name, value in zip(PARTS, (surrogate / completions, kl / completions), strict=True):
             losses[name] += value.item()
+            if not value.requires_grad:
+                continue
             found = torch.autograd.grad(value, list(parameters.values()), retain_graph=True)
             for total, gradient in zip(gradients[name], found, strict=True):
                 total += gradient

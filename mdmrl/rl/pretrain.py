@@ -32,7 +32,7 @@ from mdmrl.diffusion import linear_elbo_loss, mask_tokens, sample_times
 from mdmrl.policies import AutoregressivePolicy, MaskedDiffusionPolicy, Policy, load_policy
 from mdmrl.policies.load import load_tokenizer
 from mdmrl.policies.tokenizer import train_tokenizer
-from mdmrl.runs import Run, environment, generator_for, write_atomically
+from mdmrl.runs import Run, environment, generator_for, read_rows, write_atomically
 from mdmrl.tasks import load_task, tokenizer_corpus
 
 FAMILIES = {"ar": AutoregressivePolicy, "mdm": MaskedDiffusionPolicy}
@@ -76,7 +76,7 @@ class PretrainConfig(Config):
 # after a quarter of the tokens; `tiny-mdm-equal` is the masked diffusion model at that budget.
 RECIPES = {
     "tiny-ar": PretrainConfig(family="ar", tokens=8e6, warmup_share=0.015),
-    "tiny-mdm": PretrainConfig(family="mdm", tokens=32e6),
+    "tiny-mdm": PretrainConfig(family="mdm", tokens=20e6, warmup_share=0.016),
     "tiny-mdm-equal": PretrainConfig(family="mdm", tokens=8e6, warmup_share=0.015),
 }
 
@@ -284,7 +284,7 @@ def pretrain_by_name(
     tokenizer = load_tokenizer(resources.files("mdmrl.policies") / "zoo" / "tokenizer")
     policy = pretrain(config, tokenizer, stream, folder)
     model = folder / "model"
-    log = pd.read_json(folder / "metrics.jsonl", lines=True)
+    log = pd.DataFrame(read_rows(folder / "metrics.jsonl"))
     log.to_csv(model / "log.csv", index=False, float_format="%.6g")
     documents = "".join(map(str, itertools.islice(stream(seed, 0), HASHED_DOCUMENTS)))
     recipe = config.to_dict() | {

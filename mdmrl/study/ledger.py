@@ -15,7 +15,6 @@ from mdmrl.runs import write_atomically
 
 VERDICTS = ("reproduced", "contradicted", "inconclusive", "erratum")
 COLUMNS = ("Claim", "Thesis", "Measured here", "Seeds", "Verdict", "Notebook")
-START, END = "<!-- claims:start -->", "<!-- claims:end -->"
 
 
 @dataclass(kw_only=True)
@@ -124,22 +123,28 @@ def render(claims: Iterable[Claim]) -> str:
 
 
 def update_readme(readme_path: str | Path, claims_path: str | Path) -> None:
-    """Put the `full` profile's claims between the README's two claims markers.
+    """Put the `full` profile's claims into the README's section `claims`."""
+    claims = [claim for claim in load(claims_path) if claim.profile == "full"]
+    body = render(claims) if claims else "No `full` run has been recorded yet."
+    fill_section(readme_path, "claims", body)
+
+
+def fill_section(readme_path: str | Path, name: str, body: str) -> None:
+    """Replace what stands between the lines `<!-- name:start -->` and `<!-- name:end -->`.
 
     Raises:
         ValueError: the markers are missing, repeated or out of order.
     """
     readme_path = Path(readme_path)
+    start, end = f"<!-- {name}:start -->", f"<!-- {name}:end -->"
     text = readme_path.read_text(encoding="utf-8")
     require(
-        text.count(START) == text.count(END) == 1 and text.index(START) < text.index(END),
-        f"{readme_path.name} has no place for the claims: "
-        f"it needs one line {START} and, below it, one line {END}",
+        text.count(start) == text.count(end) == 1 and text.index(start) < text.index(end),
+        f"{readme_path.name} has no place for the {name}: "
+        f"it needs one line {start} and, below it, one line {end}",
     )
-    claims = [claim for claim in load(claims_path) if claim.profile == "full"]
-    body = render(claims) if claims else "No `full` run has been recorded yet."
-    before, after = text[: text.index(START)], text[text.index(END) :]
-    write_atomically(readme_path, f"{before}{START}\n\n{body}\n\n{after}")
+    before, after = text[: text.index(start)], text[text.index(end) :]
+    write_atomically(readme_path, f"{before}{start}\n\n{body}\n\n{after}")
 
 
 def _number(value: float) -> str:

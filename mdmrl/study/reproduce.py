@@ -276,7 +276,8 @@ def _print_summary(profile: str, results: list[Result]) -> None:
 
 def _print_ledger(claims: list[ledger.Claim]) -> None:
     if claims:
-        table = Table(*ledger.COLUMNS, title="claims", title_justify="left", show_lines=True)
+        table = Table("claim", "verdict", "measured", title="claims", title_justify="left")
         for claim in claims:
-            table.add_row(*map(Text, ledger.cells(claim)))
+            measured = ledger.cells(claim)[ledger.COLUMNS.index("Measured here")]
+            table.add_row(claim.id, claim.verdict, Text(measured))
         Console().print(table)

@@ -8,7 +8,6 @@ there is not trained again.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +20,7 @@ from mdmrl.evaluation.accuracy import evaluate
 from mdmrl.policies import Policy, add_lora, load_policy
 from mdmrl.rl.config import GRPOConfig
 from mdmrl.rl.grpo import ALGORITHM, train_grpo
-from mdmrl.runs import config_hash, write_atomically
+from mdmrl.runs import config_hash, read_rows, write_atomically
 from mdmrl.sampling import SamplerConfig
 from mdmrl.study.outputs import figures_folder, project_root
 from mdmrl.tasks import load_task
@@ -107,7 +106,7 @@ def _train(policy: Policy, arm: Arm, config: GRPOConfig) -> pd.DataFrame:
     folder = train_grpo(
         policy, task.rewards, task.rows("rl", system=system), config, held_out, task.metric
     )
-    frame = pd.read_json(folder / "metrics.jsonl", lines=True)
+    frame = pd.DataFrame(read_rows(folder / "metrics.jsonl"))
     for steps in arm.final_steps:
         sampler = SamplerConfig(
             max_new_tokens=config.max_completion_length,
@@ -202,9 +201,10 @@ def final_looks(runs: pd.DataFrame, arms: dict[str, Arm], measures: Sequence[str
 def last_sample(runs: pd.DataFrame, arm: str, profile: str) -> str:
     """The first completion of an arm's last update, where the run's folder is still there."""
     folder = project_root() / "runs" / profile / "grpo" / runs[runs.arm == arm].run.iloc[0]
-    if not (folder / "samples.jsonl").exists():
+    samples = read_rows(folder / "samples.jsonl")
+    if not samples:
         return "(trained elsewhere: only its numbers are kept)"
-    sample = json.loads((folder / "samples.jsonl").read_text().splitlines()[-1])
+    sample = samples[-1]
     return f"{sample['prompt']}\n{sample['completions'][0]}\nreward {sample['rewards'][0]:.2f}"
 
 

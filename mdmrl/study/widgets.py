@@ -12,6 +12,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from mdmrl.policies import Policy
+from mdmrl.runs import read_rows
 from mdmrl.sampling import SamplerOutput
 
 MASK_SHOWN = "░"
@@ -78,7 +79,7 @@ def live_curve(folder: str | Path, column: str = "reward", seconds: float = 0.0)
     last = json.loads((folder / "config.json").read_text())["max_steps"]
     handle = display(display_id=True)
     while True:
-        frame = pd.read_json(folder / "metrics.jsonl", lines=True)
+        frame = pd.DataFrame(read_rows(folder / "metrics.jsonl"))
         figure, axes = plt.subplots(figsize=(6.3, 2.2), layout="constrained")
         axes.plot(frame.step, frame[column], marker=".", linewidth=1)
         axes.set(xlabel="update", ylabel=column, title=folder.name)
