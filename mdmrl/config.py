@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -80,9 +81,9 @@ def _coerce(name: str, value, declared):
             return str(value).lower() == "true"
         raise mistake
     if origin is str:
-        if not isinstance(value, str):
+        if not isinstance(value, str | os.PathLike):
             raise mistake
-        return value
+        return os.fspath(value)
     if origin in (int, float):
         if isinstance(value, bool):
             raise mistake
@@ -90,7 +91,7 @@ def _coerce(name: str, value, declared):
             number = float(value)
         except (TypeError, ValueError):
             raise mistake from None
-        if origin is int and number != int(number):
+        if origin is int and not number.is_integer():
             raise mistake
         return int(value) if origin is int and not isinstance(value, str) else origin(number)
     return value

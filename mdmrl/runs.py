@@ -178,10 +178,11 @@ class Run:
         """(step, folder) of the newest checkpoint whose files match its manifest, or None."""
         for folder in sorted((self.folder / "checkpoints").glob("step-*"), reverse=True):
             manifest = folder / "manifest.json"
-            if manifest.exists() and all(
-                (folder / name).exists() and _sha256(folder / name) == digest
-                for name, digest in json.loads(manifest.read_text()).items()
-            ):
+            try:
+                listed = json.loads(manifest.read_text())
+            except (OSError, ValueError):
+                continue
+            if all((folder / n).exists() and _sha256(folder / n) == d for n, d in listed.items()):
                 return int(folder.name.removeprefix("step-")), folder
         return None
 

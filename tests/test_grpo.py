@@ -599,6 +599,18 @@ def test_a_run_logs_what_it_promises_and_touches_nothing_global(policy, tmp_path
     assert [len(row["completions"]) for row in samples] == [6] * 3
 
 
+@pytest.mark.parametrize("lora", [False, True])
+def test_the_reference_follows_every_so_many_updates(policy, tmp_path, lora):
+    """With one inner step the ratio is always 1, and the KL 0 right after the reference moved."""
+    if lora:
+        add_lora(policy, r=4)
+    config = settings(tmp_path / "run", policy, max_steps=7, ref_model_sync_steps=3)
+    rows = rows_of(train_grpo(policy, [parity], ROWS, config))[:-1]
+    assert {row["ratio/mean"] for row in rows} == {row["ratio/max"] for row in rows} == {1}
+    assert [row["kl"] == 0 for row in rows] == [True, False, False, True, False, False, True]
+    assert all(row["grad_norm/surrogate"] > 0 for row in rows)
+
+
 def final_state(policy):
     state = {n: p.detach().clone() for n, p in policy.model.named_parameters()}
     return state | {f"reference/{n}": p.clone() for n, p in policy.reference_state().items()}

@@ -84,7 +84,7 @@ from mdmrl.study.outputs import Outputs
 
 outputs = Outputs(profile)
 outputs.figure(Figure(), "fig_a")
-outputs.claim(Claim(id="a", says="[b]it[/b] works", where="here", measured="it", verdict="erratum"))
+outputs.claim(Claim(id="a", says="it", where="here", measured="[b]1[/b] of 2", verdict="erratum"))
 """
 WHERE = """
 import os, sys
@@ -133,7 +133,7 @@ def test_a_failure_is_shown_and_the_others_run(study, capsys, monkeypatch):
     assert "[2/2] 00_fine: done in" in text
     row = next(line for line in text.splitlines() if "│ 00_fine" in line)
     assert [cell.strip() for cell in row.split("│")[3:-1]] == ["1", "1", "ok"]
-    assert "[b]it[/b] works" in text
+    assert "[b]1[/b] of 2" in text
     assert dict(os.environ) == before
 
     executed = nbformat.read(study / "runs" / "smoke" / "notebooks" / "00_fine.ipynb", as_version=4)

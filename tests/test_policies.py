@@ -228,11 +228,9 @@ def test_adapters_are_float32_over_a_bfloat16_body_and_start_as_nothing(policy, 
     assert {p.dtype for p in adapters} == {torch.float32}
 
 
-def test_adapter_weights_derive_from_the_seed(shared_policies):
+def test_adapter_weights_derive_from_the_seed(ar):
     def made(seed):
-        policy = type(shared_policies["ar"])(
-            copy.deepcopy(shared_policies["ar"].model), shared_policies["ar"].tokenizer
-        )
+        policy = type(ar)(copy.deepcopy(ar.model), ar.tokenizer)
         return add_lora(policy, r=4, seed=seed).fingerprint()
 
     assert made(0) == made(0)
@@ -358,10 +356,9 @@ def test_an_error_inside_the_reference_leaves_the_policy_as_it_was(policy, lora,
 
 
 @pytest.mark.parametrize("lora", [False, True])
-def test_reference_state_restores_the_reference(shared_policies, lora):
+def test_reference_state_restores_the_reference(mdm, lora):
     def start():
-        base = shared_policies["mdm"]
-        policy = MaskedDiffusionPolicy(copy.deepcopy(base.model), base.tokenizer)
+        policy = MaskedDiffusionPolicy(copy.deepcopy(mdm.model), mdm.tokenizer)
         return add_lora(policy, r=4) if lora else policy
 
     policy, other = start(), start()

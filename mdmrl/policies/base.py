@@ -182,7 +182,9 @@ class Policy:
             self._reference = copy.deepcopy(self.model).requires_grad_(False)
             return
         if self._reference is None:
-            self.model.add_adapter("reference", self.model.peft_config["default"])
+            with torch.random.fork_rng():
+                self.model.add_adapter("reference", self.model.peft_config["default"])
+            self.model.eval()
             self._reference = "reference"
         weights = dict(self.model.named_parameters())
         with torch.no_grad():

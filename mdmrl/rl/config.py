@@ -63,7 +63,14 @@ class GRPOConfig(Config):
             f"per_device_train_batch_size x gradient_accumulation_steps = {batch}: expected a "
             f"multiple of num_generations={self.num_generations}",
         )
-        for name in ("max_steps", "num_iterations", "ref_model_sync_steps", "eval_steps"):
+        for name in (
+            "max_steps",
+            "num_iterations",
+            "ref_model_sync_steps",
+            "eval_steps",
+            "save_steps",
+            "per_device_train_batch_size",
+        ):
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)}: expected at least 1")
         for name in ("learning_rate", "epsilon", "max_grad_norm", "temperature"):
             value = getattr(self, name)

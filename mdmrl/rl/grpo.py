@@ -131,7 +131,7 @@ def train_grpo(
     parameters = policy.trainable_parameters()
     optimizer = torch.optim.AdamW(parameters.values(), lr=config.learning_rate, weight_decay=0.0)
     first, skipped = restore(run, policy, optimizer), 0
-    if run.complete(config.max_steps):
+    if run.complete(config.max_steps) and first == config.max_steps:
         return run.folder
     run.rewind(first)
 

@@ -218,7 +218,7 @@ def pretrain(config: PretrainConfig, tokenizer, stream, folder: str | Path) -> P
         for optim, name in zip(optims, ("adamw", "muon"), strict=True):
             optim.load_state_dict(torch.load(checkpoint / f"{name}.pt"))
         seen = json.loads((checkpoint / "progress.json").read_text())["seen"]
-        run.rewind(step + 1)
+    run.rewind(step + 1)
 
     def write(checkpoint: Path) -> None:
         save_file(policy.model.state_dict(), checkpoint / "model.safetensors")

@@ -52,7 +52,8 @@ class SamplerConfig(Config):
             "since a step reveals at least one token",
         )
         require(
-            self.temperature >= 0, f"temperature={self.temperature}: expected 0 (greedy) or more"
+            0 <= self.temperature < float("inf"),
+            f"temperature={self.temperature}: expected 0 (greedy) or more",
         )
 
     @property

@@ -215,7 +215,7 @@ def load_real(source: str | Path) -> list[dict]:
         import datasets
 
         found = list(datasets.load_dataset(str(source), "en", split="train"))
-    return [{"prompt": row["Question"], "Answer": "", **row} for row in found]
+    return [{"prompt": row["Question"], **row, "Answer": row.get("Answer") or ""} for row in found]
 
 
 def task(data: str | Path | None = None, **reward_options) -> Task:

@@ -1,0 +1,69 @@
+"""Runs that notebooks share, and the figures made of them."""
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import pytest
+
+from mdmrl.study import plots, training
+
+
+@pytest.fixture
+def arm(tmp_path, monkeypatch):
+    (tmp_path / "notebooks").mkdir()
+    monkeypatch.setenv("MDMRL_ROOT", str(tmp_path))
+    return training.Arm(
+        name="AR",
+        policy="tiny-ar",
+        grpo={
+            "logp_estimator": "exact",
+            "max_steps": 1,
+            "per_device_train_batch_size": 2,
+            "num_generations": 2,
+            "max_completion_length": 8,
+        },
+        eval_prompts=2,
+        final_steps=[8],
+    )
+
+
+def test_a_finished_run_is_read_not_trained(arm, monkeypatch):
+    first = training.train_arm(arm, 0, "quick")
+    assert first.step.tolist() == [0, 1]
+    assert first["final8/failure_rate"].notna().tolist() == [False, True]
+
+    def refuse(*arguments):
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr(training, "train_grpo", refuse)
+    pd.testing.assert_frame_equal(training.train_arm(arm, 0, "quick"), first)
+    pd.testing.assert_frame_equal(
+        training.train_arm(arm.replace(name="other"), 0, "quick").drop(columns="arm"),
+        first.drop(columns="arm"),
+    )
+    for changed, seed in ((training.variant(arm, "AR", beta=0.5), 0), (arm, 1)):
+        with pytest.raises(AssertionError, match="trained again"):
+            training.train_arm(changed, seed, "quick")
+
+
+def test_curves_show_every_seed_their_mean_and_interval():
+    runs = pd.DataFrame(
+        {"arm": "AR", "seed": seed, "step": step, "reward": seed + step}
+        for seed in (0, 2)
+        for step in range(3)
+    )
+    _, axes = plt.subplots()
+    plots.curves(axes, runs, "reward", {"AR": "C0"})
+    *seeds, mean = axes.get_lines()
+    assert [list(line.get_ydata()) for line in seeds] == [[0, 1, 2], [2, 3, 4]]
+    assert list(mean.get_ydata()) == [1, 2, 3]
+    (band,) = axes.collections
+    low, high = band.get_paths()[0].get_extents().intervaly
+    half = 12.7062  # t quantile of one degree of freedom times the standard error of 1
+    assert (low, high) == pytest.approx((1 - half, 3 + half), rel=1e-4)
+
+
+def test_per_seed_curves_leave_out_updates_without_the_column():
+    runs = pd.DataFrame(
+        {"arm": "AR", "seed": [1, 0, 0], "step": [0, 1, 0], "eval/reward": [3.0, None, 2.0]}
+    )
+    assert [c.tolist() for c in training.per_seed(runs, "AR", "eval/reward")] == [[2.0], [3.0]]
