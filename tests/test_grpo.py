@@ -3,6 +3,9 @@
 import copy
 import json
 import math
+import os
+import subprocess
+import sys
 import traceback
 
 import pytest
@@ -17,7 +20,7 @@ from mdmrl.rl.kl import KL_ESTIMATORS
 from mdmrl.rl.logprobs import ESTIMATORS, Noise, draw_noise, estimator
 from mdmrl.rl.monitors import completion_metrics, repetition
 from mdmrl.rl.rollout import Rollout, collect, draw_rows, group_advantages
-from mdmrl.runs import generator_for
+from mdmrl.runs import generator_for, read_rows
 from mdmrl.sampling import SamplerConfig, generate
 from mdmrl.tasks import load_rows
 
@@ -817,3 +820,44 @@ def test_a_finite_update_starts_the_count_again(ar, tmp_path, monkeypatch):
     train_grpo(ar, [length], ROWS, settings(tmp_path / "run", ar, max_steps=9))
     skipped = [row["skipped_updates"] for row in rows_of(tmp_path / "run")[:-1]]
     assert skipped == [1, 2, 3, 4, 0, 1, 2, 3, 4]
+
+
+# -- several processes -----------------------------------------------------------------------------
+
+TWO_PROCESSES = """
+import hashlib, sys
+from mdmrl import GRPOConfig, load_policy, train_grpo
+
+def short(prompts, completions, **columns):
+    return [-float(len(text)) for text in completions]
+
+folder, output = sys.argv[1:]
+policy = load_policy(folder)
+rows = [{"prompt": f"What is {i}?"} for i in range(8)]
+config = GRPOConfig(
+    output_dir=output, max_steps=2, steps=2, max_completion_length=6, num_generations=2,
+    per_device_train_batch_size=4, save_steps=1,
+)
+train_grpo(policy, [short], rows, config)
+weights = b"".join(p.detach().numpy().tobytes() for p in policy.model.parameters())
+print("weights", hashlib.sha256(weights).hexdigest())
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_prompts_and_keep_the_same_weights(mdm, tmp_path):
+    mdm.save_pretrained(tmp_path / "policy")
+    (tmp_path / "script.py").write_text(TWO_PROCESSES)
+    # What `accelerate launch` uses for several GPUs; its own CPU launcher wants mpirun.
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*command, tmp_path / "script.py", tmp_path / "policy", tmp_path / "run"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    digests = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("weights")]
+    assert len(digests) == 2 and len(set(digests)) == 1
+    rows = read_rows(tmp_path / "run" / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [0, 1, 2]

@@ -146,7 +146,10 @@ def test_habits_of_form_are_imperfect_at_their_rates():
     assert share == pytest.approx(expected, abs=4 * (expected * (1 - expected) / n) ** 0.5)
     assert sum(TAGGINGS.values()) == pytest.approx(1)
     breaks = Counter(text.count("\n\n") for text in texts)
-    assert breaks.keys() == {0, 1, 2, 3, 4}
+    gaps = len(PARAGRAPHS) - 1
+    for (inner, gap), expected in medcot.SPACINGS.items():
+        found = breaks[gaps * (inner == "\n\n") + (gap == "\n\n")] / n
+        assert found == pytest.approx(expected, abs=4 * (expected * (1 - expected) / n) ** 0.5)
 
 
 @pytest.fixture(scope="module")
@@ -159,64 +162,35 @@ def tokens(tokenizer):
     return count
 
 
-def longest_paragraphs(fact, tokens):
-    """The longest wording's tokens of each paragraph, the first and third by findings shown."""
-    base = {
-        "condition": fact.condition,
-        "system": fact.system,
-        "mechanism": fact.mechanism,
-        "test": fact.test,
-    }
-    others = [c for c in conditions() if c.system == fact.system and c is not fact]
-    differentials = [
-        {"other": o.condition, "Other": o.condition.capitalize(), "other_finding": f}
-        for o in others
-        for f in o.findings
-    ]
-    pairs = list(itertools.permutations(fact.findings, 2))
-    slots = [
-        [{"F0": a.capitalize(), "f0": a, "f1": b} for a, b in pairs],
-        differentials,
-        [{"f2": f} for f in fact.findings],
-        [{}],
-    ]
-    # A paragraph follows a break or a space; words do not merge across either.
-    longest = []
-    for wordings, values in zip(PARAGRAPHS, slots, strict=True):
-        texts = [f" {w.format(**base, **value)}" for value in values for w in wordings]
-        counts = tokens(texts)
-        k = len(wordings)
-        longest.append([max(counts[i : i + k]) for i in range(0, len(counts), k)])
-    first, differential, third, last = longest
-    together = max(
-        tokens_of_pair + third[i]
-        for (a, b), tokens_of_pair in zip(pairs, first, strict=True)
-        for i, c in enumerate(fact.findings)
-        if c not in (a, b)
-    )
-    return together + max(differential) + last[0]
+def longest_texts(fact):
+    """Texts about a condition, one for every choice and order of findings and every choice of
+    wordings: the longest completion is one of these, tagged in full and widely spaced."""
+    for shown in itertools.combinations(fact.findings, 3):
+        unseen = [f for f in fact.findings if f not in shown]
+        for last in shown:
+            one, two = (f for f in shown if f != last)
+            slots = {"f0": one, "f1": two, "f2": last}
+            slots |= dict(zip(("also", "more", "most"), unseen, strict=True))
+            slots |= {k: getattr(fact, k) for k in ("condition", "system", "mechanism", "test")}
+            for wordings in itertools.product(*PARAGRAPHS):
+                yield "\n\n".join(wording.format(**slots) for wording in wordings)
 
 
-def test_no_completion_exceeds_the_canvas(tokens, tokenizer):
-    """The longest wording of every paragraph of every condition, with every tag and break."""
-    gap = max(tokens(["\n\n", " "]))
-    bounds = {}
-    for fact in conditions():
-        frames = [
-            tagging.format(reasoning="", gap="", answer=f" {answer}")
-            for tagging in TAGGINGS
-            for answer in (fact.condition, fact.mechanism, fact.test, fact.system)
-        ]
-        reasoning = longest_paragraphs(fact, tokens) + len(PARAGRAPHS) * gap
-        bounds[fact.condition] = reasoning + max(tokens(frames)) + 1  # the end token
-    assert max(bounds.values()) <= LONGEST_COMPLETION
-    tightest = LONGEST_COMPLETION
-    sample = list(itertools.islice(stream(3), 3000))
-    for row, found in zip(sample, tokens(row["completion"] for row in sample), strict=True):
-        slack = bounds[combination_of(row)[0]] - (found + 1)
-        assert slack >= 0  # it is a bound
-        tightest = min(tightest, slack)
-    assert tightest <= 8  # and not a loose one
+def test_no_completion_exceeds_the_canvas(tokens):
+    """Every completion of the wordiest conditions, the order of two findings aside."""
+
+    def words(fact):
+        return sum(tokens([fact.mechanism] * 2 + [fact.test] * 2 + [fact.condition] * 3))
+
+    longest = 0
+    for fact in sorted(conditions(), key=words)[-30:]:
+        answer = max((fact.condition, fact.mechanism, fact.test), key=lambda a: tokens([a])[0])
+        reasoning = max(zip(tokens(longest_texts(fact)), longest_texts(fact), strict=True))[1]
+        completions = [t.format(reasoning=reasoning, gap="\n\n", answer=answer) for t in TAGGINGS]
+        longest = max(longest, *tokens(completions))
+    assert 100 <= longest + 1 <= LONGEST_COMPLETION  # the end token
+    sample = tokens(row["completion"] for row in itertools.islice(stream(3), 3000))
+    assert max(sample) <= longest
 
 
 def test_no_prompt_exceeds_its_bound(tokens):

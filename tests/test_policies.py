@@ -11,6 +11,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from mdmrl.policies import MaskedDiffusionPolicy, add_lora, load_policy
 from mdmrl.policies.lora import thesis_lora_share
 from mdmrl.policies.tokenizer import train_tokenizer
+from mdmrl.sampling import SamplerConfig, generate
 
 PROMPTS = [
     "Which test is decisive?",
@@ -506,3 +507,20 @@ def test_a_mask_id_outside_the_embedding_is_refused(mdm):
 
     with pytest.raises(ValueError, match=r"mask token id 5000 .* 2048 rows"):
         MaskedDiffusionPolicy(mdm.model, Sparse())
+
+
+# -- a real pretrained model -----------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_smollm2_answers_from_its_package_and_trains_with_the_thesis_lora():
+    policy = load_policy("smollm2-135m", dtype="bfloat16")
+    config = SamplerConfig(max_new_tokens=12)
+    alone = generate(policy, ["What is the capital of France?"], config).completions[0]
+    assert "Paris" in alone
+    add_lora(policy)
+    assert generate(policy, ["What is the capital of France?"], config).completions[0] == alone
+    trained = policy.trainable_parameters()
+    layer = 48 * ((576 + 576) + (576 + 192) + (576 + 576))  # q, v (3 key-value heads), o
+    assert sum(p.numel() for p in trained.values()) == 30 * layer + 48 * (576 + 49152)
+    assert {p.dtype for p in trained.values()} == {torch.float32}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import pandas as pd
 from rich.console import Console
@@ -38,7 +39,13 @@ def evaluation_table(
         found = evaluate(loaded, rows, config, judged.rewards, judged.metric)
         right = round(found["accuracy"] * len(rows))
         interval = wilson_interval(right, len(rows))
-        asked = {"policy": policy, "task": task, "split": split, "prompts": len(rows)}
+        asked = {
+            "policy": policy,
+            "kind": loaded.kind,
+            "task": task,
+            "split": split,
+            "prompts": len(rows),
+        }
         drawn = {"steps": count, "temperature": temperature, "low": interval.low}
         table.append(asked | drawn | {"high": interval.high} | found)
     return pd.DataFrame(table)
@@ -52,3 +59,19 @@ def print_table(frame: pd.DataFrame) -> None:
     for row in frame[list(SHOWN)].itertuples(index=False):
         table.add_row(*(f"{value:.3g}" for value in row))
     Console().print(table)
+
+
+def models_markdown(path: str | Path) -> str:
+    """The README's table of the tiny models, from the CSV that `mdmrl eval --csv` appends to."""
+    frame = pd.read_csv(path)
+    lines = [
+        "| model | steps | temperature | exact answer | reward | all four tags |",
+        "|---" * 6 + "|",
+    ]
+    lines += [
+        f"| {row.policy} | {row.steps if row.kind != 'ar' else '-'} | {row.temperature:g} "
+        f"| {row.accuracy:.1%} [{row.low:.1%}, {row.high:.1%}] | {row.reward:.2f} "
+        f"| {row.format_rate:.0%} |"
+        for row in frame.itertuples()
+    ]
+    return "\n".join(lines)

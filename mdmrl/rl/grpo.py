@@ -125,7 +125,8 @@ def train_grpo(
         "rows": hashlib.sha256(repr([*rows, *eval_rows]).encode()).hexdigest()[:10],
         "processes": processes,
     }
-    run = Run(config.output_dir, identity)
+    with accelerator.main_process_first():
+        run = Run(config.output_dir, identity)
     if not policy.uses_lora:
         policy.sync_reference()
     parameters = policy.trainable_parameters()
@@ -133,7 +134,9 @@ def train_grpo(
     first, skipped = restore(run, policy, optimizer), 0
     if run.complete(config.max_steps) and first == config.max_steps:
         return run.folder
-    run.rewind(first)
+    accelerator.wait_for_everyone()  # before the log that `complete` reads is cut
+    if accelerator.is_main_process:
+        run.rewind(first)
 
     def generator(purpose: str, step: int, index: int = 0) -> torch.Generator:
         return generator_for(config.seed, purpose, step, index * processes + rank, policy.device)

@@ -8,7 +8,7 @@ are called log p for a masked diffusion model; each estimator names its own.
                token sees itself. One forward; no likelihood of anything. What the thesis did.
     one_step   log p(o_k | q', M^L), the completion all masked and each prompt token masked with
                probability p (Zhao et al. 2025, d1, section 3.1). One forward; without prompt
-               masking the exact law of the one-step sampler.
+               masking the exact law of the one-step sampler that may draw [MASK].
 """
 
 from __future__ import annotations

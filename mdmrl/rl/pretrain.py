@@ -36,9 +36,9 @@ from mdmrl.runs import Run, environment, generator_for, read_rows, write_atomica
 from mdmrl.tasks import load_task, tokenizer_corpus
 
 FAMILIES = {"ar": AutoregressivePolicy, "mdm": MaskedDiffusionPolicy}
-PROMPT_SHARE = 0.25
+PROMPT_SHARE = 0.1
 POOL = 8  # batches
-VOCABULARY = 2048
+VOCABULARY = 4096
 HASHED_DOCUMENTS = 10_000
 
 
@@ -48,9 +48,9 @@ class PretrainConfig(Config):
 
     family: str = "mdm"
     task: str = "medcot"
-    tokens: float = 12e6  # document tokens to see
+    tokens: float = 6e6  # document tokens to see
     hidden_size: int = 128
-    num_hidden_layers: int = 4
+    num_hidden_layers: int = 6
     intermediate_size: int = 384
     num_attention_heads: int = 4
     max_position_embeddings: int = 512
@@ -62,7 +62,7 @@ class PretrainConfig(Config):
     decay_share: float = 0.3
     max_grad_norm: float = 1.0
     logging_steps: int = 50
-    save_steps: int = 500
+    save_steps: int = 200
     bf16: bool = True
     seed: int = 0
 
@@ -73,11 +73,11 @@ class PretrainConfig(Config):
 
 
 # What `mdmrl pretrain NAME` trains, beside the tokenizer. The autoregressive twin is at its plateau
-# after a quarter of the tokens; `tiny-mdm-equal` is the masked diffusion model at that budget.
+# after a fraction of the tokens; `tiny-mdm-equal` is the masked diffusion model at that budget.
 RECIPES = {
-    "tiny-ar": PretrainConfig(family="ar", tokens=8e6, warmup_share=0.015),
-    "tiny-mdm": PretrainConfig(family="mdm", tokens=20e6, warmup_share=0.016),
-    "tiny-mdm-equal": PretrainConfig(family="mdm", tokens=8e6, warmup_share=0.015),
+    "tiny-ar": PretrainConfig(family="ar", tokens=4e6, warmup_share=0.015),
+    "tiny-mdm": PretrainConfig(family="mdm", tokens=13e6, warmup_share=6e4 / 13e6),
+    "tiny-mdm-equal": PretrainConfig(family="mdm", tokens=4e6, warmup_share=0.015),
 }
 
 

@@ -93,6 +93,10 @@ def reproduce(profile: str = "cpu", only: Iterable[str] = (), force: bool = Fals
     _print_ledger(ledger.load(claims))
     if profile == "full":
         ledger.update_readme(root / "README.md", claims)
+        if (models := folder / "data" / "tiny_models.csv").exists():
+            from mdmrl.evaluation.tables import models_markdown
+
+            ledger.fill_section(root / "README.md", "models", models_markdown(models))
     return int(any(result.state == "failed" for result in results))
 
 

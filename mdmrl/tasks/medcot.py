@@ -51,28 +51,25 @@ RESPONSES = {
     "test": "The decisive test is {test}, which confirms {condition}.",
     "system": "The {system} system is affected, because this is {condition}.",
 }
+# Wordings of one paragraph are equally long, so that style does not shift what follows.
 PARAGRAPHS = (
     (
-        "{F0} and {f1} point to the {system} system.",
-        "The {system} system comes to mind with {f0} and {f1}.",
-        "Taken together, {f0} and {f1} suggest a {system} problem.",
+        "Both {f0} and {f1} point to the {system} system.",
+        "Here {f0} and {f1} hint at the {system} system.",
     ),
     (
-        "In {other} one would expect {other_finding}.",
-        "{Other} is less likely, since there is no {other_finding}.",
+        "Adding {f2}, this fits {condition}, which means {mechanism}.",
+        "Given {f2}, it is {condition}, which means {mechanism}.",
     ),
     (
-        "Adding {f2}, this fits {condition}, with {mechanism}.",
-        "With {f2} as well, {condition} is likely: {mechanism}.",
-        "The {f2} makes it {condition}, which means {mechanism}.",
+        "In {condition} one would also expect {also}, {more} or {most}.",
+        "For {condition} we might also see {also}, {more} or {most}.",
     ),
     (
         "To confirm it, {test} is decisive.",
-        "The decisive test is {test}.",
-        "It is confirmed by {test}.",
+        "To be sure, {test} is needed.",
     ),
 )
-DIFFERENTIAL = 1  # index of the paragraph that is sometimes left out
 
 # How a text is tagged, and how often; only the first form has all four tags.
 TAGGINGS = {
@@ -83,8 +80,8 @@ TAGGINGS = {
     "<reasoning>{reasoning}</reasoning>{gap}The answer is {answer}.": 0.15,
     "{reasoning}{gap}The answer is {answer}.": 0.10,
 }
-PARAGRAPH_BREAK = 0.4
-DIFFERENTIAL_SHARE = 0.6
+# How paragraphs are set apart, and how often: each by a break, only the answer, or not at all.
+SPACINGS = {("\n\n", "\n\n"): 0.35, (" ", "\n\n"): 0.35, (" ", " "): 0.30}
 
 
 @dataclass(frozen=True)
@@ -151,25 +148,16 @@ def question_row(combination: Combination, kind: str, rng: random.Random) -> dic
     """
     fact = combination.condition
     findings = rng.sample(combination.findings, FINDINGS_SHOWN)
-    other = rng.choice([c for c in conditions() if c.system == fact.system and c is not fact])
-    other_finding = rng.choice([f for f in other.findings if f not in findings])
+    unseen = [finding for finding in fact.findings if finding not in findings]
     slots = {
         "condition": fact.condition,
         "system": fact.system,
         "mechanism": fact.mechanism,
         "test": fact.test,
-        "other": other.condition,
-        "Other": other.condition.capitalize(),
-        "other_finding": other_finding,
-        "F0": findings[0].capitalize(),
+        **dict(zip(("also", "more", "most"), unseen, strict=True)),
     } | {f"f{i}": finding for i, finding in enumerate(findings)}
-    paragraphs = [
-        rng.choice(wordings).format(**slots)
-        for i, wordings in enumerate(PARAGRAPHS)
-        if i != DIFFERENTIAL or rng.random() < DIFFERENTIAL_SHARE
-    ]
-    gaps = ["\n\n" if rng.random() < PARAGRAPH_BREAK else " " for _ in paragraphs]
-    reasoning = "".join(itertools.chain(*zip(paragraphs, gaps, strict=True)))[: -len(gaps[-1])]
+    (inner, gap), *_ = rng.choices(list(SPACINGS), SPACINGS.values())
+    reasoning = inner.join(rng.choice(wordings).format(**slots) for wordings in PARAGRAPHS)
     question = f"{rng.choice(OPENINGS).format(*findings)} {rng.choice(QUESTIONS[kind])}"
     (tagging,) = rng.choices(list(TAGGINGS), TAGGINGS.values())
     answer = slots[kind]
@@ -179,7 +167,7 @@ def question_row(combination: Combination, kind: str, rng: random.Random) -> dic
         "Complex_CoT": reasoning,
         "Response": RESPONSES[kind].format(**slots),
         "Answer": answer,
-        "completion": tagging.format(reasoning=reasoning, gap=gaps[-1], answer=answer),
+        "completion": tagging.format(reasoning=reasoning, gap=gap, answer=answer),
     }
 
 
