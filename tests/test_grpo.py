@@ -362,7 +362,7 @@ def test_which_tokens_a_score_depends_on(request, family, name):
     for changed in range(10):
         other = copy.deepcopy(rollout)
         other.completion_ids[:, changed] = (other.completion_ids[:, changed] + 1) % 1000 + 5
-        moved = (f(policy, other, no_noise(other)) != before).all(0)
+        moved = (f(policy, other, no_noise(other)) != before).any(0)
         same = (f(policy, other, no_noise(other)) == before).all(0)
         rest = torch.arange(10) != changed
         if name == "one_step":
@@ -543,7 +543,10 @@ def test_a_sample_left_out_has_no_part_in_the_update(ar):
         **{k: v[rollout.counted] if torch.is_tensor(v) else v for k, v in vars(rollout).items()}
     )
     alone, gradient = updated(ar, kept, old=old[rollout.counted])
-    assert found["loss/surrogate"] == pytest.approx(alone["loss/surrogate"])
+    assert found["loss/surrogate"] == pytest.approx(
+        alone["loss/surrogate"],
+        abs=1e-7,  # float32 means of terms of order 1 that cancel
+    )
     for name, value in expected.items():
         torch.testing.assert_close(gradient[name], value, atol=1e-5, rtol=1e-3, msg=name)
 

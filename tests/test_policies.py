@@ -61,7 +61,8 @@ def test_left_padding_changes_no_logits(policy):
     first = 1 if policy.logit_shift else 0  # nothing predicts an autoregressive first token
     for row, (ids, seen) in enumerate(zip(canvas, attention, strict=True)):
         alone = policy.logits(ids[seen][None])[0]
-        torch.testing.assert_close(padded[row, seen][first:], alone[first:], atol=1e-5, rtol=1e-5)
+        close = 5e-6 * alone.abs().max().item()  # float32, against the largest logit
+        torch.testing.assert_close(padded[row, seen][first:], alone[first:], atol=close, rtol=1e-5)
 
 
 @torch.no_grad()
@@ -505,7 +506,7 @@ def test_a_mask_id_outside_the_embedding_is_refused(mdm):
         def __len__(self):
             return 10
 
-    with pytest.raises(ValueError, match=r"mask token id 5000 .* 2048 rows"):
+    with pytest.raises(ValueError, match=r"mask token id 5000 .* 4096 rows"):
         MaskedDiffusionPolicy(mdm.model, Sparse())
 
 
