@@ -60,12 +60,12 @@ def evaluate(
     csv: Annotated[Path | None, typer.Option(help="Append the rows to this file.")] = None,
 ) -> None:
     """Exact answers and rewards on held-out prompts, with intervals."""
-    from mdmrl.evaluation.tables import evaluation_table, print_table
+    from mdmrl.evaluation.tables import append_rows, evaluation_table, print_table
 
     frame = evaluation_table(policy, task, split, limit, steps or [64], temperature, max_new_tokens)
     print_table(frame)
     if csv is not None:
-        frame.to_csv(csv, mode="a", header=not csv.exists(), index=False, float_format="%.6g")
+        append_rows(frame, csv)
 
 
 @app.command()

@@ -12,6 +12,7 @@ from rich.table import Table
 from mdmrl.evaluation.accuracy import evaluate
 from mdmrl.evaluation.stats import wilson_interval
 from mdmrl.policies import load_policy
+from mdmrl.runs import write_atomically
 from mdmrl.sampling import SamplerConfig
 from mdmrl.tasks import load_task
 
@@ -59,6 +60,13 @@ def print_table(frame: pd.DataFrame) -> None:
     for row in frame[list(SHOWN)].itertuples(index=False):
         table.add_row(*(f"{value:.3g}" for value in row))
     Console().print(table)
+
+
+def append_rows(frame: pd.DataFrame, path: str | Path) -> None:
+    """Add rows to a CSV, made if missing; families differ in their columns."""
+    path = Path(path)
+    rows = pd.concat([pd.read_csv(path), frame]) if path.exists() else frame
+    write_atomically(path, rows.to_csv(index=False, float_format="%.6g"))
 
 
 def models_markdown(path: str | Path) -> str:
