@@ -69,7 +69,6 @@ def test_the_first_notebook_runs(results_elsewhere, path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not NOTEBOOKS, reason="no notebooks")
 def test_all_notebooks_run(results_elsewhere):
     assert reproduce("smoke") == 0
 
