@@ -160,8 +160,11 @@ def medcot_arms(
 
 
 def variant(arm: Arm, name: str, lora: dict | None = None, **changes) -> Arm:
-    """`arm` under another name with other GRPO settings, or with LoRA."""
-    return arm.replace(name=name, lora=lora or arm.lora, grpo={**arm.grpo, **changes})
+    """`arm` under another name with other GRPO settings, or with LoRA. Appendix C looks at the
+    completions of the main arms alone, so a variant is spared that."""
+    return arm.replace(
+        name=name, lora=lora or arm.lora, grpo={**arm.grpo, **changes}, final_steps=[]
+    )
 
 
 def per_seed(runs: pd.DataFrame, arm: str, column: str) -> list[np.ndarray]:
