@@ -47,8 +47,9 @@ def denoise(
             logits[..., policy.mask_token_id] = -torch.inf
         tokens, logprob = draw(logits, config.temperature, generator)
         score = commit_score(logits, tokens, config, generator)
-        if config.end_last:  # log-probabilities and uniforms alike stay far above
-            score = score - 1e6 * torch.isin(logits.argmax(-1), ends)
+        if config.end_last:  # log-probabilities and uniforms alike stay far above; double, or the
+            # subtraction would make ties of the end tokens' scores
+            score = score.double() - 1e6 * torch.isin(logits.argmax(-1), ends)
         chosen = score.topk(quota, dim=1).indices  # (B, quota) into the masked positions
         step = Step(*(x.gather(1, chosen) for x in (open_at, tokens, logprob)))
         completion.scatter_(1, step.positions, step.tokens)
