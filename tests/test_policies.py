@@ -411,6 +411,20 @@ def test_a_saved_adapter_is_loaded_as_it_was(policy, tmp_path):
         load_policy(tmp_path / "adapter")
 
 
+@torch.no_grad()
+def test_shift_and_mask_survive_saving(mdm, tmp_path):
+    ids, expected, mask = ids_of(mdm), mdm.logits(ids_of(mdm)), mdm.mask_token_id
+    mdm.tokenizer.mask_token = None
+    policy = MaskedDiffusionPolicy(mdm.model, mdm.tokenizer, mask_token_id=mask, logit_shift=True)
+    assert policy.tokenizer.mask_token_id == mask
+    policy.save_pretrained(tmp_path)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    assert (fields["mask_token_id"], fields["logit_shift"]) == (mask, True)
+    loaded = load_policy(tmp_path)
+    assert (loaded.kind, loaded.mask_token_id, loaded.logit_shift) == ("mdm", mask, True)
+    assert torch.equal(loaded.logits(ids)[:, 1:], expected[:, :-1])
+
+
 def test_fingerprints_tell_weights_families_and_training_apart(ar, mdm):
     found = {ar.fingerprint(), mdm.fingerprint()}
     add_lora(mdm, r=4)

@@ -69,6 +69,8 @@ class Policy:
             tokenizer.eos_token_id is not None,
             "the tokenizer has no end-of-sequence token: completions could never end",
         )
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
 
     @property
     def device(self) -> torch.device:
@@ -76,12 +78,14 @@ class Policy:
 
     @property
     def end_token_ids(self) -> tuple[int, ...]:
-        return (self.tokenizer.eos_token_id,)
+        """Tokens that end a completion: the tokenizer's, then those of generation_config."""
+        others = self._transformer.generation_config.eos_token_id or []
+        others = others if isinstance(others, list) else [others]
+        return tuple(dict.fromkeys([self.tokenizer.eos_token_id, *others]))
 
     @property
     def pad_token_id(self) -> int:
-        pad = self.tokenizer.pad_token_id
-        return self.tokenizer.eos_token_id if pad is None else pad
+        return self.tokenizer.pad_token_id
 
     @property
     def context_length(self) -> int:
@@ -92,15 +96,41 @@ class Policy:
     def encode(self, prompts: Sequence[Prompt], max_new_tokens: int = 0) -> Prompts:
         """Encode strings (a user's message) or message lists with the chat template.
 
+        A tokenizer without one belongs to a base model: there a string is plain text to continue,
+        as in TRL's standard format, and a message list is an error, as in transformers.
+
         Raises:
-            ValueError: an empty batch, or a prompt that leaves no room for `max_new_tokens`.
+            ValueError: an empty batch, messages without a chat template, a prompt of no tokens or
+                one that leaves no room for `max_new_tokens`.
         """
         require(len(prompts) > 0, "no prompts given: expected at least one")
+        if self.tokenizer.chat_template is None:
+            require(
+                all(isinstance(p, str) for p in prompts),
+                "the tokenizer has no chat template for lists of messages: set "
+                "tokenizer.chat_template, or give strings, which are continued as plain text",
+            )
+            return self.encode_texts(prompts, max_new_tokens, add_special_tokens=True)
         messages = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
         texts = self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True
+            messages,
+            tokenize=False,
+            add_generation_prompt=True,
+            enable_thinking=False,  # Qwen3 answers at once; other templates have no such switch
         )
-        batch = self.tokenizer(texts, add_special_tokens=False, padding=True, return_tensors="pt")
+        return self.encode_texts(texts, max_new_tokens)
+
+    def encode_texts(
+        self, texts: Sequence[str], max_new_tokens: int = 0, add_special_tokens: bool = False
+    ) -> Prompts:
+        """Encode texts as they stand, without a chat template; raises as `encode`."""
+        batch = self.tokenizer(
+            list(texts), add_special_tokens=add_special_tokens, padding=True, return_tensors="pt"
+        )
+        require(
+            bool(batch.attention_mask.any(1).all()),
+            "a prompt encodes to no tokens: expected at least one",
+        )
         longest = batch.input_ids.shape[1]
         require(
             longest + max_new_tokens <= self.context_length,
@@ -270,27 +300,51 @@ class AutoregressivePolicy(Policy):
 
 
 class MaskedDiffusionPolicy(Policy):
-    """Every position sees every other; [MASK] marks what is still to be revealed."""
+    """Every position sees every other; [MASK] marks what is still to be revealed.
+
+    Args:
+        mask_token_id: the tokenizer's mask token unless given.
+        logit_shift: see `Policy`; True for models grown from autoregressive ones, like Dream.
+
+    Both are kept in `model.config`, so that a saved policy is loaded as it was.
+
+    Raises:
+        ValueError: no mask token, one that is not a token of its own, or one that tokenizer and
+            `mask_token_id` disagree on.
+    """
 
     kind = "mdm"
-    logit_shift = False
 
-    def __init__(self, model, tokenizer):
+    def __init__(
+        self, model, tokenizer, mask_token_id: int | None = None, logit_shift: bool = False
+    ):
         super().__init__(model, tokenizer)
-        mask = tokenizer.mask_token_id
+        named = tokenizer.mask_token_id
+        mask = named if mask_token_id is None else mask_token_id
         require(
             mask is not None,
-            "a masked diffusion policy needs a mask token, and the tokenizer has none: "
-            "set tokenizer.mask_token before saving the checkpoint",
+            "a masked diffusion policy needs a mask token, and neither config.mask_token_id nor "
+            "the tokenizer has one: set tokenizer.mask_token before saving the checkpoint",
+        )
+        require(
+            named in (None, mask),
+            f"mask token id {mask} in the config, but {named} in the tokenizer: they must agree",
         )
         rows = model.get_input_embeddings().weight.shape[0]
-        require(mask < rows, f"mask token id {mask} lies outside the embedding of {rows} rows")
+        require(0 <= mask < rows, f"mask token id {mask} lies outside the embedding of {rows} rows")
+        taken = {*self.end_token_ids, self.pad_token_id}
         require(
-            mask not in (tokenizer.eos_token_id, tokenizer.pad_token_id),
-            f"mask token id {mask} equals the end or padding token "
-            f"({tokenizer.eos_token_id}, {tokenizer.pad_token_id}): they must differ",
+            mask not in taken,
+            f"mask token id {mask} equals one of the end and padding tokens {sorted(taken)}: "
+            "they must differ",
         )
-
-    @property
-    def mask_token_id(self) -> int:
-        return self.tokenizer.mask_token_id
+        if named is None:
+            token = tokenizer.convert_ids_to_tokens(mask)
+            require(
+                token is not None,
+                f"mask token id {mask} is none of the tokenizer's {len(tokenizer)} tokens: "
+                "set tokenizer.mask_token before saving the checkpoint",
+            )
+            tokenizer.add_special_tokens({"mask_token": token})
+        self.mask_token_id = model.config.mask_token_id = mask
+        self.logit_shift = model.config.logit_shift = logit_shift

@@ -7,12 +7,7 @@ from importlib import metadata, resources
 from pathlib import Path
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from mdmrl.config import require, unknown
@@ -22,6 +17,7 @@ from mdmrl.policies.base import (
     Policy,
     no_progress_bars,
 )
+from mdmrl.policies.families import TOKENIZERS, load_model
 
 ZOO = ("tiny-ar", "tiny-mdm")
 SMOLLM2 = "smollm2-135m"
@@ -39,24 +35,35 @@ def load_policy(
 
     Args:
         name: `tiny-ar`, `tiny-mdm` (shipped), `smollm2-135m` (from its package, no network), a
-            folder written by `save_pretrained`, or a hub name `organisation/model`.
+            folder written by `save_pretrained`, or a hub name `organisation/model`. A checkpoint is
+            autoregressive unless its config.json says `"is_causal": false` or its `model_type` is
+            one of `families.FAMILIES`: `Dream-org/Dream-v0-Instruct-7B`,
+            `GSAI-ML/LLaDA-8B-Instruct`, dllm's a2d. Code that comes with it is never run.
         dtype: of the body; the head is always float32, so that logits are.
         adapter: a peft adapter folder to put on top.
 
     Raises:
-        ValueError: unknown name (the nearest is suggested), or a checkpoint whose tokenizer or
-            mask token does not fit its embedding.
+        ValueError: unknown name (the nearest is suggested); an architecture or weights that no
+            native class has (see `families.load_model`); a tokenizer or mask token that does not
+            fit the embedding.
     """
     if dtype not in DTYPES:
         raise unknown("dtype", dtype, DTYPES)
     source = _source(str(name))
-    kind = AutoregressivePolicy
-    if AutoConfig.from_pretrained(source).to_dict().get("is_causal") is False:
-        kind = MaskedDiffusionPolicy
     tokenizer = load_tokenizer(source)
     with no_progress_bars():
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=DTYPES[dtype])
-    policy = kind(_with_own_float32_head(model).to(device), tokenizer)
+        model = load_model(source, tokenizer, DTYPES[dtype])
+    model = _with_own_float32_head(model).to(device)
+    settings = model.config.to_dict()
+    if settings.get("is_causal") is False:
+        policy = MaskedDiffusionPolicy(
+            model,
+            tokenizer,
+            mask_token_id=settings.get("mask_token_id"),
+            logit_shift=settings.get("logit_shift", False),
+        )
+    else:
+        policy = AutoregressivePolicy(model, tokenizer)
     if adapter is not None:
         import peft
 
@@ -73,8 +80,11 @@ def load_tokenizer(source: str | Path):
     rebuilds another pre-tokenizer around the vocabulary.
     """
     saved_as = get_tokenizer_config(source).get("tokenizer_class")
-    generic = saved_as in ("TokenizersBackend", "PreTrainedTokenizerFast")
-    return (PreTrainedTokenizerFast if generic else AutoTokenizer).from_pretrained(source)
+    if saved_as in TOKENIZERS:
+        return TOKENIZERS[saved_as].from_pretrained(source)
+    if saved_as in ("TokenizersBackend", "PreTrainedTokenizerFast"):
+        return PreTrainedTokenizerFast.from_pretrained(source)
+    return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
 
 
 def _source(name: str) -> str:
