@@ -28,6 +28,8 @@ def random_policy(family, tokenizer, seed=0, **shapes):
         "num_hidden_layers": 2,
         "intermediate_size": 64,
         "num_attention_heads": 2,
+        "canvas": 12,
+        "block_length": 4,
     } | shapes
     policy = make_policy(PretrainConfig(family=family, seed=seed, **shapes), tokenizer)
     generator = torch.Generator().manual_seed(seed)
@@ -41,7 +43,7 @@ def random_policy(family, tokenizer, seed=0, **shapes):
 @pytest.fixture(scope="session")
 def shared_policies(tokenizer):
     """One of each family; copy before changing weights."""
-    return {family: random_policy(family, tokenizer) for family in ("ar", "mdm")}
+    return {family: random_policy(family, tokenizer) for family in ("ar", "mdm", "bd")}
 
 
 def _fresh(policy):
@@ -60,9 +62,21 @@ def mdm(shared_policies):
     return _fresh(shared_policies["mdm"])
 
 
+@pytest.fixture
+def bd(shared_policies):
+    """A fresh random block diffusion policy, blocks of 4."""
+    return _fresh(shared_policies["bd"])
+
+
+@pytest.fixture(params=["ar", "mdm", "bd"])
+def any_policy(request, shared_policies):
+    """Each family in turn."""
+    return _fresh(shared_policies[request.param])
+
+
 @pytest.fixture(params=["ar", "mdm"])
 def policy(request, shared_policies):
-    """Each family in turn."""
+    """The two families that need no blocks, in turn."""
     return _fresh(shared_policies[request.param])
 
 

@@ -3,11 +3,12 @@
 import pytest
 import torch
 from scipy import stats
+from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from mdmrl.runs import generator_for
 from mdmrl.sampling import SamplerConfig, generate
-from mdmrl.sampling.config import draw
-from mdmrl.sampling.denoise import commit_score, reveal_quota
+from mdmrl.sampling.choose import draw, keep_most_probable
+from mdmrl.sampling.denoise import evenly
 
 PROMPTS = [
     "Which test is decisive?",
@@ -45,7 +46,7 @@ def test_the_prompt_is_untouched(policy, temperature):
 
 @pytest.mark.parametrize(("length", "steps"), [(12, 12), (12, 5), (12, 1), (7, 3), (1, 1)])
 def test_quotas_are_even_and_spend_the_remainder_first(length, steps):
-    quota = reveal_quota(length, steps)
+    quota = evenly(length, steps)
     assert sum(quota) == length
     assert len(quota) == steps
     assert quota == sorted(quota, reverse=True)
@@ -59,17 +60,24 @@ def test_each_step_reveals_its_quota_and_each_position_once(mdm, steps, remaskin
     config = settings(steps=steps, remasking=remasking, temperature=temperature)
     found = generate(mdm, PROMPTS, config, record=True)
     steps = steps or 6
-    revealed = [step.positions for step in found.trajectory]
-    assert [p.shape[1] for p in revealed] == reveal_quota(12, steps)
-    order = torch.cat(revealed, 1)
-    assert torch.equal(order.sort(1).values, torch.arange(12).expand(4, 12))
-    tokens = torch.cat([step.tokens for step in found.trajectory], 1)
-    assert torch.equal(found.completion_ids.gather(1, order), tokens)
-    logprobs = torch.cat([step.logprobs for step in found.trajectory], 1)
-    assert torch.equal(found.logprobs.gather(1, order), logprobs)
-    assert (logprobs <= 0).all()
+    counts = [torch.bincount(step.rows, minlength=4).tolist() for step in found.trajectory]
+    assert counts == [[quota] * 4 for quota in evenly(12, steps)]
+    assert revealed_once(found)
+    for step in found.trajectory:
+        at = step.rows, step.positions
+        assert torch.equal(found.completion_ids[at], step.tokens)
+        assert torch.equal(found.logprobs[at], step.logprobs)
+    assert (found.logprobs <= 0).all()
     assert found.nfe == steps
     assert found.token_forwards == steps * found.sequences.numel()
+
+
+def revealed_once(output):
+    """Whether the trajectory reveals every position of the completion exactly once."""
+    times = torch.zeros(output.completion_ids.shape, dtype=torch.long)
+    for step in output.trajectory:
+        times.index_put_((step.rows, step.positions), torch.ones(()).long(), accumulate=True)
+    return bool((times == 1).all())
 
 
 def mask_lover(mdm):
@@ -93,8 +101,7 @@ def test_masks_are_left_only_where_they_may_be_drawn(mdm, temperature, remasking
     assert not left.all()
     assert "<|mask|>" not in "".join(free.completions)
     # A [MASK] that was drawn is committed like any token: every position is still revealed once.
-    order = torch.cat([step.positions for step in free.trajectory], 1)
-    assert torch.equal(order.sort(1).values, torch.arange(12).expand(4, 12))
+    assert revealed_once(free)
 
 
 @pytest.mark.parametrize("suppress_mask", [True, False])
@@ -125,57 +132,7 @@ def test_the_generator_decides_and_nothing_global_moves(policy, remasking, rng_u
     )
 
 
-# -- against plain loops ---------------------------------------------------------------------------
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("steps", [1, 5, 12])
-@pytest.mark.parametrize("suppress_mask", [True, False])
-def test_denoising_equals_a_plain_loop(mdm, steps, suppress_mask):
-    """LLaDA's loop as published, one prompt at a time: full canvas, full softmax, top-k."""
-    if not suppress_mask:
-        mask_lover(mdm)
-    double(mdm)
-    found = generate(mdm, PROMPTS, settings(steps=steps, suppress_mask=suppress_mask))
-    mask = mdm.mask_token_id
-    for row, prompt in enumerate(PROMPTS):
-        ids = mdm.tokenizer(f"<|user|>{prompt}<|assistant|>").input_ids
-        canvas = torch.tensor([ids + [mask] * 12])
-        todo = set(range(len(ids), len(ids) + 12))
-        for quota in reveal_quota(12, steps):
-            hidden = mdm.model.model(input_ids=canvas).last_hidden_state
-            logits = mdm.model.lm_head(hidden.float())
-            if suppress_mask:
-                logits[..., mask] = -torch.inf
-            probability, token = logits.softmax(-1)[0].max(-1)
-            best = sorted(todo, key=lambda i: -probability[i].item())[:quota]
-            for i in best:
-                canvas[0, i] = token[i]
-            todo -= set(best)
-        assert not todo
-        assert torch.equal(found.completion_ids[row], canvas[0, len(ids) :])
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("temperature", [0.0, 0.7])
-@pytest.mark.parametrize("remasking", ["low_confidence", "random"])
-def test_a_trajectory_can_be_replayed(mdm, temperature, remasking):
-    """At every step the recorded probabilities are the model's on the canvas of that step."""
-    config = settings(temperature=temperature, remasking=remasking)
-    found = generate(mdm, PROMPTS, config, record=True)
-    width = found.prompt_mask.shape[1]
-    canvas = found.sequences.clone()
-    canvas[:, width:] = mdm.mask_token_id
-    attention = torch.cat([found.prompt_mask, torch.ones(4, 12, dtype=torch.bool)], 1)
-    for step in found.trajectory:
-        logits = mdm.logits(canvas, attention)[:, width:]
-        logits[..., mdm.mask_token_id] = -torch.inf
-        logp = (logits / (temperature or 1)).log_softmax(-1)
-        rows = torch.arange(4)[:, None]
-        expected = logp[rows, step.positions, step.tokens]
-        torch.testing.assert_close(step.logprobs, expected, atol=1e-4, rtol=1e-4)
-        canvas[rows, width + step.positions] = step.tokens
-    assert torch.equal(canvas, found.sequences)
+# -- against transformers --------------------------------------------------------------------------
 
 
 def ender(ar, strength):
@@ -244,7 +201,8 @@ def test_texts_stop_at_the_end_token(policy):
 def test_draws_follow_the_tempered_softmax(temperature):
     logits = torch.tensor([2.0, 0.0, -1.0, 1.0, -torch.inf, 0.5])
     n = 20_000
-    tokens, logprobs = draw(logits.expand(n, -1), temperature, generator_for(0, "draw"))
+    config = settings(temperature=temperature)
+    tokens, logprobs = draw(logits.expand(n, -1), config, generator_for(0, "draw"))
     weights = [2.718281828459045 ** (x / temperature) for x in logits.tolist()]
     expected = torch.tensor(weights, dtype=torch.float64)
     expected = expected / expected.sum()
@@ -257,7 +215,7 @@ def test_draws_follow_the_tempered_softmax(temperature):
 
 def test_a_draw_at_temperature_zero_is_the_best_token():
     logits = torch.randn(50, 9, generator=torch.Generator().manual_seed(0))
-    tokens, logprobs = draw(logits, 0.0, generator_for(0, "draw"))
+    tokens, logprobs = draw(logits, settings(), generator_for(0, "draw"))
     assert tokens.tolist() == [max(range(9), key=row.__getitem__) for row in logits.tolist()]
     torch.testing.assert_close(logprobs, logits.softmax(-1).max(-1).values.log())
 
@@ -267,17 +225,31 @@ def test_random_remasking_reveals_every_position_equally_often(mdm):
     counts = torch.zeros(6)
     for seed in range(3):
         found = generate(mdm, ["x"] * 100, config, generator_for(seed, "uniform"), record=True)
-        counts += torch.bincount(found.trajectory[0].positions[:, 0], minlength=6)
+        counts += torch.bincount(found.trajectory[0].positions, minlength=6)
     assert stats.chisquare(counts).pvalue > 1e-3
 
 
-def test_confidence_is_the_untempered_probability_of_the_drawn_token():
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(3, 5, 7, generator=generator)
-    tokens = torch.randint(7, (3, 5), generator=generator)
-    score = commit_score(logits, tokens, settings(temperature=2.0), generator)
-    probability = logits.softmax(-1).gather(-1, tokens[..., None])[..., 0]
-    torch.testing.assert_close(score.exp(), probability)
+@pytest.mark.parametrize(("top_k", "top_p"), [(None, 0.6), (3, 1.0), (4, 0.5), (1, 0.1), (50, 1.0)])
+def test_filters_are_those_of_transformers(top_k, top_p):
+    logits = 2 * torch.randn(200, 9, generator=torch.Generator().manual_seed(0))
+    expected = logits
+    if top_k is not None:
+        expected = TopKLogitsWarper(top_k)(None, expected)
+    expected = TopPLogitsWarper(top_p)(None, expected)
+    found = keep_most_probable(logits, top_k, top_p)
+    torch.testing.assert_close(found, expected)
+    assert found.isinf().any() == ((top_k or 9) < 9 or top_p < 1)
+
+
+def test_filters_follow_the_temperature_and_count_in_the_probability():
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0]).expand(2000, -1)
+    config = settings(temperature=0.5, top_k=2)
+    tokens, logprobs = draw(logits, config, generator_for(0, "draw"))
+    first = 1 / (1 + 2.718281828459045**-2)
+    assert tokens.max() == 1
+    assert (tokens == 0).float().mean().item() == pytest.approx(first, abs=0.03)
+    expected = torch.tensor([first, 1 - first]).log()[tokens]
+    torch.testing.assert_close(logprobs, expected, atol=1e-5, rtol=1e-5)
 
 
 # -- refusals --------------------------------------------------------------------------------------
@@ -290,6 +262,23 @@ def test_confidence_is_the_untempered_probability_of_the_drawn_token():
         ({"steps": 13}, r"steps=13: expected 1 to max_new_tokens=12"),
         ({"max_new_tokens": 0}, "max_new_tokens=0"),
         ({"remasking": "low_confidance"}, "did you mean 'low_confidence'"),
+        ({"block_length": 5}, "block_length=5: expected a divisor of max_new_tokens=12"),
+        ({"block_length": 0}, "block_length=0"),
+        ({"block_length": 2}, "steps=5: expected at least 6, one for each block of 2"),
+        ({"threshold": 0.0, "steps": None}, r"threshold=0.0: expected \(0, 1\]"),
+        ({"threshold": 1.1, "steps": None}, r"threshold=1.1: expected \(0, 1\]"),
+        ({"threshold": 0.9}, "with steps=5"),
+        ({"entropy_bound": 0.1, "revise": 1, "steps": None}, "revise=1"),
+        ({"entropy_bound": 0.1, "threshold": 0.9, "steps": None}, "expected only one of them"),
+        ({"entropy_bound": -0.1, "steps": None}, "entropy_bound=-0.1"),
+        ({"threshold": 0.9, "steps": None, "remasking": "margin"}, "a threshold is a probability"),
+        ({"top_p": 0.0}, r"top_p=0.0: expected \(0, 1\]"),
+        ({"top_k": 0}, "top_k=0"),
+        ({"cfg_scale": -1}, "cfg_scale=-1"),
+        ({"revise": -1}, "revise=-1"),
+        ({"cache": "duel"}, "did you mean 'dual'"),
+        ({"cache_refresh": 2}, "cache_refresh=2 with cache=None"),
+        ({"cache": "dual", "cache_refresh": 0}, "cache_refresh=0"),
         ({"temperature": -0.1}, "temperature=-0.1"),
         ({"temperature": "nan"}, "temperature=nan"),
         ({"temperature": "inf"}, "temperature=inf"),

@@ -46,13 +46,15 @@ class Policy:
     """A language model with one interface for every family.
 
     Attributes:
-        kind: `"ar"` (autoregressive) or `"mdm"` (masked diffusion).
+        kind: `"ar"` (autoregressive), `"mdm"` (masked diffusion) or `"bd"` (block diffusion).
         logit_shift: True where position i is predicted by the hidden state of position i-1.
+        block_length: of the blocks a block diffusion policy was trained with, else None.
         model: a transformers causal-LM, possibly wrapped by peft.
     """
 
     kind: str
     logit_shift: bool
+    block_length: int | None = None
 
     def __init__(self, model, tokenizer):
         self.model = model.eval()
@@ -158,26 +160,44 @@ class Policy:
         return get_base() if get_base else self.model
 
     def hidden_states(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, cache=None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        cache=None,
+        position_ids: Tensor | None = None,
     ) -> Tensor:
         """Last hidden states as the network lays them out, (B, L, H); see `forward`.
 
-        With a `cache`, `input_ids` are the new tokens and `attention_mask` covers all of them.
+        With a `cache`, `input_ids` are the new tokens and `attention_mask` covers all of them. A
+        4-D mask, (B, 1, L, K) bool, says what each position sees; it needs `position_ids`.
         """
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        attention_mask = attention_mask.long()
-        positions = (attention_mask.cumsum(1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
+        if attention_mask.ndim == 2:
+            attention_mask = attention_mask.long()
+            position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
         return self._transformer.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
-            position_ids=positions,
+            position_ids=position_ids,
             past_key_values=cache,
             use_cache=cache is not None,
         ).last_hidden_state
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    def pattern(self, width: int, length: int) -> Tensor | None:
+        """Which block each column of a canvas belongs to, where the family has blocks, else None.
+
+        Args:
+            width: columns of the prompt, P; length: of the completion, L.
+        """
+        return None
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, pattern: Tensor | None = None
+    ) -> Tensor:
         """Hidden states in canvas positions, (B, L, H): `head(hidden[:, i])` predicts token i.
+
+        `pattern`, from the method of that name, is for families with blocks.
 
         Where the family shifts (autoregressive ones), nothing predicts position 0 and its row
         repeats its own hidden state; no sampler or estimator reads it.
@@ -189,9 +209,11 @@ class Policy:
         """Float32 logits (..., V) of hidden states (..., H); give it only the rows needed."""
         return self._transformer.get_output_embeddings()(hidden.float())
 
-    def logits(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    def logits(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, pattern: Tensor | None = None
+    ) -> Tensor:
         """Float32 logits in canvas positions, (B, L, V)."""
-        return self.head(self.forward(input_ids, attention_mask))
+        return self.head(self.forward(input_ids, attention_mask, pattern))
 
     # -- training -------------------------------------------------------------------------------
 
@@ -348,3 +370,43 @@ class MaskedDiffusionPolicy(Policy):
             tokenizer.add_special_tokens({"mask_token": token})
         self.mask_token_id = model.config.mask_token_id = mask
         self.logit_shift = model.config.logit_shift = logit_shift
+
+
+class BlockDiffusionPolicy(MaskedDiffusionPolicy):
+    """Masked diffusion within a block, left to right over blocks (Arriola et al. 2025, BD3-LM).
+
+    A position sees its own block, all earlier ones and the prompt, which is a block of its own, so
+    the keys and values of finished blocks never change. `model.config.block_length` holds the
+    length it was trained with.
+    """
+
+    kind = "bd"
+
+    @property
+    def block_length(self) -> int:
+        return self.model.config.block_length
+
+    def pattern(self, width: int, length: int) -> Tensor:
+        """The block of every column, (P+L,): 0 for the prompt, then 1, 1, ..., 2, 2, ..."""
+        blocks = 1 + torch.arange(length, device=self.device) // self.block_length
+        return torch.cat([blocks.new_zeros(width), blocks])
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, pattern: Tensor | None = None
+    ) -> Tensor:
+        """Hidden states in canvas positions, (B, L, H).
+
+        Args:
+            pattern: from `pattern`; every position sees what has no later block than its own.
+        """
+        require(
+            pattern is not None,
+            "a block diffusion policy must know where its blocks begin: give "
+            "pattern=policy.pattern(prompt_width, completion_length)",
+        )
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        attention_mask = attention_mask.bool()
+        positions = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
+        sees = attention_mask[:, None, None] & (pattern[:, None] >= pattern)
+        return self.hidden_states(input_ids, sees, position_ids=positions)

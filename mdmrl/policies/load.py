@@ -13,6 +13,7 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from mdmrl.config import require, unknown
 from mdmrl.policies.base import (
     AutoregressivePolicy,
+    BlockDiffusionPolicy,
     MaskedDiffusionPolicy,
     Policy,
     no_progress_bars,
@@ -55,15 +56,16 @@ def load_policy(
         model = load_model(source, tokenizer, DTYPES[dtype])
     model = _with_own_float32_head(model).to(device)
     settings = model.config.to_dict()
-    if settings.get("is_causal") is False:
-        policy = MaskedDiffusionPolicy(
+    if settings.get("is_causal") is not False:
+        policy = AutoregressivePolicy(model, tokenizer)
+    else:
+        family = BlockDiffusionPolicy if "block_length" in settings else MaskedDiffusionPolicy
+        policy = family(
             model,
             tokenizer,
             mask_token_id=settings.get("mask_token_id"),
             logit_shift=settings.get("logit_shift", False),
         )
-    else:
-        policy = AutoregressivePolicy(model, tokenizer)
     if adapter is not None:
         import peft
 

@@ -1,10 +1,12 @@
-"""Pre-training of the tiny twins: one recipe, one corpus, one token budget, two losses.
+"""Pre-training of the tiny twins: one recipe, one corpus, one token budget, three losses.
 
-Both families see the same stream of chat-formatted documents (prompt, completion, end token) in
-the same order. The autoregressive model minimises the cross-entropy of the next token; the masked
+All families see the same stream of chat-formatted documents (prompt, completion, end token) in the
+same order. The autoregressive model minimises the cross-entropy of the next token; the masked
 diffusion model the linear-schedule ELBO (`mdmrl.diffusion`) over a canvas that end tokens fill up,
-as LLaDA's SFT does. In `PROMPT_SHARE` of the batches the prompt is learnt too (it is masked like
-the completion, or predicted like it), so that both also know the law of questions.
+as LLaDA's SFT does; the block diffusion model the same block by block, each block noised at its own
+time and given the clean ones before it (Arriola et al. 2025, BD3-LM). In `PROMPT_SHARE` of the
+batches the prompt is learnt too (it is masked like the completion, or predicted like it), so that
+they also know the law of questions.
 
 The budget counts the tokens of documents, not the positions computed: the canvas's filling end
 tokens are the masked diffusion model's own expense.
@@ -29,13 +31,19 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from mdmrl.config import Config, require, unknown
 from mdmrl.diffusion import linear_elbo_loss, mask_tokens, sample_times
-from mdmrl.policies import AutoregressivePolicy, MaskedDiffusionPolicy, Policy, load_policy
+from mdmrl.policies import (
+    AutoregressivePolicy,
+    BlockDiffusionPolicy,
+    MaskedDiffusionPolicy,
+    Policy,
+    load_policy,
+)
 from mdmrl.policies.load import load_tokenizer
 from mdmrl.policies.tokenizer import train_tokenizer
 from mdmrl.runs import Run, environment, generator_for, read_rows, write_atomically
 from mdmrl.tasks import load_task, tokenizer_corpus
 
-FAMILIES = {"ar": AutoregressivePolicy, "mdm": MaskedDiffusionPolicy}
+FAMILIES = {"ar": AutoregressivePolicy, "mdm": MaskedDiffusionPolicy, "bd": BlockDiffusionPolicy}
 PROMPT_SHARE = 0.1
 POOL = 8  # batches
 VOCABULARY = 4096
@@ -54,7 +62,8 @@ class PretrainConfig(Config):
     intermediate_size: int = 384
     num_attention_heads: int = 4
     max_position_embeddings: int = 512
-    canvas: int = 128  # completion positions of the masked diffusion model
+    canvas: int = 128  # completion positions of the diffusion models
+    block_length: int = 16  # of the block diffusion model
     batch_size: int = 48
     learning_rate: float = 3e-3
     muon_learning_rate: float = 2e-2
@@ -70,13 +79,17 @@ class PretrainConfig(Config):
         if self.family not in FAMILIES:
             raise unknown("family", self.family, FAMILIES)
         require(self.tokens > 0, f"tokens={self.tokens}: expected a positive budget")
+        require(
+            self.block_length >= 1 and self.canvas % self.block_length == 0,
+            f"block_length={self.block_length}: expected a divisor of canvas={self.canvas}",
+        )
 
 
 # What `mdmrl pretrain NAME` trains, beside the tokenizer. The autoregressive twin is at its plateau
 # after a fraction of the tokens; `tiny-mdm-equal` is the masked diffusion model at that budget.
 RECIPES = {
     "tiny-ar": PretrainConfig(family="ar", tokens=4e6, warmup_share=0.015),
-    "tiny-mdm": PretrainConfig(family="mdm", tokens=13e6, warmup_share=6e4 / 13e6),
+    "tiny-mdm": PretrainConfig(family="mdm", tokens=32e6, warmup_share=6e4 / 32e6),
     "tiny-mdm-equal": PretrainConfig(family="mdm", tokens=4e6, warmup_share=0.015),
 }
 
@@ -116,6 +129,8 @@ def make_policy(config: PretrainConfig, tokenizer) -> Policy:
         pad_token_id=tokenizer.pad_token_id,
     )
     architecture.is_causal = config.family == "ar"
+    if config.family == "bd":
+        architecture.block_length = config.block_length
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
         model = Qwen2ForCausalLM(architecture)
@@ -176,11 +191,44 @@ def loss_of(policy: Policy, batch: Batch, learn_prompt: bool, generator) -> torc
         ids, attention = batch.input_ids[:, :width], batch.attention_mask[:, :width]
         hidden = policy.forward(ids, attention)[targets]
         return F.cross_entropy(policy.head(hidden), ids[targets])
+    if policy.kind == "bd":
+        return block_loss(policy, batch, learn_prompt, generator)
     maskable = batch.completion | batch.prompt if learn_prompt else batch.completion
     t, weight = sample_times(len(maskable), generator)
     xt, masked = mask_tokens(batch.input_ids, t, maskable, policy.mask_token_id, generator)
     logits = policy.head(policy.forward(xt, batch.attention_mask)[masked])
     nll = F.cross_entropy(logits, batch.input_ids[masked], reduction="none")
+    return linear_elbo_loss(nll, masked, weight, maskable)
+
+
+def block_loss(
+    policy: BlockDiffusionPolicy, batch: Batch, learn_prompt: bool, generator
+) -> torch.Tensor:
+    """The block loss L_BD of a batch, all blocks in one pass: the clean canvas, (B, W), and beside
+    it a noised copy of what is learnt, (B, N), whose blocks see themselves and the clean ones
+    before them."""
+    width = int((~batch.completion[0]).sum())
+    pattern = policy.pattern(width, batch.input_ids.shape[1] - width)  # (W,)
+    learnt = slice(0 if learn_prompt else width, None)
+    x0, maskable = batch.input_ids[:, learnt], (batch.prompt | batch.completion)[:, learnt]
+    block = pattern[learnt] - pattern[learnt][0]  # (N,), from 0
+    t, weight = sample_times(len(x0) * int(block[-1] + 1), generator)
+    t, weight = (v.view(len(x0), -1)[:, block] for v in (t, weight))  # (B, N)
+    xt, masked = mask_tokens(x0, t, maskable, policy.mask_token_id, generator)
+
+    clean = pattern[:, None] >= pattern
+    before = pattern[learnt, None] > pattern
+    itself = block[:, None] == block
+    blind = torch.zeros(len(pattern), len(block), dtype=torch.bool)
+    sees = torch.cat([torch.cat([clean, blind], 1), torch.cat([before, itself], 1)])
+    real = torch.cat([batch.attention_mask, batch.attention_mask[:, learnt]], 1)
+    positions = (batch.attention_mask.long().cumsum(1) - 1).clamp(min=0)
+    hidden = policy.hidden_states(
+        torch.cat([batch.input_ids, xt], 1),
+        sees & real[:, None, None],
+        position_ids=torch.cat([positions, positions[:, learnt]], 1),
+    )[:, len(pattern) :]
+    nll = F.cross_entropy(policy.head(hidden[masked]), x0[masked], reduction="none")
     return linear_elbo_loss(nll, masked, weight, maskable)
 
 
@@ -300,7 +348,7 @@ def pretrain_by_name(
 
 def model_card(name: str, recipe: dict, log: pd.DataFrame) -> str:
     """The model card of a tiny model, from its recipe and log alone."""
-    families = {"ar": "autoregressive", "mdm": "masked diffusion"}
+    families = {"ar": "autoregressive", "mdm": "masked diffusion", "bd": "block diffusion"}
     last = log.iloc[-1]
     return f"""---
 license: apache-2.0

@@ -1,6 +1,7 @@
-"""Samplers: `generate` draws completions from any policy."""
+"""Samplers: `generate` draws completions from any policy, `infill` fills gaps."""
 
-from mdmrl.sampling.config import SamplerConfig, SamplerOutput, Step
-from mdmrl.sampling.generate import generate
+from mdmrl.sampling.config import SamplerConfig
+from mdmrl.sampling.generate import generate, infill
+from mdmrl.sampling.output import SamplerOutput, Step
 
-__all__ = ["SamplerConfig", "SamplerOutput", "Step", "generate"]
+__all__ = ["SamplerConfig", "SamplerOutput", "Step", "generate", "infill"]

@@ -6,7 +6,9 @@ import torch
 from transformers import DynamicCache
 
 from mdmrl.policies.base import AutoregressivePolicy, Prompts
-from mdmrl.sampling.config import SamplerConfig, SamplerOutput, draw
+from mdmrl.sampling.choose import draw
+from mdmrl.sampling.config import SamplerConfig
+from mdmrl.sampling.output import EXACT, SamplerOutput
 
 
 @torch.no_grad()
@@ -30,7 +32,7 @@ def sample_autoregressive(
     for position in range(length):
         hidden = policy.hidden_states(tokens, attention, cache)[:, -1]
         nfe, token_forwards = nfe + 1, token_forwards + tokens.numel()
-        drawn, logprob = draw(policy.head(hidden), config.temperature, generator)
+        drawn, logprob = draw(policy.head(hidden), config, generator)
         completion[~ended, position] = drawn[~ended]
         logprobs[~ended, position] = logprob[~ended]
         ended |= torch.isin(drawn, ends)
@@ -49,4 +51,5 @@ def sample_autoregressive(
         logprobs=logprobs,
         nfe=nfe,
         token_forwards=token_forwards,
+        optimisations={"key-value cache": EXACT},
     )

@@ -1,15 +1,14 @@
-"""What a sampler is asked for and what it gives back."""
+"""What a sampler is asked for."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
 from mdmrl.config import Config, require, unknown
 
-REMASKING = ("low_confidence", "random")
+REMASKING = ("low_confidence", "state_confidence", "margin", "entropy", "sequential", "random")
+CACHES = ("prefix", "dual")
+DENOISING_ONLY = ("block_length", "threshold", "entropy_bound", "revise", "cfg_scale", "cache")
 
 
 @dataclass
@@ -18,100 +17,139 @@ class SamplerConfig(Config):
 
     Attributes:
         max_new_tokens: completion positions, L.
-        steps: denoising steps of a masked diffusion policy; None means half of `max_new_tokens`, as
-            in d1. An autoregressive policy takes one step a token whatever is asked.
-        remasking: which positions a step reveals, as LLaDA names it: `"low_confidence"` keeps the
-            most probable of the drawn tokens, `"random"` a uniform choice.
+        steps: denoising steps over all blocks, shared out evenly; None means half of
+            `max_new_tokens`, as in d1. An autoregressive policy takes one step a token whatever is
+            asked, and `threshold` and `entropy_bound` take as many as the text needs.
+        block_length: reveal the completion in blocks of so many positions, left to right
+            (semi-autoregressive, as LLaDA); None means the whole completion at once, and the
+            policy's own blocks for block diffusion.
+        remasking: which open positions a step reveals first. By the drawn token, as LLaDA:
+            `"low_confidence"` (its probability). Before drawing, from the state alone:
+            `"state_confidence"` (the largest probability), `"margin"` (the largest minus the
+            second, Dream's topk_margin), `"entropy"` (the smallest), `"sequential"` (left to
+            right), `"random"`. All are taken from the untempered, unfiltered distribution.
+        threshold: reveal every position whose confidence reaches this probability, and always the
+            surest (parallel decoding, Wu et al. 2025, Fast-dLLM); needs one of the two confidences.
+        entropy_bound: reveal the longest run of best-ranked positions whose entropies sum to at
+            most this many nats, the largest of them left out (Ben-Hamu et al. 2025, EB-Sampler).
+        revise: at each step after a block's first, mask so many of its least probable revealed
+            tokens again and reveal as many more (in the manner of Wang et al. 2025, ReMDM-conf).
         end_last: reveal positions whose most probable token ends the text only once no other is
-            left, as LLaDA does for its instruct models. Without it, a canvas that is filled up
-            with end tokens is revealed from its far end, where they are surest, and texts come out
-            short or empty. The most probable token decides, not the drawn one: at temperature 1
-            the redrawing of postponed positions would select against end tokens.
-        temperature: 0 takes the most probable token.
+            left in the block, as LLaDA does for its instruct models. Without it, a canvas that is
+            filled up with end tokens is revealed from its far end, where they are surest, and texts
+            come out short or empty. The most probable token decides, not the drawn one: at
+            temperature 1 the redrawing of postponed positions would select against end tokens.
+        stop_at_end: a row is done with the block in which its first end token lies. No text
+            changes, since later blocks cannot change earlier ones.
+        temperature: 0 takes the most probable token. top_k, top_p: draw from the k most probable
+            tokens, then from the smallest set that holds the probability p, after the temperature.
+        cfg_scale: classifier-free guidance, logits u + (1 + cfg_scale) (c - u) with u from a
+            masked prompt; doubles the work.
+        cache: keys and values kept between the steps of a block, approximate for a bidirectional
+            policy (Wu et al. 2025): `"prefix"` those before the block, `"dual"` those after it
+            too. Block diffusion and autoregressive policies always keep theirs, exactly.
+        cache_refresh: run the whole canvas again every so many steps of a block; None only at its
+            start.
         suppress_mask: never draw [MASK]; with False a drawn [MASK] is committed like any token
             and stays in the text, as it can with Dream.
     """
 
     max_new_tokens: int = 128
     steps: int | None = None
+    block_length: int | None = None
     remasking: str = "low_confidence"
+    threshold: float | None = None
+    entropy_bound: float | None = None
+    revise: int = 0
     end_last: bool = True
+    stop_at_end: bool = True
     temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    cfg_scale: float = 0.0
+    cache: str | None = None
+    cache_refresh: int | None = None
     suppress_mask: bool = True
 
     def validate(self) -> None:
         if self.remasking not in REMASKING:
             raise unknown("remasking", self.remasking, REMASKING)
+        if self.cache not in (None, *CACHES):
+            raise unknown("cache", self.cache, CACHES)
+        length, infinity = self.max_new_tokens, float("inf")
+        require(length >= 1, f"max_new_tokens={length}: expected at least 1")
         require(
-            self.max_new_tokens >= 1,
-            f"max_new_tokens={self.max_new_tokens}: expected at least 1",
-        )
-        require(
-            self.steps is None or 1 <= self.steps <= self.max_new_tokens,
-            f"steps={self.steps}: expected 1 to max_new_tokens={self.max_new_tokens}, "
+            self.steps is None or 1 <= self.steps <= length,
+            f"steps={self.steps}: expected 1 to max_new_tokens={length}, "
             "since a step reveals at least one token",
         )
+        block = self.block_length
         require(
-            0 <= self.temperature < float("inf"),
+            block is None or (1 <= block <= length and length % block == 0),
+            f"block_length={block}: expected a divisor of max_new_tokens={length}",
+        )
+        if block is not None and self.steps is not None:
+            blocks = length // block
+            require(
+                self.steps >= blocks,
+                f"steps={self.steps}: expected at least {blocks}, one for each block of {block}",
+            )
+        require(
+            0 <= self.temperature < infinity,
             f"temperature={self.temperature}: expected 0 (greedy) or more",
+        )
+        require(0 < self.top_p <= 1, f"top_p={self.top_p}: expected (0, 1]")
+        require(self.top_k is None or self.top_k >= 1, f"top_k={self.top_k}: expected at least 1")
+        require(0 <= self.cfg_scale < infinity, f"cfg_scale={self.cfg_scale}: expected 0 or more")
+        require(self.revise >= 0, f"revise={self.revise}: expected 0 or more")
+        require(
+            self.cache_refresh is None or (self.cache is not None and self.cache_refresh >= 1),
+            f"cache_refresh={self.cache_refresh} with cache={self.cache}: expected at least 1 "
+            "step, and a cache",
+        )
+        self._validate_parallel()
+
+    def _validate_parallel(self) -> None:
+        """Options by which the text decides how many positions a step reveals."""
+        threshold, bound = self.threshold, self.entropy_bound
+        require(threshold is None or 0 < threshold <= 1, f"threshold={threshold}: expected (0, 1]")
+        require(bound is None or bound >= 0, f"entropy_bound={bound}: expected 0 nats or more")
+        if not self.parallel:
+            return
+        given = f"threshold={threshold}, entropy_bound={bound}"
+        require(threshold is None or bound is None, f"{given}: expected only one of them")
+        require(
+            self.steps is None and not self.revise,
+            f"{given} with steps={self.steps}, revise={self.revise}: the text decides how many "
+            "positions a step reveals, so leave the other two out",
+        )
+        require(
+            threshold is None or self.remasking in ("low_confidence", "state_confidence"),
+            f"threshold={threshold} with remasking={self.remasking!r}: a threshold is a "
+            "probability; expected remasking 'low_confidence' or 'state_confidence'",
         )
 
     @property
+    def parallel(self) -> bool:
+        """True where the text, not a quota, decides how many positions a step reveals."""
+        return self.threshold is not None or self.entropy_bound is not None
+
+    @property
     def denoising_steps(self) -> int:
-        return -(-self.max_new_tokens // 2) if self.steps is None else self.steps
+        """Steps over all blocks; only an upper bound where `parallel`."""
+        if self.parallel:
+            return self.max_new_tokens
+        if self.steps is not None:
+            return self.steps
+        blocks = 1 if self.block_length is None else self.max_new_tokens // self.block_length
+        return max(-(-self.max_new_tokens // 2), blocks)
 
-
-@dataclass
-class Step:
-    """What one denoising step revealed: positions in the completion, tokens, and the logarithm of
-    the probability they were drawn with; each (B, k)."""
-
-    positions: Tensor
-    tokens: Tensor
-    logprobs: Tensor
-
-
-@dataclass
-class SamplerOutput:
-    """Completions and what they cost.
-
-    Attributes:
-        sequences: token ids, prompt first and left-padded, (B, P+L).
-        completions: texts up to the first end token.
-        completion_ids: (B, L); completion_mask: True up to and including the first end token.
-        logprobs: log-probability each token was drawn with, (B, L).
-        nfe: forward passes; token_forwards: positions pushed through the network.
-        trajectory: one `Step` a denoising step when recorded, else None.
-    """
-
-    sequences: Tensor
-    prompt_mask: Tensor
-    completion_ids: Tensor
-    completion_mask: Tensor
-    completions: list[str]
-    logprobs: Tensor
-    nfe: int
-    token_forwards: int
-    trajectory: list[Step] | None = None
-
-    def token_lists(self) -> list[list[int]]:
-        """Completion ids up to and including the first end token, one list a row."""
-        pairs = zip(self.completion_ids, self.completion_mask, strict=True)
-        return [ids[mask].tolist() for ids, mask in pairs]
-
-
-def draw(logits: Tensor, temperature: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Draw one token from every row of `logits` (..., V).
-
-    Returns:
-        tokens and log-probabilities under softmax(logits / temperature), both (...); at
-        temperature 0 the most probable token and its log-probability under softmax(logits).
-    """
-    if temperature == 0:
-        best, tokens = logits.max(-1)
-        return tokens, best - logits.logsumexp(-1)
-    logits = logits / temperature
-    # argmax of p / e with e ~ Exp(1) is a draw from p (the Gumbel trick without two logarithms).
-    noise = torch.empty_like(logits).exponential_(generator=generator)
-    tokens = (logits - noise.log()).argmax(-1)
-    return tokens, logits.gather(-1, tokens[..., None])[..., 0] - logits.logsumexp(-1)
+    def refuse_denoising_options(self) -> None:
+        """Raise for an option that left-to-right sampling cannot have."""
+        for name in DENOISING_ONLY:
+            value = getattr(self, name)
+            require(
+                not value,
+                f"{name}={value}: an autoregressive policy reveals one token after the other and "
+                "keeps an exact cache of its own; leave it out",
+            )

@@ -1,84 +1,170 @@
-"""Denoising: from all [MASK] to text in `steps` forward passes (Nie et al. 2025, algorithm 5).
+"""Denoising: from [MASK] to text, a few positions a forward pass (Nie et al. 2025, algorithm 5).
 
-Exact savings over the textbook loop: the head runs only at positions still masked, and a maximum
-and a logsumexp take the place of a softmax over the vocabulary.
+The completion is revealed whole, or block by block from left to right. Every step looks at the open
+positions of the active block, draws a token for each, and reveals the best-ranked of them
+(`mdmrl.sampling.choose`); what of the canvas goes through the network is `mdmrl.sampling.windows`'
+business.
+
+Saved against the plain loop, which pushes the full canvas through network and head at each step and
+takes a softmax everywhere; all exact, and asserted so in the tests:
+ * the head, the noise and the ranking run at open positions of the active block alone;
+ * a maximum and a logsumexp in place of a softmax;
+ * rows without open positions in the active block are dropped, and steps without any skipped;
+ * in block order, a row is done with the block that holds its first end token.
 """
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
-from mdmrl.policies.base import MaskedDiffusionPolicy, Prompts
-from mdmrl.sampling.config import SamplerConfig, SamplerOutput, Step, draw
+from mdmrl.policies.base import MaskedDiffusionPolicy
+from mdmrl.sampling.choose import choose, commit_score, draw, entropy
+from mdmrl.sampling.config import SamplerConfig
+from mdmrl.sampling.output import APPROXIMATE, EXACT, SamplerOutput, Step
+from mdmrl.sampling.windows import Window
 
 
-def reveal_quota(length: int, steps: int) -> list[int]:
-    """How many of `length` positions each step reveals: even, the remainder to the first steps."""
-    base, remainder = divmod(length, steps)
-    return [base + (s < remainder) for s in range(steps)]
+def evenly(total: int | Tensor, parts: int) -> list:
+    """`total` shared out over `parts`, evenly, the remainder to the first ones."""
+    base, remainder = total // parts, total % parts
+    return [base + (remainder > part) for part in range(parts)]
 
 
 @torch.no_grad()
 def denoise(
     policy: MaskedDiffusionPolicy,
-    prompts: Prompts,
+    canvas: Tensor,
+    attention: Tensor,
+    open_: Tensor,
+    width: int,
     config: SamplerConfig,
     generator: torch.Generator,
     record: bool = False,
 ) -> SamplerOutput:
-    """Complete `prompts` by denoising the whole completion at once."""
-    batch, width = prompts.input_ids.shape
-    length, device = config.max_new_tokens, prompts.input_ids.device
-    blank = torch.full((batch, length), policy.mask_token_id, device=device)
-    canvas = torch.cat([prompts.input_ids, blank], 1)  # (B, P+L)
-    attention = torch.cat([prompts.attention_mask, torch.ones_like(blank, dtype=torch.bool)], 1)
-    completion = canvas[:, width:]  # a view
-    logprobs = torch.zeros(batch, length, device=device)
-    open_at = torch.arange(length, device=device).expand(batch, length)  # masked positions
+    """Reveal the open positions of `canvas`, block by block.
+
+    Args:
+        canvas: token ids, (B, P+L); attention: its real tokens, (B, P+L) bool.
+        open_: what is to be revealed, (B, P+L) bool, [MASK] in the canvas.
+        width: columns of the prompt, P.
+    """
+    batch, device = len(canvas), canvas.device
+    length = canvas.shape[1] - width
+    block_length = policy.block_length or config.block_length or length
+    starts = range(width, width + length, block_length)
     ends = torch.tensor(policy.end_token_ids, device=device)
-    trajectory = []
+    network = Guided(policy, canvas, attention, width, config)
+    canvas, open_ = network.canvas, open_.clone()
+    logprobs = torch.zeros(canvas.shape, device=device)
+    alive = torch.ones(batch, dtype=torch.bool, device=device)
+    dropped, trajectory = False, []
 
-    for quota in reveal_quota(length, config.denoising_steps):
-        hidden = policy.forward(canvas, attention)[:, width:]
-        hidden = hidden.gather(1, open_at[..., None].expand(-1, -1, hidden.shape[-1]))
-        logits = policy.head(hidden)  # (B, M, V) with M positions still masked
-        if config.suppress_mask:
-            logits[..., policy.mask_token_id] = -torch.inf
-        tokens, logprob = draw(logits, config.temperature, generator)
-        score = commit_score(logits, tokens, config, generator)
-        if config.end_last:  # log-probabilities and uniforms alike stay far above; double, or the
-            # subtraction would make ties of the end tokens' scores
-            score = score.double() - 1e6 * torch.isin(logits.argmax(-1), ends)
-        chosen = score.topk(quota, dim=1).indices  # (B, quota) into the masked positions
-        step = Step(*(x.gather(1, chosen) for x in (open_at, tokens, logprob)))
-        completion.scatter_(1, step.positions, step.tokens)
-        logprobs.scatter_(1, step.positions, step.logprobs)
-        keep = torch.ones_like(open_at, dtype=torch.bool).scatter_(1, chosen, False)
-        open_at = open_at[keep].view(batch, -1)
-        trajectory.append(step)
+    for a, steps in zip(starts, evenly(config.denoising_steps, len(starts)), strict=True):
+        b = a + block_length
+        asked = open_[:, a:b].clone()
+        targets = torch.stack(evenly(asked.sum(1), steps)).cumsum(0)  # (steps, B), revealed by then
+        for step in itertools.count():
+            rows = (open_[:, a:b].any(1) & alive).nonzero()[:, 0]  # (R,)
+            if not len(rows):
+                break
+            dropped |= len(rows) < batch
+            revised = rows.new_zeros(2, 0)
+            if config.revise and step:
+                revealed = asked[rows] & ~open_[rows, a:b]
+                row, column = least_sure(logprobs[rows, a:b], revealed, config.revise)
+                revised = torch.stack([rows[row], a + column])
+                network.write(*revised, policy.mask_token_id)
+                open_[tuple(revised)] = True
+            todo = open_[rows, a:b]  # (R, b-a), N of them True
+            row, column = rows.repeat_interleave(todo.sum(1)), a + todo.nonzero()[:, 1]  # (N,)
 
+            fresh = step == 0 or (config.cache_refresh and step % config.cache_refresh == 0)
+            logits = network.logits(rows, todo, a, b, fresh)  # (N, V)
+            if config.suppress_mask:
+                logits[:, policy.mask_token_id] = -torch.inf
+            tokens, logprob = draw(logits, config, generator)
+            chosen = choose(
+                commit_score(logits, tokens, column, config, generator),
+                torch.isin(logits.argmax(-1), ends) & config.end_last,
+                entropy(logits) if config.entropy_bound is not None else None,
+                todo,
+                targets[step, rows] - (asked[rows] & ~todo).sum(1),
+                config,
+            )
+            row, column, tokens, logprob = (x[chosen] for x in (row, column, tokens, logprob))
+            network.write(row, column, tokens)
+            logprobs[row, column] = logprob
+            open_[row, column] = False
+            if record:
+                revised[1] -= width
+                trajectory.append(Step(row, column - width, tokens, logprob, revised))
+        if config.stop_at_end:
+            alive &= ~torch.isin(canvas[:, a:b], ends).any(1)
+            canvas[~alive, b:] = policy.pad_token_id
+
+    completion = canvas[:, width:]
     mask = policy.completion_mask(completion)
+    optimisations = {"head at open positions": EXACT, "no softmax": EXACT}
+    if dropped:
+        optimisations["finished rows dropped"] = EXACT
+    if not alive.all():
+        optimisations["rows end with their text"] = EXACT
+    if policy.block_length:
+        optimisations["block cache"] = EXACT
+    if config.cache:
+        optimisations[f"{config.cache} cache"] = APPROXIMATE
     return SamplerOutput(
         sequences=canvas,
-        prompt_mask=prompts.attention_mask,
+        prompt_mask=attention[:, :width],
         completion_ids=completion,
         completion_mask=mask,
         completions=policy.decode(completion, mask),
-        logprobs=logprobs,
-        nfe=config.denoising_steps,
-        token_forwards=config.denoising_steps * canvas.numel(),
+        logprobs=logprobs[:, width:],
+        nfe=network.window.nfe,
+        token_forwards=network.window.token_forwards,
         trajectory=trajectory if record else None,
+        optimisations=optimisations,
     )
 
 
-def commit_score(
-    logits: Tensor, tokens: Tensor, config: SamplerConfig, generator: torch.Generator
-) -> Tensor:
-    """How much a step wants to reveal each masked position, (B, M); the highest are revealed.
+def least_sure(logprobs: Tensor, revealed: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Rows and columns of the `count` least probable revealed tokens of each row, or of as many as
+    there are."""
+    ranked = logprobs.masked_fill(~revealed, torch.inf).argsort(dim=1, stable=True)[:, :count]
+    columns = ranked[revealed.gather(1, ranked)]
+    return revealed.gather(1, ranked).nonzero()[:, 0], columns
 
-    `low_confidence` is LLaDA's rule: the untempered probability of the token already drawn.
+
+class Guided:
+    """The network at open positions, with classifier-free guidance where it is asked for.
+
+    Guidance doubles the batch: below each row lies its twin whose prompt is masked.
     """
-    if config.remasking == "random":
-        return torch.rand(tokens.shape, generator=generator, device=tokens.device)
-    return logits.gather(-1, tokens[..., None])[..., 0] - logits.logsumexp(-1)
+
+    def __init__(
+        self, policy, canvas: Tensor, attention: Tensor, width: int, config: SamplerConfig
+    ):
+        self.policy, self.scale = policy, config.cfg_scale
+        twin = canvas.clone()
+        twin[:, :width] = torch.where(attention[:, :width], policy.mask_token_id, twin[:, :width])
+        self.both = torch.cat([canvas, twin]) if self.scale else canvas.clone()
+        self.canvas = self.both[: len(canvas)]
+        self.offsets = range(0, len(self.both), len(canvas))
+        self.window = Window(policy, attention.repeat(len(self.offsets), 1), width, config.cache)
+
+    def write(self, rows: Tensor, columns: Tensor, tokens: Tensor | int) -> None:
+        for offset in self.offsets:
+            self.both[rows + offset, columns] = tokens
+
+    def logits(self, rows: Tensor, todo: Tensor, a: int, b: int, fresh: bool) -> Tensor:
+        """Logits (N, V) at the open positions `todo` (R, b-a) of `rows`, columns [a, b)."""
+        rows = torch.cat([rows + offset for offset in self.offsets])
+        hidden = self.window.hidden(self.both, rows, a, b, fresh)
+        logits = self.policy.head(hidden[todo.repeat(len(self.offsets), 1)])
+        if not self.scale:
+            return logits
+        conditional, unconditional = logits.chunk(2)
+        return unconditional + (1 + self.scale) * (conditional - unconditional)

@@ -1,16 +1,19 @@
-"""One entry for every sampler, used by training, evaluation and notebooks alike."""
+"""The two entries to every sampler, used by training, evaluation and notebooks alike."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 
-from mdmrl.policies.base import Policy, Prompt
+from mdmrl.config import require
+from mdmrl.policies.base import MaskedDiffusionPolicy, Policy, Prompt
 from mdmrl.runs import generator_for
 from mdmrl.sampling.autoregressive import sample_autoregressive
-from mdmrl.sampling.config import SamplerConfig, SamplerOutput
+from mdmrl.sampling.config import SamplerConfig
 from mdmrl.sampling.denoise import denoise
+from mdmrl.sampling.output import SamplerOutput
 
 
 def generate(
@@ -25,14 +28,94 @@ def generate(
     Args:
         generator: on the policy's device; without one, the generator of seed 0, so that the same
             call gives the same texts.
-        record: keep the denoising trajectory (masked diffusion only).
+        record: keep the denoising trajectory (not autoregressive).
+
+    Raises:
+        ValueError: an option that the family cannot have, or a prompt that leaves no room.
 
     >>> policy = load_policy("tiny-mdm")
     >>> generate(policy, ["A patient has ..."], SamplerConfig(steps=64)).completions
     """
     config = config or SamplerConfig()
     generator = generator or generator_for(0, "generate", device=policy.device)
-    encoded = policy.encode(prompts, config.max_new_tokens)
     if policy.kind == "ar":
+        config.refuse_denoising_options()
+        encoded = policy.encode(prompts, config.max_new_tokens)
         return sample_autoregressive(policy, encoded, config, generator)
-    return denoise(policy, encoded, config, generator, record)
+    if policy.kind == "bd":
+        config = _in_blocks_of(policy, config)
+    encoded = policy.encode(prompts, config.max_new_tokens)
+    blank = torch.full(
+        (len(prompts), config.max_new_tokens), policy.mask_token_id, device=policy.device
+    )
+    canvas = torch.cat([encoded.input_ids, blank], 1)
+    new = torch.ones_like(blank, dtype=torch.bool)
+    attention = torch.cat([encoded.attention_mask, new], 1)
+    open_ = torch.cat([torch.zeros_like(encoded.attention_mask), new], 1)
+    width = encoded.input_ids.shape[1]
+    return denoise(policy, canvas, attention, open_, width, config, generator, record)
+
+
+def infill(
+    policy: MaskedDiffusionPolicy,
+    texts: Sequence[str],
+    config: SamplerConfig | None = None,
+    generator: torch.Generator | None = None,
+    record: bool = False,
+) -> SamplerOutput:
+    """Fill in the mask tokens of `texts`, wherever they stand; one mask token is one token.
+
+    Of `config`, `max_new_tokens` goes unused and `steps` None means half of the most mask tokens
+    of a text. The output has no prompt: its completions are the whole texts.
+
+    Raises:
+        ValueError: a policy that does not see both sides, a text without a mask token, or blocks.
+
+    >>> policy = load_policy("tiny-mdm")
+    >>> infill(policy, ["The answer is <|mask|><|mask|>."]).completions
+    """
+    config = config or SamplerConfig()
+    generator = generator or generator_for(0, "infill", device=policy.device)
+    require(
+        policy.kind == "mdm",
+        f"a policy of kind {policy.kind!r} cannot fill in: it does not see what follows a gap; "
+        "expected a masked diffusion policy",
+    )
+    require(
+        config.block_length is None and not config.cfg_scale,
+        f"block_length={config.block_length}, cfg_scale={config.cfg_scale}: gaps have no order of "
+        "blocks and no prompt; leave both out",
+    )
+    mask = policy.tokenizer.mask_token
+    for index, text in enumerate(texts):
+        require(mask in text, f"text {index} has no {mask} to fill in: {text!r}")
+    encoded = policy.encode_texts(texts)
+    # One padding column in front stands for the prompt, so that every token has a left neighbour.
+    canvas = F.pad(encoded.input_ids, (1, 0), value=policy.pad_token_id)
+    attention = F.pad(encoded.attention_mask, (1, 0))
+    open_ = canvas == policy.mask_token_id
+    first = open_[:, 1:] & (encoded.attention_mask.cumsum(1) == 1)
+    require(
+        not (policy.logit_shift and first.any()),
+        "a text starts with a mask token, and this policy predicts every token from the one before",
+    )
+    config = config.replace(max_new_tokens=int(open_.sum(1).max()))
+    output = denoise(policy, canvas, attention, open_, 1, config, generator, record)
+    output.completion_mask = encoded.attention_mask
+    output.completions = policy.decode(output.completion_ids, encoded.attention_mask)
+    return output
+
+
+def _in_blocks_of(policy, config: SamplerConfig) -> SamplerConfig:
+    """`config` with the blocks that a block diffusion policy was trained with."""
+    own = policy.block_length
+    require(
+        config.block_length in (None, own),
+        f"block_length={config.block_length}: this policy was trained with blocks of {own}",
+    )
+    require(
+        config.cache is None,
+        f"cache={config.cache!r}: a block-causal policy keeps an exact cache of its own; leave it "
+        "out",
+    )
+    return config.replace(block_length=own)

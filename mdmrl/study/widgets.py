@@ -22,7 +22,10 @@ def canvas_after(output: SamplerOutput, policy: Policy, row: int, steps: int) ->
     """The completion of `row` after `steps` denoising steps: one string a position."""
     shown = [MASK_SHOWN] * output.completion_ids.shape[1]
     for step in output.trajectory[:steps]:
-        for position, token in zip(step.positions[row], step.tokens[row], strict=True):
+        for position in step.remasked[1, step.remasked[0] == row]:
+            shown[position] = MASK_SHOWN
+        mine = step.rows == row
+        for position, token in zip(step.positions[mine], step.tokens[mine], strict=True):
             shown[position] = policy.tokenizer.decode([token.item()])
     return shown
 
@@ -41,7 +44,8 @@ def scrub(output: SamplerOutput, policy: Policy, row: int = 0):
     import ipywidgets
 
     def show(step: int) -> ipywidgets.HTML:
-        fresh = set(output.trajectory[step - 1].positions[row].tolist()) if step else set()
+        last = output.trajectory[step - 1]
+        fresh = set(last.positions[last.rows == row].tolist()) if step else set()
         view.value = as_html(canvas_after(output, policy, row, step), fresh)
 
     view = ipywidgets.HTML()
@@ -54,8 +58,9 @@ def scrub(output: SamplerOutput, policy: Policy, row: int = 0):
 def order_of_reveal(output: SamplerOutput, policy: Policy, row: int = 0) -> Figure:
     """The static twin of `scrub`: when each position was revealed, and how sure the policy was."""
     frame = pd.concat(
-        pd.DataFrame({"step": i, "position": s.positions[row], "p": s.logprobs[row].exp()})
+        pd.DataFrame({"step": i, "position": s.positions[mine], "p": s.logprobs[mine].exp()})
         for i, s in enumerate(output.trajectory, start=1)
+        for mine in [s.rows == row]
     )
     end = int(output.completion_mask[row].sum())
     figure, axes = plt.subplots(figsize=(6.3, 2.6), layout="constrained")

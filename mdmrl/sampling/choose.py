@@ -1,0 +1,127 @@
+"""What a denoising step would write at its open positions, and which of them it reveals.
+
+The open positions of all rows lie flat, one after the other: N of them, with logits (N, V), so that
+the head and the noise are spent on nothing else. A maximum and a logsumexp take the place of a
+softmax over the vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from mdmrl.sampling.config import SamplerConfig
+
+# Log-probabilities, probabilities, uniforms and positions all stay far below.
+POSTPONED = 1e6
+
+
+def draw(
+    logits: Tensor, config: SamplerConfig, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Draw one token from every row of `logits` (N, V).
+
+    Returns:
+        tokens and log-probabilities under the tempered and filtered softmax they were drawn from,
+        both (N,); at temperature 0 the most probable token and its log-probability under
+        softmax(logits).
+    """
+    if config.temperature == 0:
+        best, tokens = logits.max(-1)
+        return tokens, best - logits.logsumexp(-1)
+    logits = keep_most_probable(logits / config.temperature, config.top_k, config.top_p)
+    # argmax of p / e with e ~ Exp(1) is a draw from p (the Gumbel trick without two logarithms).
+    noise = torch.empty_like(logits).exponential_(generator=generator)
+    tokens = (logits - noise.log()).argmax(-1)
+    return tokens, _at(logits, tokens) - logits.logsumexp(-1)
+
+
+def keep_most_probable(logits: Tensor, top_k: int | None, top_p: float) -> Tensor:
+    """Logits (N, V) with -inf outside the `top_k` most probable tokens, and then outside the
+    smallest set of them that holds the probability `top_p`."""
+    if top_k is not None and top_k < logits.shape[-1]:
+        least = logits.topk(top_k).values[..., -1:]
+        logits = logits.masked_fill(logits < least, -math.inf)
+    if top_p < 1:
+        ordered, order = logits.sort(dim=-1, descending=True, stable=True)
+        p = ordered.softmax(-1)
+        beyond = p.cumsum(-1) - p >= top_p  # what comes before already holds top_p
+        logits = logits.masked_fill(torch.zeros_like(beyond).scatter(-1, order, beyond), -math.inf)
+    return logits
+
+
+def commit_score(
+    logits: Tensor,
+    tokens: Tensor,
+    positions: Tensor,
+    config: SamplerConfig,
+    generator: torch.Generator,
+) -> Tensor:
+    """How much a step wants to reveal each open position, (N,); the highest are revealed.
+
+    Args:
+        tokens: those drawn; positions: columns of the canvas, both (N,).
+    """
+    match config.remasking:
+        case "random":
+            return torch.rand(tokens.shape, generator=generator, device=tokens.device)
+        case "sequential":
+            return -positions.float()
+        case "low_confidence":
+            return _at(logits, tokens) - logits.logsumexp(-1)
+        case "state_confidence":
+            return logits.max(-1).values - logits.logsumexp(-1)
+        case "margin":
+            first, second = (logits.topk(2).values - logits.logsumexp(-1, keepdim=True)).exp().T
+            return first - second
+        case "entropy":
+            return -entropy(logits)
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """Entropy of softmax(logits), in nats, (N,)."""
+    return torch.special.entr(logits.softmax(-1)).sum(-1)
+
+
+def choose(
+    score: Tensor,
+    postponed: Tensor,
+    entropies: Tensor | None,
+    open_: Tensor,
+    quota: Tensor,
+    config: SamplerConfig,
+) -> Tensor:
+    """Which of the open positions a step reveals, (N,) bool.
+
+    Args:
+        score: (N,), from `commit_score`; postponed: (N,) bool, to be revealed after all others.
+        entropies: (N,), needed for an entropy bound alone.
+        open_: the rows' open positions, (R, M) bool with N of them True.
+        quota: how many each row reveals, (R,), where neither threshold nor bound says.
+    """
+
+    def table(values: Tensor, elsewhere: float) -> Tensor:  # (N,) -> (R, M)
+        # In double, or subtracting POSTPONED would make ties.
+        full = values.new_full(open_.shape, elsewhere, dtype=torch.double)
+        return full.masked_scatter(open_, values.double())
+
+    last = table(postponed, 0) > 0
+    last &= (open_ & ~last).any(1, keepdim=True)  # a row with no others reveals them now
+    scores = table(score, -math.inf) - POSTPONED * last
+    order = scores.argsort(dim=1, descending=True, stable=True)
+    rank = order.argsort(1)
+    if config.threshold is not None:
+        chosen = (scores >= math.log(config.threshold)) | (rank == 0)
+    elif config.entropy_bound is not None:
+        ranked = table(entropies, 0).gather(1, order)
+        spent = ranked.cumsum(1) - ranked.cummax(1).values
+        chosen = (spent <= config.entropy_bound).gather(1, rank) & ~last
+    else:
+        chosen = rank < quota[:, None]
+    return chosen[open_]
+
+
+def _at(logits: Tensor, tokens: Tensor) -> Tensor:
+    return logits.gather(-1, tokens[..., None])[..., 0]

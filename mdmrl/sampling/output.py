@@ -1,0 +1,77 @@
+"""What a sampler gives back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+EXACT, APPROXIMATE = "exact", "approximate"
+
+
+@dataclass
+class Step:
+    """What one denoising step did, as flat lists: N tokens revealed, and M masked again before.
+
+    rows, positions: (N,) in the completion. tokens: (N,). logprobs: (N,), of the probability each
+    was drawn with. remasked: rows and positions, (2, M).
+    """
+
+    rows: Tensor
+    positions: Tensor
+    tokens: Tensor
+    logprobs: Tensor
+    remasked: Tensor
+
+
+@dataclass
+class SamplerOutput:
+    """Completions and what they cost.
+
+    Attributes:
+        sequences: token ids, prompt first and left-padded, (B, P+L).
+        completions: texts up to the first end token.
+        completion_ids: (B, L); completion_mask: True up to and including the first end token.
+        logprobs: log-probability each token was drawn with, (B, L).
+        nfe: forward passes; token_forwards: positions pushed through the network.
+        trajectory: one `Step` a denoising step when recorded, else None.
+        optimisations: what was saved against the plain loop, each `"exact"` (the same tokens at
+            temperature 0, the same distribution otherwise) or `"approximate"`.
+    """
+
+    sequences: Tensor
+    prompt_mask: Tensor
+    completion_ids: Tensor
+    completion_mask: Tensor
+    completions: list[str]
+    logprobs: Tensor
+    nfe: int
+    token_forwards: int
+    trajectory: list[Step] | None = None
+    optimisations: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def exact(self) -> bool:
+        """True where the completions are the plain loop's."""
+        return APPROXIMATE not in self.optimisations.values()
+
+    def token_lists(self) -> list[list[int]]:
+        """Completion ids up to and including the first end token, one list a row."""
+        pairs = zip(self.completion_ids, self.completion_mask, strict=True)
+        return [ids[mask].tolist() for ids, mask in pairs]
+
+    def replay(self, mask_token_id: int) -> Iterator[tuple[Tensor, Step]]:
+        """The recorded trajectory again: the completion each step saw, (B, L), and the step.
+
+        What `infill` was given counts as revealed from the start.
+        """
+        revealed = torch.zeros_like(self.completion_mask)
+        for step in self.trajectory:
+            revealed[step.rows, step.positions] = True
+        completion = self.completion_ids.masked_fill(revealed, mask_token_id)
+        for step in self.trajectory:
+            completion[tuple(step.remasked)] = mask_token_id
+            yield completion.clone(), step
+            completion[step.rows, step.positions] = step.tokens

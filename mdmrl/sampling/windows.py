@@ -1,0 +1,99 @@
+"""Which columns of the canvas a denoising step pushes through the network, and what it remembers.
+
+A step needs hidden states at the active block, columns [a, b) of W. What else must be computed:
+
+    policy           cache     a block's first step, a refresh      any other step
+    bidirectional    none      [0, W)                               [0, W)
+    bidirectional    prefix    [0, W)                               [a, W)
+    bidirectional    dual      [0, W)                               [a, b)
+    block-causal     always    what was finished since the last     [a, b)
+                               first step, and the block
+
+Columns outside the window stand in with the keys and values of the last time they were computed. In
+a bidirectional network those depend on what has been revealed since, so the two caches are
+approximate (Wu et al. 2025, Fast-dLLM); in a block-causal one finished columns see nothing later,
+so the cache is exact, and a block's first step stores the clean keys of the block before it at no
+extra pass. A policy that shifts its logits needs one column more to the left.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from mdmrl.policies.base import Policy
+
+
+class Window:
+    """The network as denoising steps see it; counts what they cost.
+
+    Args:
+        attention: real tokens of the canvas, (B, W) bool.
+        width: columns of the prompt, P.
+        cache: None, "prefix" or "dual"; a block-causal policy has its own.
+    """
+
+    def __init__(self, policy: Policy, attention: Tensor, width: int, cache: str | None):
+        self.policy, self.attention, self.cache = policy, attention, cache
+        length = attention.shape[1] - width
+        self.pattern = policy.pattern(width, length)  # None: every position sees every other
+        self.positions = (attention.long().cumsum(1) - 1).clamp(min=0)
+        self.stored = None if cache is None and self.pattern is None else KeyValues(attention)
+        self.clean = 0  # columns whose keys and values are final, where block-causal
+        self.nfe = self.token_forwards = 0
+
+    def hidden(self, canvas: Tensor, rows: Tensor, a: int, b: int, fresh: bool) -> Tensor:
+        """Hidden states that predict columns [a, b) of some rows of `canvas` (B, W): (R, b-a, H).
+
+        Args:
+            rows: (R,), indices; fresh: a block's first step, or a refresh.
+        """
+        shift = int(self.policy.logit_shift)
+        if self.pattern is not None:
+            start, stop = (self.clean if fresh else a), b
+            self.clean = a
+        elif fresh or self.cache is None:
+            start, stop = 0, canvas.shape[1]
+        else:
+            start, stop = a - shift, b if self.cache == "dual" else canvas.shape[1]
+        tokens = canvas[rows, start:stop]
+        self.nfe, self.token_forwards = self.nfe + 1, self.token_forwards + tokens.numel()
+        if self.stored is None:
+            hidden = self.policy.hidden_states(tokens, self.attention[rows])
+        else:
+            seen = stop if self.pattern is not None else canvas.shape[1]
+            visible = self.attention[rows, None, None, :seen]  # (R, 1, 1, K)
+            if self.pattern is not None:
+                visible = visible & (self.pattern[start:stop, None] >= self.pattern[:seen])
+            self.stored.open(rows, start, stop, seen)
+            hidden = self.policy.hidden_states(
+                tokens, visible, self.stored, self.positions[rows, start:stop]
+            )
+        return hidden[:, a - shift - start : b - shift - start]
+
+
+class KeyValues:
+    """Keys and values of every column, overwritten where a window is computed again.
+
+    It answers the one call that transformers' attention layers make of a cache (`Cache.crop` and
+    appending, which their own classes build on, cannot overwrite).
+    """
+
+    def __init__(self, attention: Tensor):
+        self.batch, self.width = attention.shape
+        self.layers: list[tuple[Tensor, Tensor]] = []
+
+    def open(self, rows: Tensor, start: int, stop: int, seen: int) -> None:
+        """The next forward pass computes columns [start, stop) of `rows` and sees [0, seen)."""
+        # Most often all rows: a slice reads them without a copy.
+        self.rows = slice(None) if len(rows) == self.batch else rows
+        self.window, self.seen = slice(start, stop), seen
+
+    def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """Store new keys and values (R, heads, window, D) of a layer; returns all that is seen."""
+        if layer == len(self.layers):
+            shape = (self.batch, key.shape[1], self.width, key.shape[3])
+            self.layers.append((key.new_zeros(shape), value.new_zeros(shape)))
+        for store, new in zip(self.layers[layer], (key, value), strict=True):
+            store[self.rows, :, self.window] = new
+        keys, values = (store[self.rows, :, : self.seen] for store in self.layers[layer])
+        return keys, values
