@@ -90,6 +90,7 @@ class PretrainConfig(Config):
 RECIPES = {
     "tiny-ar": PretrainConfig(family="ar", tokens=4e6, warmup_share=0.015),
     "tiny-mdm": PretrainConfig(family="mdm", tokens=32e6, warmup_share=6e4 / 32e6),
+    "tiny-bd": PretrainConfig(family="bd", tokens=32e6, warmup_share=6e4 / 32e6),
     "tiny-mdm-equal": PretrainConfig(family="mdm", tokens=4e6, warmup_share=0.015),
 }
 
