@@ -109,23 +109,47 @@ def train(
 
 @app.command()
 def bench(
-    what: Annotated[str, typer.Argument(help="update or import.")],
-    policy: Annotated[str, typer.Option(help="For update: a name, or a folder.")] = "tiny-mdm",
+    what: Annotated[str, typer.Argument(help="samplers, update or import.")],
+    policy: Annotated[
+        str, typer.Option(help="A name, a folder, or for samplers random-KIND:SHAPE.")
+    ] = "tiny-mdm",
+    lengths: Annotated[list[int] | None, typer.Option(help="New tokens; repeatable.")] = None,
+    steps: Annotated[list[int] | None, typer.Option(help="Denoising steps; repeatable.")] = None,
+    batch: Annotated[list[int] | None, typer.Option(help="Prompts a batch; repeatable.")] = None,
+    block_length: Annotated[int, typer.Option(help="Of samplers with blocks.")] = 32,
+    prompt_length: Annotated[int, typer.Option(help="Tokens of the longest prompt.")] = 128,
+    repeats: Annotated[int, typer.Option(help="Medians over so many.")] = 3,
     json: Annotated[Path | None, typer.Option(help="Write the numbers to this file.")] = None,
 ) -> None:
-    """Time one GRPO update, or the import of the package; run it on an idle machine."""
+    """Time samplers, one GRPO update, or the import of the package; run it on an idle machine."""
     from json import dumps
 
     from mdmrl.config import unknown
     from mdmrl.study.bench import bench_import, bench_update
+    from mdmrl.study.bench_samplers import bench_samplers, print_bench
 
-    benches = {"update": lambda: bench_update(policy), "import": bench_import}
+    benches = {
+        "samplers": lambda: bench_samplers(
+            policy,
+            lengths or [128],
+            steps or [64],
+            batch or [1, 16],
+            block_length,
+            prompt_length,
+            repeats,
+        ),
+        "update": lambda: bench_update(policy),
+        "import": bench_import,
+    }
     if what not in benches:
         raise unknown("bench", what, benches)
-    numbers = dumps(benches[what](), indent=1)
-    print(numbers)
+    numbers = benches[what]()
+    if what == "samplers":
+        print_bench(numbers)
+    else:
+        print(dumps(numbers, indent=1))
     if json is not None:
-        json.write_text(numbers + "\n")
+        json.write_text(dumps(numbers, indent=1) + "\n")
 
 
 def main() -> None:

@@ -85,6 +85,7 @@ def denoise(
             logits = network.logits(rows, todo, a, b, fresh)  # (N, V)
             if config.suppress_mask:
                 logits[:, policy.mask_token_id] = -torch.inf
+            logits -= logits.amax(-1, keepdim=True)  # log-probabilities near 0 keep their digits
             tokens, logprob = draw(logits, config, generator)
             chosen = choose(
                 commit_score(logits, tokens, column, config, generator),

@@ -1,0 +1,306 @@
+"""Samplers against the plain loop: the same weights, prompts and process.
+
+The plain loop is how LLaDA, d1 and dllm sample: every step pushes the full canvas through network
+and head, takes a softmax at every position and a top-k in every row; an autoregressive policy
+computes the whole text again for each token. Ties go to the leftmost position, as in
+`mdmrl.sampling`, so that exact samplers give identical tokens at temperature 0.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from importlib import resources
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from mdmrl.config import require
+from mdmrl.policies import Policy, load_policy
+from mdmrl.policies.load import load_tokenizer
+from mdmrl.rl.pretrain import FAMILIES
+from mdmrl.runs import environment
+from mdmrl.sampling import SamplerConfig, generate
+from mdmrl.sampling.denoise import evenly
+
+# Published shapes with random weights: they say how fast, nothing of how good.
+SHAPES = {
+    "large-vocabulary": {
+        "hidden_size": 256,
+        "num_hidden_layers": 4,
+        "intermediate_size": 1024,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "vocab_size": 126_464,
+    },
+    "smollm2": {
+        "hidden_size": 576,
+        "num_hidden_layers": 30,
+        "intermediate_size": 1536,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "vocab_size": 49_152,
+    },
+    "qwen2.5-7b": {
+        "hidden_size": 3584,
+        "num_hidden_layers": 28,
+        "intermediate_size": 18_944,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "vocab_size": 152_064,
+    },
+}
+SHOWN = (
+    "sampler",
+    "batch",
+    "length",
+    "steps",
+    "seconds",
+    "samples_per_second",
+    "tokens_per_second",
+    "nfe",
+    "token_forwards",
+    "peak_mb",
+    "speedup",
+    "agreement",
+)
+
+
+def bench_samplers(
+    policy: str,
+    lengths: Sequence[int] = (128,),
+    steps: Sequence[int] = (64,),
+    batches: Sequence[int] = (1, 16),
+    block_length: int = 32,
+    prompt_length: int = 128,
+    repeats: int = 3,
+) -> dict:
+    """Time every sampler of a policy's family; run it on an idle machine.
+
+    Args:
+        policy: a name that `load_policy` takes, or `random-KIND:SHAPE` for random weights, KIND one
+            of ar, mdm and bd, SHAPE one of `SHAPES`.
+        prompt_length: tokens of the longest prompt of a batch; the others are shorter.
+    Returns:
+        `rows`, one a sampler with medians over `repeats` after one run to warm up: seconds,
+        samples and tokens a second, forward passes, positions pushed through the network, peak
+        memory above what was held before; `speedup` over the plain loop with the same blocks, and
+        the `agreement` with it, the share of equal tokens. And the machine.
+    """
+    require(repeats >= 1, f"repeats={repeats}: expected at least 1")
+    loaded = bench_policy(policy, block_length)
+    rows = []
+    for length in lengths:
+        for batch in batches:
+            prompts = _prompts(loaded, batch, prompt_length)
+            for count in steps if loaded.kind != "ar" else [length]:
+                asked = {"batch": batch, "length": length, "steps": count}
+                for sampler in _samplers(loaded, length, count, block_length):
+                    rows += _compared(loaded, prompts, sampler, asked, repeats)
+    return {"policy": policy, "repeats": repeats, "rows": rows, **environment()}
+
+
+def print_bench(numbers: dict) -> None:
+    """The rows on the terminal."""
+    title = f"{numbers['policy']} on {numbers['machine']}, {numbers['threads']} threads"
+    table = Table(*(name.replace("_", " ") for name in SHOWN), title=title, title_justify="left")
+    for row in numbers["rows"]:
+        cells = (row[name] for name in SHOWN)
+        table.add_row(*(f"{c:,.3g}" if isinstance(c, float) else f"{c}" for c in cells))
+    Console(width=150).print(table)
+
+
+def bench_policy(name: str, block_length: int) -> Policy:
+    """A policy by name, or one with random weights; see `bench_samplers`."""
+    kind, colon, shape = name.partition(":")
+    if not colon:
+        return load_policy(name)
+    kind = kind.removeprefix("random-")
+    require(
+        kind in FAMILIES and shape in SHAPES,
+        f"policy={name!r}: expected random-KIND:SHAPE with KIND of {', '.join(FAMILIES)} and SHAPE "
+        f"of {', '.join(SHAPES)}",
+    )
+    tokenizer = load_tokenizer(resources.files("mdmrl.policies") / "zoo" / "tokenizer")
+    config = Qwen2Config(
+        **SHAPES[shape],
+        max_position_embeddings=4096,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    config.is_causal = kind == "ar"
+    if kind == "bd":
+        config.block_length = block_length
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with torch.random.fork_rng(), torch.device(device):
+        torch.manual_seed(0)
+        model = Qwen2ForCausalLM(config)
+    if device == "cuda":
+        model.model.to(torch.bfloat16)
+    return FAMILIES[kind](model, tokenizer)
+
+
+def _prompts(policy: Policy, batch: int, longest: int) -> list[str]:
+    """Prompts of unequal lengths, the first of `longest` tokens with the chat template."""
+    frame = policy.encode(["1"]).input_ids.shape[1] - 1
+    return ["1" * max(1, longest - frame - 7 * row) for row in range(batch)]
+
+
+def _samplers(
+    policy: Policy, length: int, steps: int, block_length: int
+) -> list[tuple[Callable, SamplerConfig, dict[str, SamplerConfig]]]:
+    """Plain loops, their settings, and what is to be compared with each."""
+    # As the peers do: end tokens are neither postponed nor waited for.
+    base = SamplerConfig(max_new_tokens=length, steps=steps, end_last=False, stop_at_end=False)
+    if policy.kind == "ar":
+        return [(plain_autoregressive, base, {"key-value cache": base})]
+    if policy.kind == "bd":
+        return [(plain_denoising, base, {"block cache": base})]
+    whole = [(plain_denoising, base, {"exact": base})]
+    if length % block_length or steps < length // block_length:
+        return whole
+    blocks = base.replace(block_length=block_length)
+    compared = {
+        f"exact, blocks of {block_length}": blocks,
+        "prefix cache": blocks.replace(cache="prefix"),
+        "dual cache": blocks.replace(cache="dual"),
+        "threshold 0.9": blocks.replace(steps=None, threshold=0.9),
+        "threshold 0.9, dual cache": blocks.replace(steps=None, threshold=0.9, cache="dual"),
+    }
+    return [*whole, (plain_denoising, blocks, compared)]
+
+
+def _compared(policy, prompts, sampler, asked: dict, repeats: int) -> list[dict]:
+    """Rows of one plain loop and of what is compared with it, taken in turns."""
+    plain, config, others = sampler
+    calls = {
+        f"plain loop{f', blocks of {config.block_length}' if config.block_length else ''}": (
+            lambda: plain(policy, prompts, config)
+        )
+    }
+    for name, other in others.items():
+        calls[name] = lambda other=other: _ours(policy, prompts, other)
+    measured: dict[str, list] = {name: [] for name in calls}
+    for turn in range(1 + repeats):
+        for name, call in calls.items():
+            result = _measured(call)
+            if turn:  # the first is to warm up
+                measured[name].append(result)
+    rows, first = [], None
+    for name, runs in measured.items():
+        seconds = statistics.median(run["seconds"] for run in runs)
+        tokens, nfe, token_forwards = runs[0]["result"]
+        first = first or (seconds, tokens)
+        rows.append(
+            {"sampler": name}
+            | asked
+            | {
+                "seconds": seconds,
+                "samples_per_second": len(prompts) / seconds,
+                "tokens_per_second": tokens.numel() / seconds,
+                "nfe": nfe,
+                "token_forwards": token_forwards,
+                "peak_mb": statistics.median(run["peak_mb"] for run in runs),
+                "speedup": first[0] / seconds,
+                "agreement": (tokens == first[1]).float().mean().item(),
+            }
+        )
+    return rows
+
+
+def _ours(policy, prompts, config):
+    output = generate(policy, prompts, config)
+    return output.completion_ids, output.nfe, output.token_forwards
+
+
+@torch.no_grad()
+def plain_denoising(policy, prompts: list[str], config: SamplerConfig):
+    """LLaDA's loop at temperature 0: completions (B, L), forward passes, positions computed."""
+    given = policy.encode(prompts, config.max_new_tokens)
+    batch, width = given.input_ids.shape
+    length, size = config.max_new_tokens, config.block_length or policy.block_length
+    size = size or length
+    blank = torch.full((batch, length), policy.mask_token_id, device=policy.device)
+    canvas = torch.cat([given.input_ids, blank], 1)
+    attention = torch.cat([given.attention_mask, torch.ones_like(blank, dtype=torch.bool)], 1)
+    pattern = policy.pattern(width, length)
+    nfe = token_forwards = 0
+    starts = range(width, width + length, size)
+    for start, steps in zip(starts, evenly(config.denoising_steps, len(starts)), strict=True):
+        # Blocks to come are no part of a block-causal canvas.
+        seen = start + size if policy.kind == "bd" else width + length
+        for quota in evenly(size, steps):
+            masked = canvas[:, :seen] == policy.mask_token_id
+            logits = policy.logits(
+                canvas[:, :seen], attention[:, :seen], None if pattern is None else pattern[:seen]
+            )
+            logits[..., policy.mask_token_id] = -torch.inf
+            confidence, tokens = logits.log_softmax(-1).max(-1)
+            confidence[~masked] = -torch.inf
+            confidence[:, start + size :] = -torch.inf
+            for row in range(batch):
+                chosen = confidence[row].sort(descending=True, stable=True).indices[:quota]
+                canvas[row, chosen] = tokens[row, chosen]
+            nfe, token_forwards = nfe + 1, token_forwards + masked.numel()
+    return canvas[:, width:], nfe, token_forwards
+
+
+@torch.no_grad()
+def plain_autoregressive(policy, prompts: list[str], config: SamplerConfig):
+    """Greedy without a cache: completions (B, L), forward passes, positions computed."""
+    given = policy.encode(prompts, config.max_new_tokens)
+    ids, attention = given.input_ids, given.attention_mask
+    ended = torch.zeros(len(ids), dtype=torch.bool, device=policy.device)
+    ends = torch.tensor(policy.end_token_ids, device=policy.device)
+    nfe = token_forwards = 0
+    while nfe < config.max_new_tokens and not ended.all():
+        hidden = policy.hidden_states(ids, attention)[:, -1]
+        nfe, token_forwards = nfe + 1, token_forwards + ids.numel()
+        tokens = policy.head(hidden).argmax(-1).masked_fill(ended, policy.pad_token_id)
+        ended |= torch.isin(tokens, ends)
+        ids = torch.cat([ids, tokens[:, None]], 1)
+        attention = torch.cat([attention, attention.new_ones(len(ids), 1)], 1)
+    completion = ids[:, given.input_ids.shape[1] :]
+    missing = config.max_new_tokens - completion.shape[1]
+    full = torch.nn.functional.pad(completion, (0, missing), value=policy.pad_token_id)
+    return full, nfe, token_forwards
+
+
+def _measured(call: Callable) -> dict:
+    """Seconds and peak memory above what was held before, in MB, of one call."""
+    card = torch.cuda.is_available()
+    if card:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+    else:
+        # Linux: give freed memory back, then reset the process's high-water mark.
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
+            Path("/proc/self/clear_refs").write_text("5")
+        held = _resident("VmRSS")
+    start = time.perf_counter()
+    result = call()
+    if card:
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - start
+    peak = torch.cuda.max_memory_allocated() if card else _resident("VmHWM")
+    return {"seconds": seconds, "peak_mb": (peak - held) / 1e6, "result": result}
+
+
+def _resident(field: str) -> float:
+    """A field of /proc/self/status in bytes; nan where there is none."""
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return float("nan")
+    line = next(line for line in status.splitlines() if line.startswith(field))
+    return 1024.0 * int(line.split()[1])

@@ -1,0 +1,68 @@
+"""Benches: what they compare, not how long it took."""
+
+import json
+
+import pytest
+from test_sampling import double
+
+from mdmrl.study import bench_samplers as bench
+
+
+def rows_of(policy, monkeypatch, **options):
+    monkeypatch.setattr(bench, "bench_policy", lambda name, block_length: double(policy))
+    options = {"lengths": [12], "steps": [6], "batches": [3], "block_length": 4} | options
+    numbers = bench.bench_samplers("x", prompt_length=30, repeats=1, **options)
+    json.dumps(numbers)
+    bench.print_bench(numbers)
+    return {row["sampler"]: row for row in numbers["rows"]}
+
+
+def test_exact_samplers_agree_with_the_plain_loop(mdm, monkeypatch):
+    rows = rows_of(mdm, monkeypatch)
+    assert list(rows) == [
+        "plain loop",
+        "exact",
+        "plain loop, blocks of 4",
+        "exact, blocks of 4",
+        "prefix cache",
+        "dual cache",
+        "threshold 0.9",
+        "threshold 0.9, dual cache",
+    ]
+    for name in ("exact", "exact, blocks of 4"):
+        assert rows[name]["agreement"] == 1
+        assert rows[name]["nfe"] == 6
+        assert rows[name]["token_forwards"] == 6 * 3 * (30 + 12)
+    full, behind, block = 3 * 42, 12 + 8 + 4, 4
+    assert rows["prefix cache"]["token_forwards"] == 3 * full + 3 * behind
+    assert rows["dual cache"]["token_forwards"] == 3 * full + 3 * 3 * block
+    assert 0 < rows["dual cache"]["agreement"] < 1
+
+
+@pytest.mark.parametrize("family", ["ar", "bd"])
+def test_exact_caches_agree_with_the_plain_loop(family, request, monkeypatch):
+    rows = rows_of(request.getfixturevalue(family), monkeypatch)
+    plain, cached = rows.values()
+    assert cached["agreement"] == 1
+    assert cached["nfe"] == plain["nfe"]
+    assert cached["token_forwards"] < plain["token_forwards"] / 2
+
+
+def test_shapes_are_published_ones_with_random_weights(monkeypatch):
+    monkeypatch.setitem(
+        bench.SHAPES,
+        "small",
+        {
+            "hidden_size": 16,
+            "num_hidden_layers": 1,
+            "intermediate_size": 16,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "vocab_size": 5000,
+        },
+    )
+    policy = bench.bench_policy("random-bd:small", 8)
+    assert (policy.kind, policy.block_length) == ("bd", 8)
+    assert policy.model.get_output_embeddings().weight.shape == (5000, 16)
+    with pytest.raises(ValueError, match="expected random-KIND:SHAPE with KIND of ar, mdm, bd"):
+        bench.bench_policy("random-mdm:smol", 8)
