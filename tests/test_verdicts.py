@@ -10,10 +10,13 @@ from scipy import stats
 from mdmrl.study.verdicts import (
     Verdict,
     appc_failures,
+    diffusion_samples_faster,
     fig41_ar_rises,
     fig41_mdm_does_not_converge,
     fig42_kl_is_the_cause,
     fig43_longer_is_steadier,
+    fig44_crossing,
+    fig44_less_accurate,
     gain,
     headroom,
     kl_ratio,
@@ -195,6 +198,91 @@ def test_fewer_than_five_seeds_decide_nothing(seeds):
         assert f"({seeds} seed{'s' * (seeds > 1)}, needs 5 seeds)" in result.measured
         assert (result.low is None) == (seeds == 1)
         json.dumps(asdict(result), allow_nan=False)
+
+
+STEPS = [1, 2, 4, 8]
+
+
+def ratios(*means, half=0.1):
+    """Five timings of the log speed ratio at each of `STEPS`."""
+    return np.stack([around(mean, half) for mean in means], 1)
+
+
+def test_fig44_crossing_is_one_change_from_faster_to_slower():
+    found = fig44_crossing(STEPS, ratios(2, 1, -1, -2))
+    assert found.verdict == "reproduced"
+    # Where the line from (log 2, m) to (log 4, m - 2) crosses 0, in every timing.
+    crossings = np.log(2) + around(1, 0.1) / 2 * np.log(2)
+    mean = crossings.mean()
+    half = stats.sem(crossings) * stats.t.ppf(0.975, 4)
+    expected = np.exp([mean, mean - half, mean + half])
+    assert (found.estimate, found.low, found.high) == pytest.approx(tuple(expected))
+    assert found.measured.startswith("equally fast at 2.83 [")
+    assert found.measured.endswith("steps (5 timings)")
+
+
+@pytest.mark.parametrize(
+    ("means", "verdict"),
+    [
+        ((2, 1, -0.05, -2), "reproduced"),  # the sign at 4 is unclear
+        ((2, 1, 0.05, 0.05), "inconclusive"),
+        ((2, 1, 1, 1), "contradicted"),  # never slower
+        ((-1, -1, -1, -1), "contradicted"),  # never faster
+        ((-2, -1, 1, 2), "contradicted"),  # the other way round
+        ((1, -1, 1, -1), "contradicted"),  # more than once
+        ((1, -1, 1, 0.05), "inconclusive"),
+    ],
+)
+def test_fig44_crossing_verdicts(means, verdict):
+    assert fig44_crossing(STEPS, ratios(*means)).verdict == verdict
+
+
+def test_fig44_crossing_without_one_has_no_place():
+    found = fig44_crossing(STEPS, ratios(-1, -1, -1, -2))
+    assert found.estimate is None
+    assert found.measured == (
+        "no crossing: the log speed ratio runs from -1 [-1.1, -0.9] at 1 to -2 [-2.1, -1.9] at 8 "
+        "steps (5 timings)"
+    )
+    with pytest.raises(ValueError, match=r"shape \(5, 3\): expected \(5, 4\)"):
+        fig44_crossing(STEPS, ratios(1, 1, 1))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "verdict"),
+    [(0, "contradicted"), (1, "contradicted"), (6, "inconclusive"), (12, "reproduced")],
+)
+def test_fig44_less_accurate_is_paired_over_prompts(wrong, verdict):
+    ar = np.ones(200)
+    mdm = ar.copy()
+    mdm[:wrong] = 0
+    found = fig44_less_accurate(ar, mdm)
+    assert found.verdict == verdict
+    half = stats.sem(ar - mdm) * stats.t.ppf(0.975, 199) if wrong else 0
+    assert found.high == pytest.approx(wrong / 200 + half)
+    assert found.measured.endswith("(200 prompts)")
+
+
+def test_diffusion_samples_faster_looks_at_the_best_of_many():
+    level = stats.t.ppf(1 - 0.025 / 4, 4) / stats.t.ppf(0.975, 4)  # Bonferroni over four
+    found = diffusion_samples_faster(STEPS, ratios(1, 0.5, -1, 2, half=0.9 / level))
+    assert found.verdict == "reproduced"
+    assert (found.estimate, found.low, found.high) == pytest.approx((-1, -1.9, -0.1))
+    assert "at its best step count, 4," in found.measured
+    assert (
+        diffusion_samples_faster(STEPS, ratios(1, 0.5, -1, 2, half=1.1 / level)).verdict
+        == "inconclusive"
+    )
+    assert diffusion_samples_faster(STEPS, ratios(1, 1, 1, 2)).verdict == "contradicted"
+
+
+def test_diffusion_samples_faster_leaves_out_steps_at_which_nothing_was_right():
+    table = ratios(1, 1, -1, 1)
+    table[2, 2] = np.inf
+    assert diffusion_samples_faster(STEPS, table).verdict == "contradicted"
+    nothing = diffusion_samples_faster(STEPS, np.full((5, 4), np.inf))
+    assert nothing.verdict == "contradicted"
+    assert nothing.estimate is None
 
 
 def test_a_seed_without_a_finite_number_decides_nothing():
