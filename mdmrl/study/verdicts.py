@@ -248,7 +248,7 @@ def fig44_crossing(steps: Sequence[int], log_speed_ratio: np.ndarray) -> Verdict
         measured=f"equally fast at {_shown(where)} steps"
         if np.isfinite(crossings).all()
         else f"no crossing: the log speed ratio runs from {_shown(_interval(table[:, 0]))} at "
-        f"{steps[0]} to {_shown(_interval(table[:, -1]))} at {steps[-1]} steps",
+        f"{steps[0]:g} to {_shown(_interval(table[:, -1]))} at {steps[-1]:g} steps",
         unit="timing",
     )
 
@@ -305,7 +305,7 @@ def diffusion_samples_faster(steps: Sequence[int], log_cost_ratio: np.ndarray) -
         len(table),
         reproduced=any(interval.high < 0 for interval in intervals.values()),
         contradicted=all(interval.low > 0 for interval in intervals.values()),
-        measured=f"at its best step count, {steps[best]}, a right completion costs the MDM "
+        measured=f"at its best step count, {steps[best]:g}, a right completion costs the MDM "
         f"exp({_shown(intervals[best])}) times what it costs AR",
     )
 

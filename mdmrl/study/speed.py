@@ -1,0 +1,127 @@
+"""How fast a sampler is, and how good what it gives: the same prompts, taken batch by batch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+from mdmrl.evaluation.stats import wilson_interval
+from mdmrl.policies import Policy
+from mdmrl.rewards.score import score
+from mdmrl.runs import generator_for
+from mdmrl.sampling import SamplerConfig, generate
+from mdmrl.tasks import Task
+
+WHOLE = "whole completion"
+
+
+def samplers(
+    length: int, steps: Sequence[int], block_length: int, thresholds: Sequence[float]
+) -> dict[tuple[str, float], SamplerConfig]:
+    """What `07_speed_vs_steps` compares, by name and setting (a number of steps, or a threshold):
+    the whole completion, the same in blocks, blocks with either cache, parallel decoding."""
+    found = {}
+    base = SamplerConfig(max_new_tokens=length)
+    for count in steps:
+        found[WHOLE, count] = base.replace(steps=count)
+        if count >= length // block_length:
+            blocks = base.replace(steps=count, block_length=block_length)
+            found["blocks", count] = blocks
+            found["blocks, prefix cache", count] = blocks.replace(cache="prefix")
+            found["blocks, dual cache", count] = blocks.replace(cache="dual")
+    for threshold in thresholds:
+        blocks = base.replace(block_length=block_length, threshold=threshold)
+        found["blocks, threshold", threshold] = blocks
+        found["blocks, threshold, dual cache", threshold] = blocks.replace(cache="dual")
+    return found
+
+
+def passes(
+    policy: Policy,
+    task: Task,
+    rows: Sequence[dict],
+    configs: dict[tuple[str, float], SamplerConfig],
+    seeds: Sequence[int] = (0,),
+    batch_size: int = 16,
+) -> pd.DataFrame:
+    """Complete every row with every sampler and seed, in turns; one line a completion.
+
+    Returns:
+        columns sampler, setting, seed, batch and prompt (their numbers), right, reward, and the
+        prompt's share of its batch's seconds, nfe and token_forwards. Seconds count sampling
+        alone, from texts to texts; each sampler has warmed up on one batch before.
+    """
+    for config in configs.values():
+        generate(policy, [row["prompt"] for row in rows[:batch_size]], config)
+    lines = []
+    for seed in seeds:
+        for start in range(0, len(rows), batch_size):
+            part = rows[start : start + batch_size]
+            for (name, setting), config in configs.items():
+                where = {"sampler": name, "setting": setting, "seed": seed}
+                where["batch"] = start // batch_size
+                for prompt, line in enumerate(_one_batch(policy, task, part, config, seed, start)):
+                    lines.append(where | {"prompt": start + prompt} | line)
+    return pd.DataFrame(lines)
+
+
+def _one_batch(policy, task, part, config, seed, start) -> list[dict]:
+    prompts = [row["prompt"] for row in part]
+    generator = generator_for(seed, "speed", index=start, device=policy.device)
+    clock = time.perf_counter()
+    output = generate(policy, prompts, config, generator)
+    seconds = time.perf_counter() - clock
+    values = score(task.rewards, prompts, output.completions, output.token_lists(), part)
+    shared = {
+        "seconds": seconds / len(part),
+        "nfe": output.nfe / len(part),
+        "token_forwards": output.token_forwards / len(part),
+    }
+    judged = zip(part, output.completions, values.sum(1).tolist(), strict=True)
+    return [
+        {"right": bool(task.metric(text, row)), "reward": reward} | shared
+        for row, text, reward in judged
+    ]
+
+
+def summary(frame: pd.DataFrame) -> pd.DataFrame:
+    """One row a sampler and setting: accuracy with its 95 % Wilson interval (`low`, `high`), mean
+    reward, instances a second (the median over batches), and costs an instance."""
+    grouped = frame.groupby(["sampler", "setting"], sort=False)
+    table = grouped.agg(
+        prompts=("right", "size"),
+        accuracy=("right", "mean"),
+        reward=("reward", "mean"),
+        seconds=("seconds", "median"),
+        nfe=("nfe", "mean"),
+        token_forwards=("token_forwards", "mean"),
+    ).reset_index()
+    right = (table.accuracy * table.prompts).round().astype(int)
+    intervals = [wilson_interval(k, n) for k, n in zip(right, table.prompts, strict=True)]
+    table["low"] = [interval.low for interval in intervals]
+    table["high"] = [interval.high for interval in intervals]
+    table["instances_per_second"] = 1 / table.seconds
+    return table
+
+
+def log_speed_ratio(ours: pd.DataFrame, other: pd.DataFrame, sampler: str = WHOLE) -> pd.DataFrame:
+    """log(instances a second of `ours` / of `other`), one row a batch, one column a setting; the
+    same prompts are compared with each other."""
+    chosen = ours[ours.sampler == sampler]
+    seconds = chosen.groupby(["batch", "setting"]).seconds.first().unstack()
+    reference = other.groupby("batch").seconds.first()
+    return -np.log(seconds.div(reference, axis=0))
+
+
+def log_cost_ratio(ours: pd.DataFrame, other: pd.DataFrame, cost: str) -> pd.DataFrame:
+    """log of what a right completion costs `ours` over what it costs `other`, where wrong ones are
+    drawn again: mean `cost` over the share that is right. One row a seed, one column a setting;
+    infinite where none was right."""
+    with np.errstate(divide="ignore"):
+        grouped = ours.groupby(["seed", "setting"])
+        mine = (grouped[cost].mean() / grouped.right.mean()).unstack()
+        grouped = other.groupby("seed")
+        return np.log(mine.div(grouped[cost].mean() / grouped.right.mean(), axis=0))
