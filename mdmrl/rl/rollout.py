@@ -23,7 +23,9 @@ class Rollout:
     prompt_ids, prompt_mask: (B, P), left-padded. completion_ids: (B, L). completion_mask: (B, L),
     True up to and including the first end token; loss, KL and metrics count these positions.
     advantages: (B,). counted: (B,), False for samples that a reward left out of their group.
-    temperature: the sampler's; scoring applies it too.
+    temperature: the sampler's; scoring applies it too. rewards: (B,), NaN where left out.
+    logprobs: (B, L), as the tokens were drawn. revealed_at: (B, L), the denoising step that
+    revealed each position, where the trajectory was recorded.
     """
 
     prompt_ids: Tensor
@@ -33,10 +35,25 @@ class Rollout:
     advantages: Tensor
     counted: Tensor
     temperature: float
+    rewards: Tensor | None = None
+    logprobs: Tensor | None = None
+    revealed_at: Tensor | None = None
 
     @classmethod
-    def of(cls, output: SamplerOutput, advantages: Tensor, counted: Tensor, temperature: float):
+    def of(
+        cls,
+        output: SamplerOutput,
+        advantages: Tensor,
+        counted: Tensor,
+        temperature: float,
+        rewards: Tensor | None = None,
+    ):
         width = output.sequences.shape[1] - output.completion_ids.shape[1]
+        revealed_at = None
+        if output.trajectory is not None:
+            revealed_at = torch.zeros_like(output.completion_ids)
+            for index, step in enumerate(output.trajectory):
+                revealed_at[step.rows, step.positions] = index
         return cls(
             output.sequences[:, :width],
             output.prompt_mask,
@@ -45,13 +62,16 @@ class Rollout:
             advantages,
             counted,
             temperature,
+            rewards,
+            output.logprobs,
+            revealed_at,
         )
 
     def __len__(self) -> int:
         return len(self.prompt_ids)
 
-    def rows(self, chosen: slice) -> Rollout:
-        """The same for some of the rows."""
+    def rows(self, chosen: slice | Tensor) -> Rollout:
+        """The same for some of the rows, a slice or a mask of them."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         cut = {k: v[chosen] if isinstance(v, Tensor) else v for k, v in values.items()}
         return Rollout(**cut)
@@ -98,16 +118,19 @@ def collect(
     num_generations: int,
     config: SamplerConfig,
     generator: torch.Generator,
+    record: bool = False,
 ) -> tuple[Rollout, dict[str, float], dict]:
     """Draw and score one group of completions for each row of `batch`.
 
+    Args:
+        record: keep the denoising trajectory.
     Returns:
         the rollout, the round's metrics, and the first group's texts and rewards to look at.
     """
     start = time.perf_counter()
     rows = [row for row in batch for _ in range(num_generations)]
     prompts = [row["prompt"] for row in rows]
-    output = generate(policy, prompts, config, generator)
+    output = generate(policy, prompts, config, generator, record)
     drawn = time.perf_counter()
     values = score(rewards, prompts, output.completions, output.token_lists(), rows)
     total = values.sum(1)  # NaN where any component left the sample out
@@ -131,5 +154,7 @@ def collect(
         "rewards": total[:num_generations].nan_to_num(0).tolist(),
     }
     device = policy.device
-    rollout = Rollout.of(output, advantages.to(device), counted.to(device), config.temperature)
+    rollout = Rollout.of(
+        output, advantages.to(device), counted.to(device), config.temperature, total.to(device)
+    )
     return rollout, metrics, sample
