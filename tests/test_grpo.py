@@ -762,7 +762,7 @@ def test_a_toy_reward_rises(policy, tmp_path, lora):
     config = settings(
         tmp_path / "run",
         policy,
-        max_steps=18,
+        max_steps=26,
         max_completion_length=8,
         steps=4,
         beta=0.0,
@@ -800,10 +800,21 @@ def test_a_users_own_prompts_and_reward_take_ten_lines(mdm, tmp_path):
 # -- numbers that are not --------------------------------------------------------------------------
 
 
-def test_updates_that_are_not_finite_are_skipped_and_end_the_run(policy, tmp_path):
+def test_sampling_from_weights_that_are_not_finite_ends_the_run_at_once(policy, tmp_path):
     with torch.no_grad():
-        policy.model.lm_head.weight[100] = math.inf
-    policy.model.zero_grad()
+        policy.model.lm_head.weight[100] = math.nan
+    with pytest.raises(FloatingPointError, match=r"positions have logits that are nan"):
+        train_grpo(policy, [length], ROWS, settings(tmp_path / "run", policy))
+
+
+def test_updates_that_are_not_finite_are_skipped_and_end_the_run(policy, tmp_path, monkeypatch):
+    real = grpo.estimator
+
+    def overflowing(name, policy):
+        score = real(name, policy)
+        return lambda *arguments: score(*arguments) * math.inf
+
+    monkeypatch.setattr(grpo, "estimator", overflowing)
     before = {n: p.detach().clone() for n, p in policy.model.named_parameters()}
     config = settings(tmp_path / "run", policy, max_steps=9)
     with pytest.raises(FloatingPointError, match=r"5 updates in a row.*step 4 on prompts"):

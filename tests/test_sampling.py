@@ -7,7 +7,7 @@ from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from mdmrl.runs import generator_for
 from mdmrl.sampling import SamplerConfig, generate
-from mdmrl.sampling.choose import draw, keep_most_probable
+from mdmrl.sampling.choose import draw, draw_in_proportion, keep_most_probable
 from mdmrl.sampling.denoise import evenly
 
 PROMPTS = [
@@ -211,6 +211,35 @@ def test_draws_follow_the_tempered_softmax(temperature):
     seen = [0, 1, 2, 3, 5]
     assert stats.chisquare(counts[seen], (expected * n)[seen]).pvalue > 1e-3
     torch.testing.assert_close(logprobs, expected.log()[tokens].float(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", [2, 63, 64, 65, 1000])
+def test_draws_in_proportion_follow_their_weights_whatever_the_size(size):
+    generator = torch.Generator().manual_seed(size)
+    weights = torch.rand(size, generator=generator) ** 4
+    weights[torch.rand(size, generator=generator) < 0.3] = 0
+    weights[-1] = 1
+    n = 50_000
+    index, total = draw_in_proportion(weights.expand(n, -1), generator_for(0, "draw"))
+    counts = torch.bincount(index, minlength=size)
+    assert len(counts) == size
+    assert (counts[weights == 0] == 0).all()
+    torch.testing.assert_close(total, weights.double().sum().expand(n), rtol=1e-6, atol=0)
+    seen = weights > 0
+    expected = (weights / weights.sum() * n)[seen].double()
+    assert stats.chisquare(counts[seen], expected / expected.sum() * n).pvalue > 1e-3
+
+
+def test_draws_reach_the_tail_of_a_large_vocabulary():
+    """A float32 cumulative sum over the whole row would stand still after the first token."""
+    weights = torch.full((1, 2**18), 0.99 * 2.0**-24)
+    weights[:, 0] = 1
+    generator = generator_for(0, "draw")
+    drawn = [draw_in_proportion(weights.expand(100, -1), generator)[0] for _ in range(20)]
+    beyond = int((torch.cat(drawn) > 0).sum())
+    share = 1 - 1 / weights.double().sum().item()
+    assert share > 0.015
+    assert stats.binomtest(beyond, 2000, share).pvalue > 1e-3
 
 
 def test_a_draw_at_temperature_zero_is_the_best_token():

@@ -10,12 +10,14 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mdmrl.sampling.config import SamplerConfig
 
 # Log-probabilities, probabilities, uniforms and positions all stay far below.
 POSTPONED = 1e6
+CHUNK = 64
 
 
 def draw(
@@ -27,15 +29,45 @@ def draw(
         tokens and log-probabilities under the tempered and filtered softmax they were drawn from,
         both (N,); at temperature 0 the most probable token and its log-probability under
         softmax(logits).
+
+    Raises:
+        FloatingPointError: logits that are nan or infinite.
     """
+    best, tokens = logits.max(-1)
+    if not best.isfinite().all():
+        raise FloatingPointError(
+            f"{int((~best.isfinite()).sum())} of {len(best)} positions have logits that are nan or "
+            "infinite: the weights have diverged; go back to an earlier checkpoint"
+        )
     if config.temperature == 0:
-        best, tokens = logits.max(-1)
         return tokens, best - logits.logsumexp(-1)
-    logits = keep_most_probable(logits / config.temperature, config.top_k, config.top_p)
-    # argmax of p / e with e ~ Exp(1) is a draw from p (the Gumbel trick without two logarithms).
-    noise = torch.empty_like(logits).exponential_(generator=generator)
-    tokens = (logits - noise.log()).argmax(-1)
-    return tokens, _at(logits, tokens) - logits.logsumexp(-1)
+    logits = keep_most_probable(
+        (logits - best[:, None]) / config.temperature, config.top_k, config.top_p
+    )
+    tokens, total = draw_in_proportion(logits.exp(), generator)
+    return tokens, _at(logits, tokens) - total.log().to(logits.dtype)
+
+
+def draw_in_proportion(weights: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Draw an index from every row of `weights` (N, V), none negative: indices and sums, (N,).
+
+    The inverse of the cumulative sum at one uniform a row, instead of noise for every token. It
+    goes by chunks and then within one: that is quick, and sums of few terms in double do not lose
+    the tail of a large vocabulary.
+    """
+    rows = torch.arange(len(weights), device=weights.device)
+    padding = -weights.shape[1] % CHUNK
+    chunks = F.pad(weights, (0, padding)).unflatten(1, (-1, CHUNK))  # (N, V / CHUNK, CHUNK)
+    sums = chunks.sum(-1).double()
+    edges = sums.cumsum(1)
+    uniform = torch.rand(rows.shape, generator=generator, dtype=torch.double, device=rows.device)
+    height = uniform[:, None] * edges[:, -1:]
+    # To the right: an index of weight 0 is never drawn.
+    chunk = torch.searchsorted(edges, height, right=True)
+    share = 1 - (edges.gather(1, chunk) - height) / sums.gather(1, chunk)  # of the chunk, [0, 1)
+    inside = chunks[rows, chunk[:, 0]].double().cumsum(1)
+    index = torch.searchsorted(inside, share * inside[:, -1:], right=True)
+    return (CHUNK * chunk + index)[:, 0], edges[:, -1]
 
 
 def keep_most_probable(logits: Tensor, top_k: int | None, top_p: float) -> Tensor:
@@ -55,6 +87,7 @@ def keep_most_probable(logits: Tensor, top_k: int | None, top_p: float) -> Tenso
 def commit_score(
     logits: Tensor,
     tokens: Tensor,
+    logprobs: Tensor,
     positions: Tensor,
     config: SamplerConfig,
     generator: torch.Generator,
@@ -62,13 +95,15 @@ def commit_score(
     """How much a step wants to reveal each open position, (N,); the highest are revealed.
 
     Args:
-        tokens: those drawn; positions: columns of the canvas, both (N,).
+        tokens, logprobs: from `draw`; positions: columns of the canvas, all (N,).
     """
     match config.remasking:
         case "random":
             return torch.rand(tokens.shape, generator=generator, device=tokens.device)
         case "sequential":
             return -positions.float()
+        case "low_confidence" if config.untempered:
+            return logprobs
         case "low_confidence":
             return _at(logits, tokens) - logits.logsumexp(-1)
         case "state_confidence":

@@ -135,6 +135,11 @@ class SamplerConfig(Config):
         return self.threshold is not None or self.entropy_bound is not None
 
     @property
+    def untempered(self) -> bool:
+        """True where tokens are drawn from the policy's own distribution, or are its best."""
+        return self.temperature in (0, 1) and self.top_k is None and self.top_p == 1
+
+    @property
     def denoising_steps(self) -> int:
         """Steps over all blocks; only an upper bound where `parallel`."""
         if self.parallel:

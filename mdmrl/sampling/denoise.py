@@ -85,11 +85,12 @@ def denoise(
             logits = network.logits(rows, todo, a, b, fresh)  # (N, V)
             if config.suppress_mask:
                 logits[:, policy.mask_token_id] = -torch.inf
-            logits -= logits.amax(-1, keepdim=True)  # log-probabilities near 0 keep their digits
+            best, favourite = logits.max(-1, keepdim=True)
+            logits -= best  # log-probabilities near 0 keep their digits
             tokens, logprob = draw(logits, config, generator)
             chosen = choose(
-                commit_score(logits, tokens, column, config, generator),
-                torch.isin(logits.argmax(-1), ends) & config.end_last,
+                commit_score(logits, tokens, logprob, column, config, generator),
+                torch.isin(favourite[:, 0], ends) & config.end_last,
                 entropy(logits) if config.entropy_bound is not None else None,
                 todo,
                 targets[step, rows] - (asked[rows] & ~todo).sum(1),
