@@ -11,6 +11,7 @@ _EXPORTS = {
     "load_policy": "mdmrl.policies",
     "add_lora": "mdmrl.policies",
     "generate": "mdmrl.sampling",
+    "infill": "mdmrl.sampling",
     "SamplerConfig": "mdmrl.sampling",
     "load_task": "mdmrl.tasks",
     "load_rows": "mdmrl.tasks",
