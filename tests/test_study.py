@@ -1,9 +1,12 @@
 """Runs that notebooks share, and the figures made of them."""
 
+import shutil
+
 import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 
+from mdmrl.runs import read_rows
 from mdmrl.study import plots, training
 
 
@@ -30,6 +33,12 @@ def test_a_finished_run_is_read_not_trained(arm, monkeypatch):
     first = training.train_arm(arm, 0, "quick")
     assert first.step.tolist() == [0, 1]
     assert first["final8/failure_rate"].notna().tolist() == [False, True]
+
+    folder = training.project_root() / "runs" / "quick" / "grpo" / first.run[0]
+    sample = read_rows(folder / "samples.jsonl")[-1]
+    shutil.rmtree(folder)  # what follows must not need it
+    shown = training.last_sample(first, "AR", "quick")
+    assert shown.startswith(f"{sample['prompt']}\n{sample['completions'][0]}\nreward ")
 
     def refuse(*arguments):
         raise AssertionError("trained again")

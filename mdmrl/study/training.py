@@ -1,13 +1,14 @@
 """Training runs that notebooks share: an arm of a figure, trained once a seed and kept.
 
 A run is named by a readable slug and a hash of everything that decides its result: settings,
-weights, rows, the version of the algorithm. Its rows are kept as one CSV, in `figures/data/runs`
-for the `full` profile (committed) and in `runs/<profile>/runs` for any other; a run whose CSV is
-there is not trained again.
+weights, rows, the version of the algorithm. Its rows are kept as one CSV, beside it a JSON with one
+group of completions of its last update, in `figures/data/runs` for the `full` profile (committed)
+and in `runs/<profile>/runs` for any other; a run whose CSV is there is not trained again.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -84,6 +85,8 @@ def train_arm(arm: Arm, seed: int, profile: str) -> pd.DataFrame:
     if not kept.exists():
         folder = project_root() / "runs" / profile / "grpo" / kept.stem
         frame = _train(policy, arm, config.replace(output_dir=str(folder)))
+        last = read_rows(folder / "samples.jsonl")[-1]
+        write_atomically(kept.with_suffix(".json"), json.dumps(last, indent=1) + "\n")
         write_atomically(kept, frame.to_csv(index=False, float_format="%.6g"))
     frame = pd.read_csv(kept)
     frame["run"] = kept.stem
@@ -202,12 +205,9 @@ def final_looks(runs: pd.DataFrame, arms: dict[str, Arm], measures: Sequence[str
 
 
 def last_sample(runs: pd.DataFrame, arm: str, profile: str) -> str:
-    """The first completion of an arm's last update, where the run's folder is still there."""
-    folder = project_root() / "runs" / profile / "grpo" / runs[runs.arm == arm].run.iloc[0]
-    samples = read_rows(folder / "samples.jsonl")
-    if not samples:
-        return "(trained elsewhere: only its numbers are kept)"
-    sample = samples[-1]
+    """The first completion of the last update of an arm's first run."""
+    run = runs[runs.arm == arm].run.iloc[0]
+    sample = json.loads((runs_folder(profile) / f"{run}.json").read_text())
     return f"{sample['prompt']}\n{sample['completions'][0]}\nreward {sample['rewards'][0]:.2f}"
 
 
