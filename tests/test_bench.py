@@ -66,3 +66,16 @@ def test_shapes_are_published_ones_with_random_weights(monkeypatch):
     assert policy.model.get_output_embeddings().weight.shape == (5000, 16)
     with pytest.raises(ValueError, match="expected random-KIND:SHAPE with KIND of ar, mdm, bd"):
         bench.bench_policy("random-mdm:smol", 8)
+
+
+def test_the_readme_shows_what_was_measured(mdm, monkeypatch, tmp_path):
+    numbers = {"policy": "x", "machine": "M", "threads": 2}
+    row = rows_of(mdm, monkeypatch)["dual cache"] | {"speedup": 2.345, "agreement": 0.5}
+    for name in ("bench_samplers_b", "bench_samplers_a", "bench_update"):
+        (tmp_path / f"{name}.json").write_text(
+            json.dumps(numbers | {"policy": name, "rows": [row]})
+        )
+    table = bench.bench_markdown(tmp_path).splitlines()
+    assert len(table) == 4
+    assert table[2].startswith("| bench_samplers_a | dual cache | 3 | 12 | 6 | 414 |")
+    assert table[3].endswith("| 2.35 | 50.0% | M, 2 threads |")

@@ -9,6 +9,7 @@ computes the whole text again for each token. Ties go to the leftmost position, 
 from __future__ import annotations
 
 import ctypes
+import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -114,6 +115,26 @@ def print_bench(numbers: dict) -> None:
         cells = (row[name] for name in SHOWN)
         table.add_row(*(f"{c:,.3g}" if isinstance(c, float) else f"{c}" for c in cells))
     Console(width=150).print(table)
+
+
+def bench_markdown(folder: Path) -> str:
+    """The README's table, from the `bench_samplers*.json` that `mdmrl bench samplers --json` wrote
+    to `folder`."""
+    lines = [
+        "| policy | sampler | batch | tokens | steps | positions computed | samples/s | speed-up "
+        "| same tokens | machine |",
+        "|---" * 10 + "|",
+    ]
+    for path in sorted(folder.glob("bench_samplers*.json")):
+        numbers = json.loads(path.read_text())
+        lines += [
+            f"| {numbers['policy']} | {row['sampler']} | {row['batch']} | {row['length']} "
+            f"| {row['steps']} | {row['token_forwards']:,} | {row['samples_per_second']:.3g} "
+            f"| {row['speedup']:.2f} | {row['agreement']:.1%} "
+            f"| {numbers['machine']}, {numbers['threads']} threads |"
+            for row in numbers["rows"]
+        ]
+    return "\n".join(lines)
 
 
 def bench_policy(name: str, block_length: int) -> Policy:

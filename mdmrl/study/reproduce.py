@@ -97,6 +97,10 @@ def reproduce(profile: str = "cpu", only: Iterable[str] = (), force: bool = Fals
             from mdmrl.evaluation.tables import models_markdown
 
             ledger.fill_section(root / "README.md", "models", models_markdown(models))
+        if list((folder / "data").glob("bench_samplers*.json")):
+            from mdmrl.study.bench_samplers import bench_markdown
+
+            ledger.fill_section(root / "README.md", "bench", bench_markdown(folder / "data"))
     return int(any(result.state == "failed" for result in results))
 
 
