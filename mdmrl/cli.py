@@ -48,21 +48,41 @@ def pretrain(
     print(f"{name}: saved in {pretrain_by_name(name, folder, tokens, seed)}")
 
 
+Sampler = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="KEY=VALUE", help="A field of SamplerConfig: block_length=32; repeatable."
+    ),
+]
+
+
+def _sampler(pairs: list[str] | None):
+    """The SamplerConfig of `KEY=VALUE` pairs."""
+    from mdmrl import SamplerConfig
+    from mdmrl.config import require
+
+    for pair in pairs or []:
+        require("=" in pair, f"--sampler {pair}: expected KEY=VALUE, as in block_length=32")
+    return SamplerConfig.from_dict(dict(pair.split("=", 1) for pair in pairs or []))
+
+
 @app.command("eval")
 def evaluate(
     policy: Annotated[str, typer.Argument(help="A name, or a folder.")],
     task: Annotated[str, typer.Option(help="The task.")] = "medcot",
     split: Annotated[str, typer.Option(help="validation or test.")] = "test",
     limit: Annotated[int, typer.Option(help="How many prompts.")] = 300,
-    steps: Annotated[list[int] | None, typer.Option(help="Denoising steps; repeatable.")] = None,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    max_new_tokens: Annotated[int, typer.Option(help="Completion positions.")] = 128,
+    steps: Annotated[
+        list[int] | None,
+        typer.Option(help="Denoising steps, half the tokens unless given; repeatable."),
+    ] = None,
+    sampler: Sampler = None,
     csv: Annotated[Path | None, typer.Option(help="Append the rows to this file.")] = None,
 ) -> None:
-    """Exact answers and rewards on held-out prompts, with intervals."""
+    """Exact answers and rewards on held-out prompts, greedy unless asked, with intervals."""
     from mdmrl.evaluation.tables import append_rows, evaluation_table, print_table
 
-    frame = evaluation_table(policy, task, split, limit, steps or [64], temperature, max_new_tokens)
+    frame = evaluation_table(policy, task, split, limit, _sampler(sampler), steps or [None])
     print_table(frame)
     if csv is not None:
         append_rows(frame, csv)
@@ -72,17 +92,16 @@ def evaluate(
 def sample(
     policy: Annotated[str, typer.Argument(help="A name, or a folder.")],
     prompt: Annotated[str, typer.Argument(help="A user's message.")],
-    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 64,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    max_new_tokens: Annotated[int, typer.Option(help="Completion positions.")] = 128,
+    sampler: Sampler = None,
     seed: Annotated[int, typer.Option(help="Of the sampler.")] = 0,
 ) -> None:
     """Complete one prompt."""
-    from mdmrl import SamplerConfig, generate, load_policy
+    from mdmrl import generate, load_policy
     from mdmrl.runs import generator_for
 
-    config = SamplerConfig(max_new_tokens=max_new_tokens, steps=steps, temperature=temperature)
-    output = generate(load_policy(policy), [prompt], config, generator_for(seed, "sample"))
+    output = generate(
+        load_policy(policy), [prompt], _sampler(sampler), generator_for(seed, "sample")
+    )
     print(output.completions[0])
 
 

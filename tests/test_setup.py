@@ -9,11 +9,13 @@ import time
 import tomllib
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import yaml
 from packaging.requirements import Requirement
 
 from mdmrl import cli
+from mdmrl.evaluation.tables import models_markdown
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -113,6 +115,9 @@ def test_help_names_every_target(make):
 # ------------------------------------------------------------------ the command line
 
 
+LITTLE = ["--limit", "2", "--sampler", "max_new_tokens=16"]
+
+
 def call(monkeypatch, *arguments: str) -> int:
     monkeypatch.setattr(sys, "argv", ["mdmrl", *arguments])
     with pytest.raises(SystemExit) as stop:
@@ -144,6 +149,34 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["mdmrl", "reproduce"])
     with pytest.raises(ValueError, match="no number"):
         cli.main()
+
+
+def test_any_sampler_can_be_evaluated(monkeypatch, capsys, tmp_path):
+    table = tmp_path / "table.csv"
+    options = [*LITTLE, "--steps", "2", "--steps", "4", "--csv", str(table)]
+    blocks = ["--sampler", "block_length=8", "--sampler", "cache=dual"]
+    assert call(monkeypatch, "eval", "tiny-mdm", *options, *blocks) == 0
+    assert call(monkeypatch, "eval", "tiny-ar", *options) == 0
+    rows = pd.read_csv(table, keep_default_na=False)
+    used = "max_new_tokens=16 block_length=8 cache=dual"
+    assert rows.sampler.tolist() == [used, used, "max_new_tokens=16"]
+    assert rows.steps.tolist() == [2, 4, 16]
+    markdown = models_markdown(table).splitlines()
+    assert markdown[2].startswith(f"| tiny-mdm | {used} | 2 | 0 | 0.0% [0.0%, 65.8%] |")
+    assert markdown[4].startswith("| tiny-ar | max_new_tokens=16 | - | 0 |")
+
+
+def test_samplers_are_refused_by_name(monkeypatch, capsys):
+    assert call(monkeypatch, "sample", "tiny-mdm", "x", "--sampler", "block_lenght=8") == 2
+    assert "did you mean 'block_length'" in capsys.readouterr().err
+    assert call(monkeypatch, "sample", "tiny-mdm", "x", "--sampler", "cache") == 2
+    assert "--sampler cache: expected KEY=VALUE" in capsys.readouterr().err
+
+
+def test_one_prompt_is_completed(monkeypatch, capsys):
+    options = ["--sampler", "max_new_tokens=16", "--sampler", "temperature=1"]
+    assert call(monkeypatch, "sample", "tiny-ar", "Which test is decisive?", *options) == 0
+    assert len(capsys.readouterr().out.split()) > 3
 
 
 def test_help_loads_nothing_heavy():

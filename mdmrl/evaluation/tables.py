@@ -16,7 +16,17 @@ from mdmrl.runs import write_atomically
 from mdmrl.sampling import SamplerConfig
 from mdmrl.tasks import load_task
 
-SHOWN = ("steps", "temperature", "accuracy", "low", "high", "reward", "format_rate", "entropy")
+SHOWN = (
+    "sampler",
+    "steps",
+    "temperature",
+    "accuracy",
+    "low",
+    "high",
+    "reward",
+    "format_rate",
+    "entropy",
+)
 
 
 def evaluation_table(
@@ -24,19 +34,20 @@ def evaluation_table(
     task: str,
     split: str,
     limit: int,
-    steps: Sequence[int],
-    temperature: float,
-    max_new_tokens: int,
+    sampler: SamplerConfig,
+    steps: Sequence[int | None],
 ) -> pd.DataFrame:
     """Accuracy with its 95 % Wilson interval (`low`, `high`), rewards and monitors.
 
-    An autoregressive policy has no denoising steps and gets one row.
+    One row a number of denoising `steps`, with the other settings of `sampler`; column `sampler`
+    names those that are not the defaults. An autoregressive policy has no denoising steps and gets
+    one row.
     """
     loaded, judged = load_policy(policy), load_task(task)
     rows = judged.rows(split, limit)
     table = []
-    for count in steps if loaded.kind != "ar" else [max_new_tokens]:
-        config = SamplerConfig(max_new_tokens=max_new_tokens, steps=count, temperature=temperature)
+    for count in steps if loaded.kind != "ar" else [sampler.max_new_tokens]:
+        config = sampler.replace(steps=count)
         found = evaluate(loaded, rows, config, judged.rewards, judged.metric)
         right = round(found["accuracy"] * len(rows))
         interval = wilson_interval(right, len(rows))
@@ -47,7 +58,9 @@ def evaluation_table(
             "split": split,
             "prompts": len(rows),
         }
-        drawn = {"steps": count, "temperature": temperature, "low": interval.low}
+        other = config.changed(but=("steps", "temperature"))
+        drawn = {"sampler": other, "steps": config.denoising_steps}
+        drawn |= {"temperature": config.temperature, "low": interval.low}
         table.append(asked | drawn | {"high": interval.high} | found)
     return pd.DataFrame(table)
 
@@ -58,7 +71,7 @@ def print_table(frame: pd.DataFrame) -> None:
     title = f"{first.policy} on {first.prompts} prompts of {first.task}/{first.split}"
     table = Table(*SHOWN, title=title, title_justify="left")
     for row in frame[list(SHOWN)].itertuples(index=False):
-        table.add_row(*(f"{value:.3g}" for value in row))
+        table.add_row(*(v if isinstance(v, str) else f"{v:.3g}" for v in row))
     Console().print(table)
 
 
@@ -71,15 +84,15 @@ def append_rows(frame: pd.DataFrame, path: str | Path) -> None:
 
 def models_markdown(path: str | Path) -> str:
     """The README's table of the tiny models, from the CSV that `mdmrl eval --csv` appends to."""
-    frame = pd.read_csv(path)
+    frame = pd.read_csv(path, keep_default_na=False)
     lines = [
-        "| model | steps | temperature | exact answer | reward | all four tags |",
-        "|---" * 6 + "|",
+        "| model | sampler | steps | temperature | exact answer | reward | all four tags |",
+        "|---" * 7 + "|",
     ]
     lines += [
-        f"| {row.policy} | {row.steps if row.kind != 'ar' else '-'} | {row.temperature:g} "
-        f"| {row.accuracy:.1%} [{row.low:.1%}, {row.high:.1%}] | {row.reward:.2f} "
-        f"| {row.format_rate:.0%} |"
+        f"| {row.policy} | {row.sampler} | {row.steps if row.kind != 'ar' else '-'} "
+        f"| {row.temperature:g} | {row.accuracy:.1%} [{row.low:.1%}, {row.high:.1%}] "
+        f"| {row.reward:.2f} | {row.format_rate:.0%} |"
         for row in frame.itertuples()
     ]
     return "\n".join(lines)

@@ -89,8 +89,8 @@ class PretrainConfig(Config):
 # after a fraction of the tokens; `tiny-mdm-equal` is the masked diffusion model at that budget.
 RECIPES = {
     "tiny-ar": PretrainConfig(family="ar", tokens=4e6, warmup_share=0.015),
-    "tiny-mdm": PretrainConfig(family="mdm", tokens=32e6, warmup_share=6e4 / 32e6),
-    "tiny-bd": PretrainConfig(family="bd", tokens=32e6, warmup_share=6e4 / 32e6),
+    "tiny-mdm": PretrainConfig(family="mdm", tokens=42e6, warmup_share=6e4 / 42e6),
+    "tiny-bd": PretrainConfig(family="bd", tokens=42e6, warmup_share=6e4 / 42e6),
     "tiny-mdm-equal": PretrainConfig(family="mdm", tokens=4e6, warmup_share=0.015),
 }
 

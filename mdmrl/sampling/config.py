@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mdmrl.config import Config, require, unknown
@@ -128,6 +129,12 @@ class SamplerConfig(Config):
             f"threshold={threshold} with remasking={self.remasking!r}: a threshold is a "
             "probability; expected remasking 'low_confidence' or 'state_confidence'",
         )
+
+    def changed(self, but: Sequence[str] = ()) -> str:
+        """The settings that are not the defaults, as in "block_length=32 cache=dual"."""
+        default, values = type(self)().to_dict(), self.to_dict()
+        names = [n for n in values if values[n] != default[n] and n not in but]
+        return " ".join(f"{name}={values[name]}" for name in names)
 
     @property
     def parallel(self) -> bool:
