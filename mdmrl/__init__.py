@@ -17,6 +17,8 @@ _EXPORTS = {
     "load_rows": "mdmrl.tasks",
     "GRPOConfig": "mdmrl.rl.config",
     "train_grpo": "mdmrl.rl.grpo",
+    "PPOConfig": "mdmrl.rl.config",
+    "train_ppo": "mdmrl.rl.ppo",
     "evaluate": "mdmrl.evaluation.accuracy",
 }
 __all__ = list(_EXPORTS)

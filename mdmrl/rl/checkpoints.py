@@ -2,19 +2,64 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 
+from mdmrl.config import Config, require
 from mdmrl.policies.base import Policy
+from mdmrl.rewards.score import reward_name
 from mdmrl.runs import Run
 
 
-def save(run: Run, policy: Policy, optimizer: torch.optim.Optimizer, step: int) -> None:
+def begin(
+    policy: Policy,
+    rewards: Sequence[Callable],
+    rows: Sequence[dict],
+    eval_rows: Sequence[dict],
+    config: Config,
+    algorithm: str,
+    accelerator,
+) -> Run:
+    """Check a run's input, open its folder, and make the policy its own reference.
+
+    The folder is known by all that decides the result: settings, weights, rewards, rows, the
+    version of the algorithm and the number of processes.
+    """
+    names = [reward_name(reward) for reward in rewards]
+    require(len(rows) > 0, "no training rows given")
+    require(len(names) > 0, "no reward functions given")
+    require(len(set(names)) == len(names), f"two rewards share a name: {names}")
+    policy.encode([row["prompt"] for row in rows], config.max_completion_length)  # they all fit
+    settings = {k: v for k, v in config.to_dict().items() if k != "output_dir"}
+    identity = settings | {
+        "algorithm": algorithm,
+        "policy": policy.fingerprint(),
+        "rewards": names,
+        "rows": hashlib.sha256(repr([*rows, *eval_rows]).encode()).hexdigest()[:10],
+        "processes": accelerator.num_processes,
+    }
+    with accelerator.main_process_first():
+        run = Run(config.output_dir, identity)
+    if not policy.uses_lora:
+        policy.sync_reference()
+    return run
+
+
+def save(
+    run: Run,
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    step: int,
+    values: torch.nn.Module | None = None,
+) -> None:
     """Write trained weights, reference and optimizer; random numbers derive from the step.
 
-    `pretrained/` inside is an ordinary folder for `load_policy` (or, with LoRA, its adapter).
+    `pretrained/` inside is an ordinary folder for `load_policy` (or, with LoRA, its adapter), and
+    `values/` one for `ValueHead.from_pretrained` where there is a value head.
     """
 
     def write(folder: Path) -> None:
@@ -23,11 +68,18 @@ def save(run: Run, policy: Policy, optimizer: torch.optim.Optimizer, step: int) 
         save_file(policy.reference_state(), folder / "reference.safetensors")
         torch.save(optimizer.state_dict(), folder / "optimizer.pt")
         policy.save_pretrained(folder / "pretrained")
+        if values is not None:
+            values.save_pretrained(folder / "values")
 
     run.save_checkpoint(step, write)
 
 
-def restore(run: Run, policy: Policy, optimizer: torch.optim.Optimizer) -> int:
+def restore(
+    run: Run,
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    values: torch.nn.Module | None = None,
+) -> int:
     """Load the newest whole checkpoint if there is one; returns the step it was taken at."""
     latest = run.latest_checkpoint()
     if latest is None:
@@ -39,4 +91,6 @@ def restore(run: Run, policy: Policy, optimizer: torch.optim.Optimizer) -> int:
             parameters[name].copy_(value)
     policy.load_reference_state(load_file(folder / "reference.safetensors"))
     optimizer.load_state_dict(torch.load(folder / "optimizer.pt"))
+    if values is not None:
+        values.load_state_dict(load_file(folder / "values" / "model.safetensors"))
     return step

@@ -6,8 +6,11 @@ import math
 from dataclasses import dataclass
 
 from mdmrl.config import Config, require, unknown
+from mdmrl.policies.base import Policy
 from mdmrl.rl.kl import KL_ESTIMATORS
 from mdmrl.sampling import SamplerConfig
+
+CLIPS = ("one_sided", "two_sided", "cispo")
 
 
 @dataclass
@@ -94,4 +97,106 @@ class GRPOConfig(Config):
             end_last=self.end_last,
             temperature=self.temperature if temperature is None else temperature,
             suppress_mask=self.suppress_mask,
+        )
+
+
+@dataclass
+class PPOConfig(Config):
+    """Settings of a run; the names are TRL's and transformers' where they have one.
+
+    Attributes:
+        output_dir: the run's folder; a run of the same configuration in it is resumed.
+        per_device_train_batch_size: completions of an update on each process, a multiple of
+            `num_generations`, which are drawn for each prompt.
+        states_per_forward: states scored in one forward pass.
+        num_iterations: updates on one batch of rollouts.
+        kl_in_reward: charge each step for its state's KL too.
+        clip: `one_sided` (PPO), `two_sided` (clip(rho) A whatever the sign of A) or `cispo`
+            (clip(rho) A grad log pi, the ratio as a constant; the thesis's formula).
+        lam: lambda of advantages and returns.
+        value_batches: batches of base rollouts that V is fitted to first, the last quarter held
+            out; value_epochs: gradient steps of that fit.
+        steps, block_length: the sampler's, see `SamplerConfig`. The rest of it is fixed:
+            `state_confidence`, temperature 1, no [MASK], every position revealed in its own order.
+        eval_steps: every so many updates (and at the end) complete the held-out prompts greedily.
+    """
+
+    output_dir: str = "runs/ppo"
+    max_steps: int = 60
+    per_device_train_batch_size: int = 12
+    num_generations: int = 6
+    states_per_forward: int = 48
+    num_iterations: int = 2
+    learning_rate: float = 1e-4
+    max_grad_norm: float = 1.0
+    beta: float = 1.0
+    kl_in_reward: bool = False
+    epsilon: float = 0.1
+    clip: str = "one_sided"
+    gamma: float = 1.0
+    lam: float = 0.95
+    value_learning_rate: float = 1e-3
+    cliprange_value: float = 0.2
+    value_batches: int = 8
+    value_epochs: int = 200
+    ref_model_sync_steps: int = 500
+    max_completion_length: int = 128
+    steps: int | None = None
+    block_length: int | None = None
+    eval_steps: int = 10
+    save_steps: int = 20
+    seed: int = 0
+
+    def validate(self) -> None:
+        batch, group = self.per_device_train_batch_size, self.num_generations
+        require(
+            group >= 2 and batch >= 1 and batch % group == 0,
+            f"num_generations={group}, per_device_train_batch_size={batch}: expected at least 2 "
+            "completions a prompt, whose spread is logged, and a multiple of that",
+        )
+        for name in (
+            "max_steps",
+            "states_per_forward",
+            "num_iterations",
+            "value_epochs",
+            "ref_model_sync_steps",
+            "eval_steps",
+            "save_steps",
+        ):
+            require(getattr(self, name) >= 1, f"{name}={getattr(self, name)}: expected at least 1")
+        require(self.value_batches >= 2, f"value_batches={self.value_batches}: expected 2 or more")
+        for name in ("learning_rate", "value_learning_rate", "cliprange_value", "max_grad_norm"):
+            value = getattr(self, name)
+            require(0 < value < math.inf, f"{name}={value}: expected a positive number")
+        require(0 <= self.beta < math.inf, f"beta={self.beta}: expected 0 or more")
+        require(0 < self.epsilon < 1, f"epsilon={self.epsilon}: expected (0, 1)")
+        require(0 < self.gamma <= 1, f"gamma={self.gamma}: expected (0, 1]")
+        require(0 <= self.lam <= 1, f"lam={self.lam}: expected [0, 1]")
+        if self.clip not in CLIPS:
+            raise unknown("clip", self.clip, CLIPS)
+        self._sampler(self.block_length, 1.0)
+
+    def sampler(self, policy: Policy, temperature: float = 1.0) -> SamplerConfig:
+        """The sampler whose path is the episode; raises for a policy that cannot have one."""
+        require(
+            policy.kind in ("mdm", "bd"),
+            f"a policy of kind {policy.kind!r} has no denoising steps to learn from: expected a "
+            "masked or block diffusion policy",
+        )
+        own = policy.block_length
+        require(
+            own is None or self.block_length in (None, own),
+            f"block_length={self.block_length}: this policy was trained with blocks of {own}",
+        )
+        return self._sampler(own or self.block_length, temperature)
+
+    def _sampler(self, block_length: int | None, temperature: float) -> SamplerConfig:
+        return SamplerConfig(
+            max_new_tokens=self.max_completion_length,
+            steps=self.steps,
+            block_length=block_length,
+            remasking="state_confidence",
+            end_last=False,
+            stop_at_end=False,
+            temperature=temperature,
         )

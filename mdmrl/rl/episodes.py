@@ -1,0 +1,244 @@
+"""The block-level decision process: what a policy makes of the states its sampler went through.
+
+An episode is one completion of L positions, in blocks of K that are revealed from left to right in
+T steps; block and number of positions of a step are the same for every episode.
+
+    state   s_t: the prompt, the clean blocks before the active one, and the active block as far as
+            it is revealed; later blocks are all [MASK] (bidirectional) or unseen (block-causal)
+    action  a_t: the tokens x_i written at the positions i of U_t; the next state is then certain
+    policy  log pi(a_t | s_t) = sum over i in U_t of log p_i(x_i | s_t)
+
+The sampler is that of `remasking="state_confidence"`: U_t are the positions surest in s_t, chosen
+before a token is drawn and without a probability of their own. The sum over steps is therefore the
+exact log-probability with which the sampler writes the completion, and every position counts, those
+behind the end token too.
+
+A recorded `Rollout` holds all of it in `completion_ids` and `revealed_at`. One forward pass looks
+at many states at once:
+
+    bidirectional   one canvas a state, P + L columns, stacked
+    block-causal    one row an episode: prompt and clean blocks once, and behind them the active
+                    block of every state, which sees itself and the clean blocks before it
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mdmrl.policies.base import BlockDiffusionPolicy, MaskedDiffusionPolicy
+from mdmrl.rl.rollout import Rollout
+
+# Not -inf, which would make the KL's 0 * (inf - inf) no number.
+NEVER = -1e9
+
+
+@dataclass
+class Look:
+    """What the network says about S states of R episodes.
+
+    block: hidden states that predict the active block, (R, S, K, H). context: the mean of those of
+    the prompt and the clean blocks, (R, S, H). masked, revealed: positions of the active block that
+    the state has masked, and those that the step reveals, (R, S, K) bool. tokens, logprobs: what
+    the sampler drew there and how probable it was, (R, S, K). start: first position of the active
+    block, (S,). token_forwards: positions pushed through the network.
+    """
+
+    block: Tensor
+    context: Tensor
+    masked: Tensor
+    revealed: Tensor
+    tokens: Tensor
+    logprobs: Tensor
+    start: Tensor
+    token_forwards: int
+
+    def features(self, length: int) -> Tensor:
+        """What a value function sees of each state of a completion of `length`, (R, S, 2H+2).
+
+        The mean hidden state of the active block and of the context, the share of the block that is
+        masked, and where in the completion the block begins; float32 and detached.
+        """
+        fraction = self.masked.float().mean(-1, keepdim=True)
+        index = (self.start / length)[:, None].expand_as(fraction)
+        block = self.block.detach().mean(2)
+        return torch.cat([block.float(), self.context.float(), fraction, index], -1)
+
+    @torch.no_grad()
+    def selection_changed(self, policy: MaskedDiffusionPolicy, logp: Tensor) -> Tensor:
+        """Where the policy would now reveal other positions than the step did, (R, S) bool.
+
+        Args:
+            logp: its log-probabilities at the revealed positions, (N, V).
+        """
+        rest = self.masked & ~self.revealed
+        surest = log_probabilities(policy, self.block[rest]).amax(-1)
+        others = logp.new_full(rest.shape, -torch.inf).masked_scatter(rest, surest)
+        chosen = logp.new_full(rest.shape, torch.inf).masked_scatter(self.revealed, logp.amax(-1))
+        return others.amax(-1) > chosen.amin(-1)
+
+
+@dataclass
+class Old:
+    """What policy and reference say about the states and actions of a rollout before an update.
+
+    parts: rows and steps of each micro-batch. logp: log-probabilities of its N tokens, (N,) each;
+    reference: the reference's hidden states there, (N, H) each. features: of all states, (B, T, F).
+    kl: each action's KL(pi || pi_ref), summed over its positions, (B, T). off_sampler: the largest
+    difference between a log-probability and the sampler's own. token_forwards: positions that one
+    look at all states pushes through a network.
+    """
+
+    rollout: Rollout
+    block_length: int
+    parts: list[tuple[slice, slice]]
+    logp: list[Tensor]
+    reference: list[Tensor]
+    features: Tensor
+    kl: Tensor
+    off_sampler: float
+    token_forwards: int
+
+    def rewards(self, charge: float) -> Tensor:
+        """r_t, (B, T): the completion's reward at the last step, and `charge` for a nat of KL."""
+        rewards = torch.zeros_like(self.kl)
+        rewards[:, -1] = self.rollout.rewards.nan_to_num(0)
+        return rewards - charge * self.kl if charge else rewards
+
+
+@torch.no_grad()
+def score(
+    policy: MaskedDiffusionPolicy, rollout: Rollout, block_length: int, states_per_forward: int
+) -> Old:
+    """Look at every state of a recorded `rollout` with the policy as it is and its reference."""
+    batch, steps = len(rollout), len(block_starts(rollout, block_length))
+    length = rollout.completion_ids.shape[1]
+    rows = max(1, states_per_forward // steps)  # whole episodes if they fit
+    parts = [
+        (slice(row, row + rows), slice(step, min(step + states_per_forward, steps)))
+        for row in range(0, batch, rows)
+        for step in range(0, steps, states_per_forward)
+    ]
+    logps, references, features, kls, off, cost = [], [], [], [], 0.0, 0
+    for chosen, now in parts:
+        part = rollout.rows(chosen)
+        seen = look(policy, part, now, block_length)
+        at = seen.revealed
+        logp = log_probabilities(policy, seen.block[at])
+        with policy.reference():
+            reference = look(policy, part, now, block_length).block[at]
+            ref = log_probabilities(policy, reference)
+        drawn = logp.gather(1, seen.tokens[at][:, None])[:, 0]
+        kl = torch.zeros(at.shape, device=drawn.device)
+        logps.append(drawn)
+        references.append(reference)
+        features.append(seen.features(length).flatten(0, 1))
+        kls.append(kl.masked_scatter(at, kl_divergence(logp, ref)).sum(-1).flatten())
+        off = max(off, (drawn - seen.logprobs[at]).abs().max().item())
+        cost += seen.token_forwards
+    return Old(
+        rollout,
+        block_length,
+        parts,
+        logps,
+        references,
+        torch.cat(features).view(batch, steps, -1),
+        torch.cat(kls).view(batch, steps),
+        off,
+        cost,
+    )
+
+
+def block_starts(rollout: Rollout, block_length: int) -> Tensor:
+    """First completion position of the block that each step reveals, (T,)."""
+    revealed_at = rollout.revealed_at[0]
+    starts = torch.zeros(int(revealed_at.max()) + 1, dtype=torch.long, device=revealed_at.device)
+    positions = torch.arange(len(revealed_at), device=revealed_at.device)
+    starts[revealed_at] = positions - positions % block_length
+    return starts
+
+
+def look(policy: MaskedDiffusionPolicy, rollout: Rollout, steps: slice, block_length: int) -> Look:
+    """Look at the states of some `steps` of every episode of `rollout`, in one forward pass."""
+    start = block_starts(rollout, block_length)
+    now = torch.arange(len(start), device=start.device)[steps]  # (S,)
+    start = start[steps]
+    columns = start[:, None] + torch.arange(block_length, device=start.device)  # (S, K)
+    when, tokens = rollout.revealed_at[:, columns], rollout.completion_ids[:, columns]
+    masked = when >= now[:, None]
+    if policy.kind == "bd":
+        xt = tokens.masked_fill(masked, policy.mask_token_id)  # (R, S, K)
+        block, context, cost = _packed(policy, rollout, xt, start)
+    else:
+        ids, revealed_at = rollout.completion_ids[:, None], rollout.revealed_at[:, None]
+        xt = torch.where(revealed_at >= now[:, None], policy.mask_token_id, ids)  # (R, S, L)
+        hidden, context, cost = _stacked(policy, rollout, xt, start)
+        first = rollout.prompt_ids.shape[1] - int(policy.logit_shift)
+        block = hidden[:, torch.arange(len(start))[:, None], first + columns]
+    logprobs = rollout.logprobs[:, columns]
+    return Look(block, context, masked, when == now[:, None], tokens, logprobs, start, cost)
+
+
+def _stacked(
+    policy: MaskedDiffusionPolicy, rollout: Rollout, xt: Tensor, start: Tensor
+) -> tuple[Tensor, Tensor, int]:
+    """Hidden states (R, S, P+L, H) of the canvases `xt` (R, S, L), and their context's mean."""
+    shape = (*xt.shape[:2], -1)
+    prompt, real = (x[:, None].expand(shape) for x in (rollout.prompt_ids, rollout.prompt_mask))
+    canvas = torch.cat([prompt, xt], -1)
+    attention = torch.cat([real, torch.ones_like(xt, dtype=torch.bool)], -1)
+    hidden = policy.hidden_states(canvas.flatten(0, 1), attention.flatten(0, 1))
+    hidden = hidden.unflatten(0, xt.shape[:2])
+    context = attention & _before(start, prompt.shape[-1], canvas.shape[-1])
+    return hidden, _mean(hidden, context[:, :, None])[:, :, 0], canvas.numel()
+
+
+def _packed(
+    policy: BlockDiffusionPolicy, rollout: Rollout, xt: Tensor, start: Tensor
+) -> tuple[Tensor, Tensor, int]:
+    """Hidden states (R, S, K, H) of the active blocks `xt` (R, S, K), and their context's mean."""
+    width, length = rollout.prompt_ids.shape[1], int(start[-1])
+    states, size = xt.shape[1:]
+    clean = torch.cat([rollout.prompt_ids, rollout.completion_ids[:, :length]], 1)
+    real = torch.cat([rollout.prompt_mask, torch.ones_like(clean[:, width:], dtype=torch.bool)], 1)
+    pattern = policy.pattern(width, length)
+    block = torch.cat([pattern, (1 + start // size).repeat_interleave(size)])
+    state = torch.arange(1, states + 1, device=xt.device).repeat_interleave(size)
+    copy = torch.cat([torch.zeros_like(pattern), state])  # 0: the clean text
+    sees = torch.where(
+        copy[:, None] == copy, block[:, None] >= block, (copy == 0) & (block[:, None] > block)
+    )
+    columns = start[:, None] + torch.arange(size, device=xt.device)
+    positions = (real.long().cumsum(1) - 1).clamp(min=0)
+    active = rollout.prompt_mask.sum(1, keepdim=True) + columns.flatten()
+    ids = torch.cat([clean, xt.flatten(1)], 1)
+    visible = torch.cat([real, torch.ones_like(active, dtype=torch.bool)], 1)
+    hidden = policy.hidden_states(
+        ids, sees & visible[:, None, None], position_ids=torch.cat([positions, active], 1)
+    )
+    text, blocks = hidden.split([clean.shape[1], states * size], 1)
+    context = real[:, None] & _before(start, width, clean.shape[1])
+    return blocks.unflatten(1, (states, size)), _mean(text, context), ids.numel()
+
+
+def _before(start: Tensor, width: int, columns: int) -> Tensor:
+    """Which columns of a canvas come before each state's active block, (S, columns) bool."""
+    return torch.arange(columns, device=start.device) < width + start[:, None]
+
+
+def _mean(hidden: Tensor, where: Tensor) -> Tensor:
+    """Mean of `hidden` (..., W, H) over each row of `where` (..., M, W), detached: (..., M, H)."""
+    return where.to(hidden.dtype) @ hidden.detach() / where.sum(-1, keepdim=True)
+
+
+def log_probabilities(policy: MaskedDiffusionPolicy, hidden: Tensor) -> Tensor:
+    """Log-probabilities (N, V) that the sampler draws from, which never draws [MASK]; float32."""
+    mask = torch.tensor([policy.mask_token_id], device=hidden.device)
+    return policy.head(hidden).index_fill(-1, mask, NEVER).log_softmax(-1)
+
+
+def kl_divergence(logp: Tensor, ref: Tensor) -> Tensor:
+    """KL(pi || pi_ref) over the whole vocabulary from log-probabilities (N, V); (N,)."""
+    return (logp.exp() * (logp - ref)).sum(-1)

@@ -1,0 +1,136 @@
+"""V(s_t) of the block-level decision process (`mdmrl.rl.episodes`): the head, its loss, its first
+fit, and the advantages it gives."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from mdmrl.rl.config import PPOConfig
+from mdmrl.rl.episodes import Old
+from mdmrl.rl.grpo import finish_gradient
+
+
+class ValueHead(nn.Module):
+    """A multilayer perceptron on the features of a state (`Look.features`).
+
+    Args:
+        hidden_size: of the policy, H; width: of the hidden layer.
+        seed: of the initial weights; the global random state is left as it was.
+    """
+
+    def __init__(self, hidden_size: int, width: int = 64, seed: int = 0):
+        super().__init__()
+        self.config = {"hidden_size": hidden_size, "width": width}
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.layers = nn.Sequential(
+                nn.Linear(2 * hidden_size + 2, width), nn.GELU(), nn.Linear(width, 1)
+            )
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Values (...) of states with `features` (..., 2H+2)."""
+        return self.layers(features).squeeze(-1)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write `config.json` and `model.safetensors`."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(self.config, indent=1) + "\n")
+        save_file(self.state_dict(), folder / "model.safetensors")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> ValueHead:
+        """The head that `save_pretrained` wrote."""
+        values = cls(**json.loads((Path(folder) / "config.json").read_text()))
+        values.load_state_dict(load_file(Path(folder) / "model.safetensors"))
+        return values
+
+
+def gae(rewards: Tensor, values: Tensor, gamma: float, lam: float) -> Tensor:
+    """Generalised advantage estimates (Schulman et al. 2016), (B, T).
+
+    Args:
+        rewards, values: r_t and V(s_t), (B, T); V(end) = 0.
+    """
+    delta = rewards + gamma * F.pad(values[:, 1:], (0, 1)) - values
+    advantages, following = torch.empty_like(delta), torch.zeros_like(delta[:, 0])
+    for t in reversed(range(delta.shape[1])):
+        advantages[:, t] = following = delta[:, t] + gamma * lam * following
+    return advantages
+
+
+def normalised(advantages: Tensor, counted: Tensor, accelerator) -> tuple[Tensor, float]:
+    """Advantages (B, T) minus their mean and divided by their standard deviation + 1e-4, both over
+    the states that count (B,) on all processes; and that divisor."""
+    x = advantages[counted].double()
+    sums = torch.stack([x.new_tensor(x.numel()), x.sum(), x.square().sum()])
+    n, total, squares = accelerator.reduce(sums, "sum").tolist()
+    mean = total / max(1, n)
+    divisor = math.sqrt(max(0.0, squares / max(1, n) - mean**2)) + 1e-4
+    return (advantages - mean) / divisor, divisor
+
+
+def value_loss(
+    values: Tensor, old: Tensor, returns: Tensor, counted: Tensor, cliprange: float
+) -> Tensor:
+    """Clipped squared error (Schulman et al. 2017 in OpenAI's implementation), half its mean over
+    the states of episodes that count.
+
+    Args:
+        values, old: V as it is and before the update; returns: its targets, all (B, T).
+        counted: (B,) bool.
+    """
+    clipped = old + (values - old).clamp(-cliprange, cliprange)
+    error = torch.maximum((values - returns).square(), (clipped - returns).square())
+    return error[counted].sum() / 2 / max(1, error[counted].numel())
+
+
+def fit(
+    values: ValueHead, base: Sequence[Old], charge: float, config: PPOConfig, accelerator
+) -> float:
+    """Fit V to the returns of rollouts of the starting policy, the last quarter of them held out.
+
+    Args:
+        charge: see `Old.rewards`.
+    Returns:
+        V's explained variance on the states held out.
+    """
+    features, rewards, counted = (
+        torch.cat(parts)
+        for parts in zip(
+            *((old.features, old.rewards(charge), old.rollout.counted) for old in base),
+            strict=True,
+        )
+    )
+    outcome = gae(rewards, torch.zeros_like(rewards), config.gamma, 1.0)
+    seen, unseen = slice(-(len(features) // 4)), slice(-(len(features) // 4), None)
+    parameters = dict(values.named_parameters())
+    optimizer = torch.optim.AdamW(parameters.values(), lr=config.value_learning_rate)
+    for _ in range(config.value_epochs):
+        found = values(features[seen])
+        value_loss(found, found, outcome[seen], counted[seen], math.inf).backward()
+        finish_gradient(parameters, accelerator, config.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+    with torch.no_grad():
+        found = values(features[unseen])[counted[unseen]]
+    return explained_variance(found, outcome[unseen][counted[unseen]])
+
+
+def explained_variance(values: Tensor, returns: Tensor) -> float:
+    """1 - Var(G - V) / Var(G): 1 for the best V, 0 for a constant; nan where the returns G do not
+    vary."""
+
+    def variance(x: Tensor) -> Tensor:
+        return (x - x.mean()).square().mean()
+
+    spread = variance(returns)
+    return (1 - variance(returns - values) / spread).item() if spread > 1e-9 else math.nan
