@@ -5,6 +5,9 @@ import copy
 import itertools
 import json
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -556,14 +559,17 @@ def test_the_two_parts_add_up(denoiser):
 
 def test_a_value_head_is_saved_and_loaded(tmp_path, rng_untouched):
     values = ValueHead(32, width=16, seed=3)
+    assert values(torch.ones(66)) == 0
+    torch.nn.init.ones_(values.layers[-1].weight)
     values.save_pretrained(tmp_path / "values")
     assert {p.name for p in (tmp_path / "values").iterdir()} == {"config.json", "model.safetensors"}
     loaded = ValueHead.from_pretrained(tmp_path / "values")
     x = torch.randn(4, 5, 66, generator=generator_for(0, "x"))
     assert torch.equal(loaded(x), values(x))
     assert loaded(x).shape == (4, 5)
-    assert torch.equal(ValueHead(32, 16, seed=3)(x), values(x))
-    assert not torch.equal(ValueHead(32, 16, seed=4)(x), values(x))
+    again, other = (ValueHead(32, 16, seed=seed).layers[0].weight for seed in (3, 4))
+    assert torch.equal(again, values.layers[0].weight)
+    assert not torch.equal(other, again)
 
 
 def test_the_first_fit_finds_what_states_say_of_the_outcome(denoiser):
@@ -719,7 +725,11 @@ def test_a_complete_run_is_not_trained_again(uninterrupted):
 
 @pytest.mark.parametrize(
     ("family", "changes"),
-    [("mdm", {}), ("bd", {"kl_in_reward": True, "beta": 0.002}), ("bd", {"clip": "cispo"})],
+    [
+        ("mdm", {}),
+        ("bd", {"kl_in_reward": True, "beta": 0.002}),
+        ("bd", {"clip": "cispo", "num_generations": 1}),
+    ],
     ids=str,
 )
 def test_a_toy_reward_rises(family, changes, request, tmp_path):
@@ -771,7 +781,7 @@ def test_updates_that_are_not_finite_are_skipped_and_end_the_run(mdm, tmp_path, 
         ({"gamma": 0.0}, "gamma=0.0"),
         ({"beta": -1}, "beta=-1.0"),
         ({"clip": "two-sided"}, "did you mean 'two_sided'"),
-        ({"num_generations": 1}, "num_generations=1"),
+        ({"num_generations": 0}, "num_generations=0"),
         ({"num_generations": 5}, "num_generations=5, per_device_train_batch_size=12"),
         ({"block_length": 3}, "block_length=3: expected a divisor"),
         ({"steps": 1}, "steps=1: expected at least 2, one for each block"),
@@ -807,3 +817,42 @@ def test_block_diffusion_takes_its_own_blocks_and_masked_diffusion_may_have_one(
     assert config.sampler(bd).block_length == 4
     assert config.sampler(mdm).block_length is None
     assert config.sampler(mdm, 0.0).temperature == 0
+
+
+# -- several processes -----------------------------------------------------------------------------
+
+TWO_PROCESSES = """
+import hashlib, sys
+from mdmrl import PPOConfig, load_policy, train_ppo
+
+def short(prompts, completions, **columns):
+    return [-float(len(text)) for text in completions]
+
+folder, output = sys.argv[1:]
+policy = load_policy(folder)
+rows = [{"prompt": f"What is {i}?"} for i in range(8)]
+config = PPOConfig(
+    output_dir=output, max_steps=2, steps=4, max_completion_length=8, num_generations=2,
+    per_device_train_batch_size=4, value_batches=2, value_epochs=5,
+)
+train_ppo(policy, [short], rows, config)
+weights = b"".join(p.detach().numpy().tobytes() for p in policy.model.parameters())
+print("weights", hashlib.sha256(weights).hexdigest())
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_prompts_and_keep_the_same_weights(bd, tmp_path):
+    bd.save_pretrained(tmp_path / "policy")
+    (tmp_path / "script.py").write_text(TWO_PROCESSES)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*command, tmp_path / "script.py", tmp_path / "policy", tmp_path / "run"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    digests = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("weights")]
+    assert len(digests) == 2 and len(set(digests)) == 1
+    assert [row["step"] for row in rows_of(tmp_path / "run")] == [0, 1, 2]

@@ -114,8 +114,8 @@ class PPOConfig(Config):
         clip: `one_sided` (PPO), `two_sided` (clip(rho) A whatever the sign of A) or `cispo`
             (clip(rho) A grad log pi, the ratio as a constant; the thesis's formula).
         lam: lambda of advantages and returns.
-        value_batches: batches of base rollouts that V is fitted to first, the last quarter held
-            out; value_epochs: gradient steps of that fit.
+        value_batches: batches of base rollouts that V is fitted to first, of one completion a
+            prompt, the last quarter held out; value_epochs: the most gradient steps of that fit.
         steps, block_length: the sampler's, see `SamplerConfig`. The rest of it is fixed:
             `state_confidence`, temperature 1, no [MASK], every position revealed in its own order.
         eval_steps: every so many updates (and at the end) complete the held-out prompts greedily.
@@ -150,9 +150,9 @@ class PPOConfig(Config):
     def validate(self) -> None:
         batch, group = self.per_device_train_batch_size, self.num_generations
         require(
-            group >= 2 and batch >= 1 and batch % group == 0,
-            f"num_generations={group}, per_device_train_batch_size={batch}: expected at least 2 "
-            "completions a prompt, whose spread is logged, and a multiple of that",
+            group >= 1 and batch >= 1 and batch % group == 0,
+            f"num_generations={group}, per_device_train_batch_size={batch}: expected at least 1 "
+            "completion a prompt, and a multiple of that",
         )
         for name in (
             "max_steps",

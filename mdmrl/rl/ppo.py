@@ -137,12 +137,12 @@ def train_ppo(
     if accelerator.is_main_process:
         run.rewind(first)
 
-    def draw(purpose: str, step: int, seed: int) -> tuple[list[dict], Old, dict, dict]:
-        count = config.per_device_train_batch_size // config.num_generations
+    def draw(purpose: str, step: int, seed: int, group: int) -> tuple[list[dict], Old, dict, dict]:
+        count = config.per_device_train_batch_size // group
         batch = draw_rows(rows, count, step, rank, processes, seed)
         generator = generator_for(config.seed, purpose, step, rank, policy.device)
         rollout, seen, sample = collect(
-            policy, batch, rewards, config.num_generations, sampler, generator, record=True
+            policy, batch, rewards, group, sampler, generator, record=True
         )
         block_length = sampler.block_length or config.max_completion_length
         old = score(policy, rollout, block_length, config.states_per_forward)
@@ -158,12 +158,12 @@ def train_ppo(
         if eval_rows and step % config.eval_steps == 0:
             metrics |= held_out()
         start = time.perf_counter()
-        batch, old, seen, sample = draw("rollout", step, config.seed)
+        batch, old, seen, sample = draw("rollout", step, config.seed, config.num_generations)
         metrics |= seen
         metrics["token_forwards"] += config.num_iterations * old.token_forwards
-        if step == 0:  # V first, on prompts in an order of its own
+        if step == 0:  # V first, on as many different prompts as there are completions
             seed = derived_seed(config.seed, "values")
-            base = [draw("values", i, seed)[1:3] for i in range(config.value_batches)]
+            base = [draw("values", i, seed, 1)[1:3] for i in range(config.value_batches)]
             found = fit(values, [old for old, _ in base], charge, config, accelerator)
             metrics["values/base_explained_variance"] = found
             metrics["token_forwards"] += sum(seen["token_forwards"] for _, seen in base)

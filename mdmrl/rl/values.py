@@ -3,6 +3,7 @@ fit, and the advantages it gives."""
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from mdmrl.rl.grpo import finish_gradient
 
 
 class ValueHead(nn.Module):
-    """A multilayer perceptron on the features of a state (`Look.features`).
+    """A multilayer perceptron on the features of a state (`Look.features`), 0 everywhere at first.
 
     Args:
         hidden_size: of the policy, H; width: of the hidden layer.
@@ -34,6 +35,8 @@ class ValueHead(nn.Module):
             self.layers = nn.Sequential(
                 nn.Linear(2 * hidden_size + 2, width), nn.GELU(), nn.Linear(width, 1)
             )
+        nn.init.zeros_(self.layers[-1].weight)
+        nn.init.zeros_(self.layers[-1].bias)
 
     def forward(self, features: Tensor) -> Tensor:
         """Values (...) of states with `features` (..., 2H+2)."""
@@ -70,12 +73,17 @@ def gae(rewards: Tensor, values: Tensor, gamma: float, lam: float) -> Tensor:
 def normalised(advantages: Tensor, counted: Tensor, accelerator) -> tuple[Tensor, float]:
     """Advantages (B, T) minus their mean and divided by their standard deviation + 1e-4, both over
     the states that count (B,) on all processes; and that divisor."""
-    x = advantages[counted].double()
-    sums = torch.stack([x.new_tensor(x.numel()), x.sum(), x.square().sum()])
-    n, total, squares = accelerator.reduce(sums, "sum").tolist()
-    mean = total / max(1, n)
-    divisor = math.sqrt(max(0.0, squares / max(1, n) - mean**2)) + 1e-4
+    kept = advantages[counted]
+    mean = average(kept, accelerator)
+    divisor = math.sqrt(average((kept - mean).square(), accelerator)) + 1e-4
     return (advantages - mean) / divisor, divisor
+
+
+def average(x: Tensor, accelerator) -> float:
+    """Mean of `x` over all processes, 0 where none has any."""
+    sums = torch.stack([x.double().sum(), x.new_tensor(x.numel(), dtype=torch.double)])
+    total, count = accelerator.reduce(sums, "sum").tolist()
+    return total / max(1.0, count)
 
 
 def value_loss(
@@ -96,33 +104,41 @@ def value_loss(
 def fit(
     values: ValueHead, base: Sequence[Old], charge: float, config: PPOConfig, accelerator
 ) -> float:
-    """Fit V to the returns of rollouts of the starting policy, the last quarter of them held out.
+    """Fit V to the returns of rollouts of the starting policy, from their mean on and for as long
+    as it helps on the last quarter of them, which is held out.
 
     Args:
         charge: see `Old.rewards`.
     Returns:
         V's explained variance on the states held out.
     """
-    features, rewards, counted = (
-        torch.cat(parts)
-        for parts in zip(
-            *((old.features, old.rewards(charge), old.rollout.counted) for old in base),
-            strict=True,
-        )
-    )
+    features = torch.cat([old.features for old in base])
+    rewards = torch.cat([old.rewards(charge) for old in base])
     outcome = gae(rewards, torch.zeros_like(rewards), config.gamma, 1.0)
-    seen, unseen = slice(-(len(features) // 4)), slice(-(len(features) // 4), None)
+    counted = torch.cat([old.rollout.counted for old in base])
+    held_out = torch.arange(len(counted), device=counted.device) >= 3 * len(counted) // 4
+    seen, unseen = counted & ~held_out, counted & held_out
+
+    @torch.no_grad()
+    def error() -> float:
+        return average((values(features[unseen]) - outcome[unseen]).square(), accelerator)
+
     parameters = dict(values.named_parameters())
     optimizer = torch.optim.AdamW(parameters.values(), lr=config.value_learning_rate)
+    with torch.no_grad():
+        values.layers[-1].bias.fill_(average(outcome[seen], accelerator))
+    least, best = error(), copy.deepcopy(values.state_dict())
     for _ in range(config.value_epochs):
-        found = values(features[seen])
-        value_loss(found, found, outcome[seen], counted[seen], math.inf).backward()
+        found = values(features)
+        value_loss(found, found, outcome, seen, math.inf).backward()
         finish_gradient(parameters, accelerator, config.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
+        if (now := error()) < least:
+            least, best = now, copy.deepcopy(values.state_dict())
+    values.load_state_dict(best)
     with torch.no_grad():
-        found = values(features[unseen])[counted[unseen]]
-    return explained_variance(found, outcome[unseen][counted[unseen]])
+        return explained_variance(values(features[unseen]), outcome[unseen])
 
 
 def explained_variance(values: Tensor, returns: Tensor) -> float:
