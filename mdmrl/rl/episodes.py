@@ -9,9 +9,10 @@ T steps; block and number of positions of a step are the same for every episode.
     policy  log pi(a_t | s_t) = sum over i in U_t of log p_i(x_i | s_t)
 
 The sampler is that of `remasking="state_confidence"`: U_t are the positions surest in s_t, chosen
-before a token is drawn and without a probability of their own. The sum over steps is therefore the
-exact log-probability with which the sampler writes the completion, and every position counts, those
-behind the end token too.
+before a token is drawn and without a probability of their own. (A sampled choice, Gumbel-top-q,
+would add its Plackett-Luce log-probability; the samplers have none.) The sum over steps is thus
+the exact log-probability with which the sampler writes the completion, and every position counts,
+those behind the end token too.
 
 A recorded `Rollout` holds all of it in `completion_ids` and `revealed_at`. One forward pass looks
 at many states at once:
