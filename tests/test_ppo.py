@@ -640,6 +640,35 @@ def test_a_run_logs_what_it_promises_and_touches_nothing_global(
     assert values.config["hidden_size"] == 32
 
 
+@pytest.mark.parametrize("in_reward", [False, True])
+def test_a_charge_in_the_reward_keeps_its_proportion_to_it(mdm, tmp_path, monkeypatch, in_reward):
+    """Normalising divides the rewards, so what is left of the KL in the loss is divided too."""
+    seen, estimated = [], []
+
+    def watched(policy, old, advantages, beta, *others):
+        seen.append((old, advantages, beta))
+        return update(policy, old, advantages, beta, *others)
+
+    def estimating(rewards, values, gamma, lam):
+        estimated.append((rewards, lam))
+        return gae(rewards, values, gamma, lam)
+
+    monkeypatch.setattr(ppo, "update", watched)
+    monkeypatch.setattr(ppo, "gae", estimating)
+    config = settings(tmp_path / "run", beta=0.5, kl_in_reward=in_reward, num_iterations=1)
+    rows = rows_of(train_ppo(mdm, [parity], ROWS, config))[:-1]
+    gains = [rewards for rewards, lam in estimated if lam == 0.95]
+    for (old, advantages, beta), rewards, row in zip(seen, gains, rows, strict=True):
+        assert torch.equal(
+            rewards[:, -1], old.rollout.rewards.float() - 0.5 * in_reward * old.kl[:, -1]
+        )
+        assert torch.equal(rewards[:, :-1], -0.5 * in_reward * old.kl[:, :-1])
+        assert beta == pytest.approx(0.5 / row["advantages/std"] if in_reward else 0.5)
+        assert advantages.mean().item() == pytest.approx(0, abs=1e-5)
+        assert advantages.std(unbiased=False).item() == pytest.approx(1, abs=0.01)
+    assert old.kl.mean() > 0
+
+
 def final_state(policy, folder):
     state = {n: p.detach().clone() for n, p in policy.model.named_parameters()}
     state |= {f"reference/{n}": p.clone() for n, p in policy.reference_state().items()}
