@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import traceback
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from mdmrl.rewards.score import score
 from mdmrl.rl.config import GRPOConfig
 from mdmrl.rl.grpo import grpo_loss, train_grpo, update
 from mdmrl.rl.kl import KL_ESTIMATORS
-from mdmrl.rl.logprobs import ESTIMATORS, Noise, draw_noise, estimator
+from mdmrl.rl.logprobs import ESTIMATORS, draw_noise, estimator
 from mdmrl.rl.monitors import completion_metrics, repetition
 from mdmrl.rl.rollout import Rollout, collect, draw_rows, group_advantages
 from mdmrl.runs import generator_for, read_rows
@@ -62,7 +63,7 @@ def a_rollout(policy, reward=parity, temperature=1.0, **changes):
 
 
 def no_noise(rollout):
-    return Noise(torch.zeros_like(rollout.prompt_mask))
+    return draw_noise(rollout, 0.0, generator_for(0, "noise"))
 
 
 def rows_of(folder, name="metrics"):
@@ -131,7 +132,8 @@ def random_case(seed=0):
     counted = torch.tensor([True, True, False, True, True, True])
     advantages = torch.randn(6, generator=generator) * counted
     ids = torch.zeros(shape, dtype=torch.long)
-    rollout = Rollout(ids, mask, ids, mask, advantages.double(), counted, 1.0)
+    sampler = SamplerConfig(temperature=1.0)
+    rollout = Rollout(ids, mask, ids, mask, advantages.double(), counted, sampler)
     return logp, old, ref, rollout
 
 
@@ -277,7 +279,7 @@ def test_micro_batches_give_the_gradient_of_the_whole(request, family, name):
     rollout = a_rollout(policy, reward)
     policy.sync_reference()
     with torch.no_grad():
-        old = ESTIMATORS[name][1](policy, rollout, no_noise(rollout))
+        old = ESTIMATORS[name](policy, rollout, no_noise(rollout))
         for weight in policy.trainable_parameters().values():
             weight.add_(0.01 * torch.randn(weight.shape, generator=generator_for(0, "move")))
     whole, expected = updated(policy, rollout, name, old)
@@ -299,8 +301,8 @@ def test_the_two_parts_add_up_and_the_log_says_what_they_are(mdm):
         for weight in mdm.trainable_parameters().values():
             weight.add_(0.02 * torch.randn(weight.shape, generator=generator_for(0, "move")))
         with mdm.reference():
-            ref = ESTIMATORS["one_step"][1](mdm, rollout, no_noise(rollout))
-        logp = ESTIMATORS["one_step"][1](mdm, rollout, no_noise(rollout))
+            ref = ESTIMATORS["one_step"](mdm, rollout, no_noise(rollout))
+        logp = ESTIMATORS["one_step"](mdm, rollout, no_noise(rollout))
     found, total = updated(mdm, rollout, "one_step", beta=0.5)
     _, surrogate = updated(mdm, rollout, "one_step", beta=0.0)
     norm = math.sqrt(sum((total[n] - surrogate[n]).double().square().sum() for n in total))
@@ -345,7 +347,7 @@ def test_scores_are_the_samplers_own_probabilities(request, family, name):
     policy = request.getfixturevalue(family)
     config = SamplerConfig(max_new_tokens=10, steps=1, temperature=0.8, suppress_mask=False)
     out = generate(policy, [row["prompt"] for row in ROWS], config, generator_for(0, "x"))
-    rollout = Rollout.of(out, torch.zeros(3), torch.ones(3).bool(), 0.8)
+    rollout = Rollout.of(out, torch.zeros(3), torch.ones(3).bool(), config)
     found = estimator(name, policy)(policy, rollout, no_noise(rollout))
     torch.testing.assert_close(found, out.logprobs * out.completion_mask, atol=1e-4, rtol=1e-4)
 
@@ -812,7 +814,7 @@ def test_updates_that_are_not_finite_are_skipped_and_end_the_run(policy, tmp_pat
 
     def overflowing(name, policy):
         score = real(name, policy)
-        return lambda *arguments: score(*arguments) * math.inf
+        return replace(score, function=lambda *arguments: score(*arguments) * math.inf)
 
     monkeypatch.setattr(grpo, "estimator", overflowing)
     before = {n: p.detach().clone() for n, p in policy.model.named_parameters()}

@@ -24,7 +24,7 @@ class GRPOConfig(Config):
             a multiple of `num_generations`.
         num_iterations: updates on one batch of rollouts.
         kl_estimator: `k1`, `k2` or `k3`.
-        logp_estimator: `exact` (autoregressive), `ar_style` or `one_step` (masked diffusion).
+        logp_estimator: `exact` (autoregressive), `one_step` or another of `mdmrl.rl.logprobs`.
         p_mask_prompt: share of prompt tokens that `one_step` masks.
         steps, remasking, end_last, temperature, suppress_mask: the sampler's, see `SamplerConfig`.
         eval_steps: every so many updates (and at the end) complete the held-out prompts greedily.

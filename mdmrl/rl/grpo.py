@@ -13,6 +13,8 @@ the policy maximises
 Deviations from the cited algorithm:
  * log pi is whatever `logp_estimator` names (`mdmrl.rl.logprobs`); for a masked diffusion model it
    is an estimate, with the same noise for new, old and reference policy at one inner iteration.
+ * An estimator of log pi(o_i) as a whole makes one token of each completion, in the log too:
+   rho_i = exp((log pi(o_i) - log pi_old(o_i)) / |o_i|), and d_i likewise (Ou et al. 2025, ESPO).
  * The reference is the starting policy, replaced by the policy every `ref_model_sync_steps`
    updates (the thesis's "every 500 rounds"), not once an outer iteration.
  * Dropout is off in scoring, new policy included: the ratio is exactly 1 at the first inner step.
@@ -55,12 +57,16 @@ def grpo_loss(
     """The two parts of the loss, summed over completions, and per-token quantities for the log.
 
     Args:
-        logp, old, ref: log-probabilities under the new, old and reference policy, (B, L).
+        logp, old, ref: log-probabilities under the new, old and reference policy, of tokens (B, L)
+            or of completions (B,).
     Returns:
         surrogate and beta * KL, scalars to be divided by the number of completions; and `ratio`,
-        `clipped`, `d`, `kl`, each (B, L).
+        `clipped`, `d`, `kl`, each (B, L) or, of completions, (B, 1).
     """
     mask, advantage = rollout.completion_mask, rollout.advantages[:, None]
+    if logp.ndim == 1:
+        logp, old, ref = ((x / mask.sum(1))[:, None] for x in (logp, old, ref))
+        mask = torch.ones_like(logp, dtype=torch.bool)
     ratio = (logp - old).exp()
     clipped = ratio.clamp(1 - config.epsilon, 1 + config.epsilon)
     gain = torch.minimum(ratio * advantage, clipped * advantage)
@@ -157,10 +163,19 @@ def train_grpo(
             config.num_generations,
             config.sampler(),
             generator("rollout", step),
+            scorer.records,
         )
+        if scorer.records:
+            rollout = rollout.whole()
         metrics |= seen
         noises = [
-            draw_noise(rollout, config.p_mask_prompt, generator("noise", step, i))
+            draw_noise(
+                rollout,
+                config.p_mask_prompt,
+                generator("noise", step, i),
+                scorer.samples,
+                scorer.shared,
+            )
             for i in range(config.num_iterations)
         ]
         olds = [None, *(score_in_parts(policy, rollout, scorer, n, config) for n in noises[1:])]
@@ -197,7 +212,7 @@ def train_grpo(
 def score_in_parts(
     policy: Policy, rollout: Rollout, scorer: Callable, noise: Noise, config: GRPOConfig
 ) -> Tensor:
-    """Log-probabilities under the policy as it is, micro-batch by micro-batch, (B, L)."""
+    """Log-probabilities under the policy as it is, micro-batch by micro-batch, (B, L) or (B,)."""
     parts = micro_batches(rollout, config)
     return torch.cat([scorer(policy, rollout.rows(p), noise.rows(p)) for p in parts])
 
@@ -213,7 +228,7 @@ def update(
 ) -> dict[str, float]:
     """Set the gradient of the loss, micro-batch by micro-batch; returns metrics of the update.
 
-    `old` (B, L) is None at the first inner step, where the old policy is the new one.
+    `old`, (B, L) or (B,), is None at the first inner step, where the old policy is the new one.
     """
     gradients = {part: [torch.zeros_like(p) for p in parameters.values()] for part in PARTS}
     losses = dict.fromkeys(PARTS, 0.0)
@@ -223,7 +238,7 @@ def update(
         part, shared = rollout.rows(chosen), noise.rows(chosen)
         logp = scorer(policy, part, shared)
         with policy.reference():
-            ref = scorer(policy, part, shared)
+            ref = scorer(policy, part, shared.reference or shared)
         before = logp.detach() if old is None else old[chosen]
         surrogate, kl, seen = grpo_loss(logp, before, ref, part, config)
         for name, value in zip(PARTS, (surrogate / completions, kl / completions), strict=True):
@@ -234,7 +249,8 @@ def update(
             for total, gradient in zip(gradients[name], found, strict=True):
                 total += gradient
         for name, value in seen.items():
-            tokens.setdefault(name, []).append(value[part.completion_mask])
+            values = value[part.completion_mask] if logp.ndim == 2 else value[:, 0]
+            tokens.setdefault(name, []).append(values)
         del logp  # frees the graph that retain_graph kept
     for parameter, *both in zip(parameters.values(), *gradients.values(), strict=True):
         parameter.grad = sum(both)

@@ -1,94 +1,203 @@
-"""Estimators of log pi(o | q), all of the form `f(policy, rollout, noise) -> (B, L)`.
+"""Estimators of log pi(o | q) behind one switch: `estimator(name, policy)(policy, rollout, noise)`.
 
-Per-token log-probabilities in float32, zero outside the completion mask. Several different things
-are called log p for a masked diffusion model; each estimator names its own.
+Values are in nats, float32: one a token, (B, L), zero outside the completion mask, or one a text,
+(B,). Several different things are called log p for a masked diffusion model; `ESTIMATORS` says
+which of them each one estimates, how far off and in how many forward passes. The formulas are in
+`mdmrl.rl.estimators`, the exact values for short texts in `mdmrl.rl.oracle`.
 
-    exact      autoregressive factorisation: sum_k log p(o_k | q, o_<k). One forward, unbiased.
-    ar_style   the same call on a masked diffusion model: clean text in, no masks, so that every
-               token sees itself. One forward; no likelihood of anything. What the thesis did.
-    one_step   log p(o_k | q', M^L), the completion all masked and each prompt token masked with
-               probability p (Zhao et al. 2025, d1, section 3.1). One forward; without prompt
-               masking the exact law of the one-step sampler that may draw [MASK].
+    any-order log p    log E prod_k p(x_k | those before x_k), over orders: the law of the sampler
+                       that reveals one position a step, each as likely as any other
+    ELBO               E sum_k log p(x_k | those before x_k), below it
+    trajectory         log of the probability that the sampler's own steps revealed these tokens.
+                       Where positions are ranked before tokens are drawn (`state_confidence`) every
+                       text has one trajectory, and this is log p of that sampler
+
+A name may carry settings, after hyphens (it ends up in file names and notebook parameters, which
+can have no ":" or "="): `elbo-4` averages 4 samples; `elbo-4-unshared` draws the reference policy's
+noise apart; `trajectory-positions` adds the probability of the positions that were chosen;
+`upper_bound-2-b1` takes b = 1, where the bound does not hold. As part of the name they leave the
+configurations, and so the hashes, of all other runs as they are.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
-import torch
 from torch import Tensor
 
 from mdmrl.config import require, unknown
 from mdmrl.policies.base import Policy
+from mdmrl.rl import estimators as formulas
+from mdmrl.rl.estimators import Noise, draw_noise
 from mdmrl.rl.rollout import Rollout
 
-
-@dataclass
-class Noise:
-    """Randomness that new, old and reference policy share: masked prompt positions, (B, P)."""
-
-    prompt_masked: Tensor
-
-    def rows(self, chosen: slice) -> Noise:
-        return Noise(self.prompt_masked[chosen])
+__all__ = ["ESTIMATORS", "Estimator", "Noise", "draw_noise", "estimator"]
 
 
-def draw_noise(rollout: Rollout, p_mask_prompt: float, generator: torch.Generator) -> Noise:
-    """Mask each real prompt token with probability `p_mask_prompt`."""
-    device = rollout.prompt_ids.device
-    uniform = torch.rand(rollout.prompt_ids.shape, generator=generator, device=device)
-    return Noise((uniform < p_mask_prompt) & rollout.prompt_mask)
+@dataclass(frozen=True)
+class Estimator:
+    """A way to score completions, to be called with `(policy, rollout, noise)`.
+
+    Attributes:
+        function: the formula; source: where it comes from.
+        target: what the values of a text, summed over tokens, estimate.
+        bias: how far the expectation is from it.
+        cost: forward passes of a call, by the number of samples k, the length L and the denoising
+            steps S (for block diffusion, those of one block).
+        samples: k, where it draws any; noise has as many.
+        shared: the reference policy is scored with the same noise (Zhu et al. 2025, LLaDA 1.5).
+        records: it needs the rollout's trajectory, all of which counts.
+        kinds: the policies it is for.
+    """
+
+    function: Callable[[Policy, Rollout, Noise], Tensor]
+    source: str
+    target: str
+    bias: str
+    cost: str
+    samples: int = 0
+    shared: bool = True
+    records: bool = False
+    kinds: tuple[str, ...] = ("bd", "mdm")
+
+    def __call__(self, policy: Policy, rollout: Rollout, noise: Noise) -> Tensor:
+        return self.function(policy, rollout, noise)
 
 
-def exact(policy: Policy, rollout: Rollout, noise: Noise) -> Tensor:
-    """log p(o_k | q, o_<k) of an autoregressive policy, (B, L)."""
-    return clean_text(policy, rollout, noise)
-
-
-def clean_text(policy: Policy, rollout: Rollout, noise: Noise) -> Tensor:
-    """Score the completion with the completion itself as input, (B, L)."""
-    return _score(policy, rollout, rollout.prompt_ids, rollout.completion_ids)
-
-
-def one_step(policy: Policy, rollout: Rollout, noise: Noise) -> Tensor:
-    """log p(o_k | q', M^L), (B, L)."""
-    prompt = torch.where(noise.prompt_masked, policy.mask_token_id, rollout.prompt_ids)
-    blank = torch.full_like(rollout.completion_ids, policy.mask_token_id)
-    return _score(policy, rollout, prompt, blank)
-
-
-ESTIMATORS: dict[str, tuple[str, Callable[[Policy, Rollout, Noise], Tensor]]] = {
-    "exact": ("ar", exact),
-    "ar_style": ("mdm", clean_text),
-    "one_step": ("mdm", one_step),
+ESTIMATORS = {
+    "exact": Estimator(
+        formulas.exact,
+        source="the autoregressive factorisation",
+        target="log p",
+        bias="none",
+        cost="1",
+        kinds=("ar",),
+    ),
+    "ar_style": Estimator(
+        formulas.clean_text,
+        source="the thesis: the same call on a masked diffusion model",
+        target="nothing: every token sees itself",
+        bias="no likelihood to compare with",
+        cost="1",
+    ),
+    "one_step": Estimator(
+        formulas.one_step,
+        source="Zhao et al. 2025, d1",
+        target="log p of the one-step sampler, which may draw [MASK]",
+        bias="none; of masked prompts, where p_mask_prompt > 0",
+        cost="1",
+    ),
+    "random_mask": Estimator(
+        formulas.random_mask,
+        source="Yang et al. 2025, MMaDA (UniGRPO)",
+        target="ELBO; the mean a token, UniGRPO's value, ELBO / L",
+        bias="none",
+        cost="k",
+        samples=1,
+    ),
+    "elbo": Estimator(
+        formulas.elbo,
+        source="Nie et al. 2025, LLaDA; Zhu et al. 2025, LLaDA 1.5 (VRPO)",
+        target="ELBO",
+        bias="none",
+        cost="k",
+        samples=1,
+    ),
+    "complementary": Estimator(
+        formulas.complementary,
+        source="Ou et al. 2025, ESPO",
+        target="ELBO",
+        bias="none",
+        cost="2k",
+        samples=1,
+    ),
+    "overlapping": Estimator(
+        formulas.overlapping,
+        source="this study: complementary, but no set is empty",
+        target="ELBO",
+        bias="none",
+        cost="2k",
+        samples=1,
+    ),
+    "coupled": Estimator(
+        formulas.coupled,
+        source="Gong et al. 2025, DiffuCoder",
+        target="one_step / 2 + the ELBO's mean over masked shares t in (0.2, 0.8)",
+        bias="none",
+        cost="1 + 2k",
+        samples=1,
+    ),
+    "quadrature": Estimator(
+        formulas.quadrature,
+        source="Rojas et al. 2025, GDPO",
+        target="ELBO",
+        bias="that of k nodes in t; none where 2k >= L",
+        cost="k",
+        samples=3,
+    ),
+    "ar_order": Estimator(
+        formulas.ar_order,
+        source="Ni et al. 2026, JustGRPO",
+        target="log p of the left-to-right sampler",
+        bias="none",
+        cost="L",
+    ),
+    "trajectory": Estimator(
+        formulas.trajectory,
+        source="Black et al. 2024, DDPO, for tokens; Wang et al. 2025, TraceRL",
+        target="log p of the tokens that the recorded steps revealed",
+        bias="none; log p of the text where the state alone ranks positions",
+        cost="S",
+        records=True,
+    ),
+    "upper_bound": Estimator(
+        formulas.upper_bound,
+        source="Wang et al. 2025, SPG, without its constant",
+        target="Hölder's bound above the any-order log p, which needs b >= L",
+        bias="downwards, of order 1/k",
+        cost="2k",
+        samples=1,
+    ),
 }
 
 
-def estimator(name: str, policy: Policy) -> Callable[[Policy, Rollout, Noise], Tensor]:
-    """The estimator called `name`, refused for a family it says nothing about."""
-    if name not in ESTIMATORS:
-        raise unknown("logp_estimator", name, ESTIMATORS)
-    kind, function = ESTIMATORS[name]
-    fitting = [n for n, (k, _) in ESTIMATORS.items() if k == policy.kind]
-    require(
-        kind == policy.kind,
-        f"logp_estimator={name!r} is for policies of kind {kind!r}, this one is "
-        f"{policy.kind!r}: expected {' or '.join(map(repr, fitting))}",
-    )
-    return function
+def estimator(name: str, policy: Policy) -> Estimator:
+    """The estimator called `name`, with the settings that the name carries.
 
-
-def _score(policy: Policy, rollout: Rollout, prompt: Tensor, completion: Tensor) -> Tensor:
-    """Log-probabilities of the rollout's tokens given `prompt` and `completion` as input, (B, L).
-
-    The attention mask is the sampler's: prompt padding hidden, the whole completion visible.
+    Raises:
+        ValueError: an unknown name or setting, or a policy of a family it says nothing about.
     """
-    mask = rollout.completion_mask
-    attention = torch.cat([rollout.prompt_mask, torch.ones_like(mask)], 1)
-    hidden = policy.forward(torch.cat([prompt, completion], 1), attention)
-    logits = policy.head(hidden[:, prompt.shape[1] :][mask])  # (N, V), N tokens in the mask
-    logits = logits / (rollout.temperature or 1.0)
-    tokens = rollout.completion_ids[mask]
-    logps = logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(1)
-    return torch.zeros(mask.shape, device=logps.device).masked_scatter(mask, logps)
+    plain, *settings = name.split("-")
+    if plain not in ESTIMATORS:
+        raise unknown("logp_estimator", name, ESTIMATORS)
+    found = ESTIMATORS[plain]
+    fitting = [n for n, other in ESTIMATORS.items() if policy.kind in other.kinds]
+    require(
+        policy.kind in found.kinds,
+        f"logp_estimator={name!r} is for policies of kind {' or '.join(map(repr, found.kinds))}, "
+        f"this one is {policy.kind!r}: expected {' or '.join(map(repr, fitting))}",
+    )
+    for setting in settings:
+        found = _with(found, plain, setting)
+    return found
+
+
+def _with(found: Estimator, plain: str, setting: str) -> Estimator:
+    power = re.fullmatch(r"b(\d+(?:\.\d+)?)", setting)
+    if found.samples and setting.isdecimal() and int(setting) > 0:
+        return replace(found, samples=int(setting))
+    if found.samples and setting == "unshared":
+        return replace(found, shared=False)
+    if plain == "trajectory" and setting == "positions":
+        return replace(found, function=partial(found.function, positions=True))
+    if plain == "upper_bound" and power and float(power[1]) > 0:
+        return replace(found, function=partial(found.function, b=float(power[1])))
+    known = {"trajectory": ["'positions'"], "upper_bound": ["a power ('b1')"]}.get(plain, [])
+    known += ["a number of samples ('4')", "'unshared'"] if found.samples else []
+    raise ValueError(
+        f"logp_estimator {plain!r} has no setting {setting!r}: "
+        f"expected {' or '.join(known) if known else 'none'}"
+    )

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
+from mdmrl.config import require
 from mdmrl.policies.base import Policy
 from mdmrl.rewards.score import reward_name, score
 from mdmrl.rl.monitors import completion_metrics
@@ -23,9 +24,9 @@ class Rollout:
     prompt_ids, prompt_mask: (B, P), left-padded. completion_ids: (B, L). completion_mask: (B, L),
     True up to and including the first end token; loss, KL and metrics count these positions.
     advantages: (B,). counted: (B,), False for samples that a reward left out of their group.
-    temperature: the sampler's; scoring applies it too. rewards: (B,), NaN where left out.
+    sampler: what drew them; scoring applies its temperature. rewards: (B,), NaN where left out.
     logprobs: (B, L), as the tokens were drawn. revealed_at: (B, L), the denoising step that
-    revealed each position, where the trajectory was recorded.
+    revealed each position, -1 where none did; None unless the trajectory was recorded.
     """
 
     prompt_ids: Tensor
@@ -34,7 +35,7 @@ class Rollout:
     completion_mask: Tensor
     advantages: Tensor
     counted: Tensor
-    temperature: float
+    sampler: SamplerConfig
     rewards: Tensor | None = None
     logprobs: Tensor | None = None
     revealed_at: Tensor | None = None
@@ -45,13 +46,23 @@ class Rollout:
         output: SamplerOutput,
         advantages: Tensor,
         counted: Tensor,
-        temperature: float,
+        sampler: SamplerConfig,
         rewards: Tensor | None = None,
-    ):
+    ) -> Rollout:
+        """What `sampler` drew.
+
+        Raises:
+            ValueError: a recorded trajectory that masks tokens again.
+        """
         width = output.sequences.shape[1] - output.completion_ids.shape[1]
         revealed_at = None
         if output.trajectory is not None:
-            revealed_at = torch.zeros_like(output.completion_ids)
+            require(
+                not sampler.revise,
+                f"revise={sampler.revise}: expected 0, since learning from a trajectory takes one "
+                "that reveals every token once",
+            )
+            revealed_at = torch.full_like(output.completion_ids, -1)
             for index, step in enumerate(output.trajectory):
                 revealed_at[step.rows, step.positions] = index
         return cls(
@@ -61,11 +72,24 @@ class Rollout:
             output.completion_mask,
             advantages,
             counted,
-            temperature,
+            sampler,
             rewards,
             output.logprobs,
             revealed_at,
         )
+
+    @property
+    def temperature(self) -> float:
+        """What scoring divides logits by: the sampler's temperature, or 1 for a greedy one."""
+        return self.sampler.temperature or 1.0
+
+    def whole(self) -> Rollout:
+        """The same, every revealed position counting; its trajectory must have been recorded."""
+        require(
+            self.revealed_at is not None,
+            "this rollout has no trajectory: collect it with record=True",
+        )
+        return replace(self, completion_mask=self.revealed_at >= 0)
 
     def __len__(self) -> int:
         return len(self.prompt_ids)
@@ -155,6 +179,6 @@ def collect(
     }
     device = policy.device
     rollout = Rollout.of(
-        output, advantages.to(device), counted.to(device), config.temperature, total.to(device)
+        output, advantages.to(device), counted.to(device), config, total.to(device)
     )
     return rollout, metrics, sample
