@@ -53,8 +53,18 @@ class Config:
     def to_dict(self) -> dict:
         return dataclasses.asdict(self)
 
+    def changed(self) -> dict:
+        """The settings that are not at their defaults; what has no default always counts."""
+        fields = {field.name: field for field in dataclasses.fields(self)}
+        return {k: v for k, v in self.to_dict().items() if v != _default(fields[k])}
+
     def replace(self, **changes):
         return type(self).from_dict({**self.to_dict(), **changes})
+
+
+def _default(field: dataclasses.Field):
+    made = field.default_factory
+    return field.default if made is dataclasses.MISSING else made()
 
 
 def _coerce(name: str, value, declared):

@@ -136,3 +136,16 @@ def test_grpo_refuses_more_steps_than_tokens_as_the_sampler_does():
     with pytest.raises(ValueError, match=r"steps=64.*32"):
         GRPOConfig(steps=64, max_completion_length=32)
     assert GRPOConfig(max_completion_length=33).sampler().denoising_steps == 17
+
+
+def test_changed_is_what_makes_the_same_settings():
+    assert Settings().changed() == {}
+    settings = Settings(steps=2, sizes=[1], limit=None, name="x")
+    assert settings.changed() == {"steps": 2, "sizes": [1]}
+    assert Settings.from_dict(settings.changed()) == settings
+
+    @dataclass
+    class Needy(Config):
+        name: str
+
+    assert Needy(name="").changed() == {"name": ""}

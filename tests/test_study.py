@@ -17,7 +17,7 @@ def arm(tmp_path, monkeypatch):
     return training.Arm(
         name="AR",
         policy="tiny-ar",
-        grpo={
+        settings={
             "logp_estimator": "exact",
             "max_steps": 1,
             "per_device_train_batch_size": 2,
@@ -43,7 +43,8 @@ def test_a_finished_run_is_read_not_trained(arm, monkeypatch):
     def refuse(*arguments):
         raise AssertionError("trained again")
 
-    monkeypatch.setattr(training, "train_grpo", refuse)
+    config, _, version = training.ALGORITHMS["grpo"]
+    monkeypatch.setitem(training.ALGORITHMS, "grpo", (config, refuse, version))
     pd.testing.assert_frame_equal(training.train_arm(arm, 0, "quick"), first)
     pd.testing.assert_frame_equal(
         training.train_arm(arm.replace(name="other"), 0, "quick").drop(columns="arm"),
@@ -76,3 +77,27 @@ def test_per_seed_curves_leave_out_updates_without_the_column():
         {"arm": "AR", "seed": [1, 0, 0], "step": [0, 1, 0], "eval/reward": [3.0, None, 2.0]}
     )
     assert [c.tolist() for c in training.per_seed(runs, "AR", "eval/reward")] == [[2.0], [3.0]]
+
+
+def test_every_algorithm_trains_an_arm_of_its_own(arm):
+    ppo = arm.replace(
+        name="PPO",
+        policy="tiny-mdm",
+        algorithm="ppo",
+        settings={
+            "max_steps": 1,
+            "per_device_train_batch_size": 2,
+            "num_generations": 2,
+            "max_completion_length": 8,
+            "steps": 2,
+            "value_batches": 2,
+        },
+        final_steps=[],
+    )
+    frame = training.train_arm(ppo, 0, "quick")
+    assert frame.run[0].startswith("tiny-mdm-ppo-s0-")
+    assert frame["values/loss"].notna().any()
+    with pytest.raises(ValueError, match="unknown algorithm 'pp': did you mean 'ppo'"):
+        arm.replace(algorithm="pp")
+    with pytest.raises(ValueError, match="unknown PPOConfig key 'logp_estimator'"):
+        training.train_arm(ppo.replace(settings={"logp_estimator": "elbo"}), 0, "quick")

@@ -58,7 +58,7 @@ def evaluation_table(
             "split": split,
             "prompts": len(rows),
         }
-        other = config.changed(but=("steps", "temperature"))
+        other = config.described(but=("steps", "temperature"))
         drawn = {"sampler": other, "steps": config.denoising_steps}
         drawn |= {"temperature": config.temperature, "low": interval.low}
         table.append(asked | drawn | {"high": interval.high} | found)

@@ -130,11 +130,9 @@ class SamplerConfig(Config):
             "probability; expected remasking 'low_confidence' or 'state_confidence'",
         )
 
-    def changed(self, but: Sequence[str] = ()) -> str:
-        """The settings that are not the defaults, as in "block_length=32 cache=dual"."""
-        default, values = type(self)().to_dict(), self.to_dict()
-        names = [n for n in values if values[n] != default[n] and n not in but]
-        return " ".join(f"{name}={values[name]}" for name in names)
+    def described(self, but: Sequence[str] = ()) -> str:
+        """The settings that are not at their defaults, as in "block_length=32 cache=dual"."""
+        return " ".join(f"{name}={v}" for name, v in self.changed().items() if name not in but)
 
     @property
     def parallel(self) -> bool:

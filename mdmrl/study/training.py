@@ -1,9 +1,12 @@
 """Training runs that notebooks share: an arm of a figure, trained once a seed and kept.
 
 A run is named by a readable slug and a hash of everything that decides its result: settings,
-weights, rows, the version of the algorithm. Its rows are kept as one CSV, beside it a JSON with one
-group of completions of its last update, in `figures/data/runs` for the `full` profile (committed)
-and in `runs/<profile>/runs` for any other; a run whose CSV is there is not trained again.
+weights, rows, the version of the algorithm. Settings at their defaults are left out of it, so that
+an option that is added leaves old runs as they are; who changes a default raises the version.
+
+Its rows are kept as one CSV, beside it a JSON with one group of completions of its last update, in
+`figures/data/runs` for the `full` profile (committed) and in `runs/<profile>/runs` for any other; a
+run whose CSV is there is not trained again.
 """
 
 from __future__ import annotations
@@ -16,11 +19,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from mdmrl.config import Config
+from mdmrl.config import Config, unknown
 from mdmrl.evaluation.accuracy import evaluate
 from mdmrl.policies import Policy, add_lora, load_policy
-from mdmrl.rl.config import GRPOConfig
-from mdmrl.rl.grpo import ALGORITHM, train_grpo
+from mdmrl.rl import grpo, ppo
+from mdmrl.rl.config import GRPOConfig, PPOConfig
 from mdmrl.runs import config_hash, read_rows, write_atomically
 from mdmrl.sampling import SamplerConfig
 from mdmrl.study.outputs import figures_folder, project_root
@@ -29,6 +32,12 @@ from mdmrl.tasks.medcot import SYSTEM_PROMPT
 
 REWARD_CEILING = 2.8  # the thesis's count: accuracy 2, depth 0.2, format 0.6
 FEW_STEPS = 16  # denoising steps at which appendix C looks at completions
+
+# Of each algorithm: its settings, how it trains, its version.
+ALGORITHMS = {
+    "grpo": (GRPOConfig, grpo.train_grpo, grpo.ALGORITHM),
+    "ppo": (PPOConfig, ppo.train_ppo, ppo.ALGORITHM),
+}
 
 
 @dataclass
@@ -39,7 +48,7 @@ class Arm(Config):
         name: how figures and tables call it.
         policy: what `load_policy` takes; dtype as there.
         lora: settings of `add_lora`; empty for full fine-tuning.
-        grpo: settings of `GRPOConfig`.
+        algorithm: `grpo` or `ppo`; settings: of `GRPOConfig` or `PPOConfig`.
         instruct: put the format's instruction before each prompt, for a model that was not
             pre-trained on the task.
         eval_prompts: how many held-out prompts are completed greedily.
@@ -51,10 +60,15 @@ class Arm(Config):
     policy: str
     dtype: str = "float32"
     lora: dict = field(default_factory=dict)
-    grpo: dict = field(default_factory=dict)
+    algorithm: str = "grpo"
+    settings: dict = field(default_factory=dict)
     instruct: bool = False
     eval_prompts: int = 48
     final_steps: list[int] = field(default_factory=list)
+
+    def validate(self) -> None:
+        if self.algorithm not in ALGORITHMS:
+            raise unknown("algorithm", self.algorithm, ALGORITHMS)
 
 
 def train_arms(arms: Sequence[Arm], seeds: Sequence[int], profile: str) -> pd.DataFrame:
@@ -69,21 +83,23 @@ def train_arm(arm: Arm, seed: int, profile: str) -> pd.DataFrame:
     policy = load_policy(arm.policy, dtype=arm.dtype)
     if arm.lora:
         add_lora(policy, **arm.lora, seed=seed)
-    config = GRPOConfig.from_dict({**arm.grpo, "seed": seed})
-    described = {k: v for k, v in arm.to_dict().items() if k not in ("name", "grpo")}
+    settings, _, version = ALGORITHMS[arm.algorithm]
+    config = settings.from_dict({**arm.settings, "seed": seed})
+    described = {k: v for k, v in arm.changed().items() if k not in ("name", "settings")}
     identity = (
         described
-        | config.to_dict()
+        | config.changed()
         | {
             "weights": policy.fingerprint(),
             "rows": config_hash({"rows": load_task("medcot").rows("rl")}),
-            "algorithm": ALGORITHM,
+            "algorithm": version,
         }
     )
-    slug = "-".join([Path(arm.policy).name, config.logp_estimator, f"s{seed}"])
+    kind = config.logp_estimator if arm.algorithm == "grpo" else arm.algorithm
+    slug = "-".join([Path(arm.policy).name, kind, f"s{seed}"])
     kept = runs_folder(profile) / f"{slug}-{config_hash(identity)}.csv"
     if not kept.exists():
-        folder = project_root() / "runs" / profile / "grpo" / kept.stem
+        folder = project_root() / "runs" / profile / arm.algorithm / kept.stem
         frame = _train(policy, arm, config.replace(output_dir=str(folder)))
         last = read_rows(folder / "samples.jsonl")[-1]
         write_atomically(kept.with_suffix(".json"), json.dumps(last, indent=1) + "\n")
@@ -102,11 +118,12 @@ def runs_folder(profile: str) -> Path:
     return project_root() / "runs" / profile / "runs"
 
 
-def _train(policy: Policy, arm: Arm, config: GRPOConfig) -> pd.DataFrame:
+def _train(policy: Policy, arm: Arm, config: GRPOConfig | PPOConfig) -> pd.DataFrame:
     task = load_task("medcot")
     system = SYSTEM_PROMPT if arm.instruct else None
     held_out = task.rows("validation", arm.eval_prompts, system) if arm.eval_prompts else []
-    folder = train_grpo(
+    _, train, _ = ALGORITHMS[arm.algorithm]
+    folder = train(
         policy, task.rewards, task.rows("rl", system=system), config, held_out, task.metric
     )
     frame = pd.DataFrame(read_rows(folder / "metrics.jsonl"))
@@ -143,7 +160,7 @@ def medcot_arms(
         Arm(
             name="AR",
             policy=autoregressive,
-            grpo={**settings, "logp_estimator": "exact"},
+            settings={**settings, "logp_estimator": "exact"},
             final_steps=[length],
             eval_prompts=eval_prompts,
         )
@@ -152,7 +169,7 @@ def medcot_arms(
         Arm(
             name=f"MDM {estimator}, {count} steps",
             policy=masked_diffusion,
-            grpo={**settings, "logp_estimator": estimator, "steps": count},
+            settings={**settings, "logp_estimator": estimator, "steps": count},
             final_steps=[FEW_STEPS, length],
             eval_prompts=eval_prompts,
         )
@@ -163,10 +180,10 @@ def medcot_arms(
 
 
 def variant(arm: Arm, name: str, lora: dict | None = None, **changes) -> Arm:
-    """`arm` under another name with other GRPO settings, or with LoRA. Appendix C looks at the
+    """`arm` under another name with other settings, or with LoRA. Appendix C looks at the
     completions of the main arms alone, so a variant is spared that."""
     return arm.replace(
-        name=name, lora=lora or arm.lora, grpo={**arm.grpo, **changes}, final_steps=[]
+        name=name, lora=lora or arm.lora, settings={**arm.settings, **changes}, final_steps=[]
     )
 
 
@@ -219,7 +236,7 @@ def real_arm(policy: str, **settings) -> Arm:
         policy=policy,
         dtype="bfloat16",
         lora={"r": 48, "lora_alpha": 128, "lora_dropout": 0.05},
-        grpo=thesis | {"logp_estimator": "exact"} | settings,
+        settings=thesis | {"logp_estimator": "exact"} | settings,
         instruct=True,
         eval_prompts=0,
     )
