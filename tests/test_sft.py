@@ -17,7 +17,6 @@ from mdmrl.policies import add_lora, load_policy
 from mdmrl.rl.config import GRPOConfig, SFTConfig
 from mdmrl.rl.grpo import train_grpo
 from mdmrl.rl.oracle import Oracle, denoiser_of, toy_policy
-from mdmrl.rl.pretrain import PretrainConfig, make_policy
 from mdmrl.rl.sft import backward, held_out_loss, summed_loss, train_sft
 from mdmrl.rl.supervised import encode_pairs
 from mdmrl.runs import generator_for, read_rows
@@ -87,7 +86,7 @@ def test_the_diffusion_losses_estimate_the_exact_elbo(family):
         oracle = Oracle(denoiser, x0, policy.mask_token_id, policy.block_length)
         exact -= oracle.elbo().item() / 2
     found = []
-    for i in range(60):
+    for i in range(40):
         noise = generator_for(0, "elbo", i)
         loss, positions = summed_loss(policy, pairs * 8, settings(max_completion_length=4), noise)
         assert positions == 16 * 4
@@ -180,7 +179,7 @@ def test_messages_are_what_the_template_makes_of_them(ar):
     assert ar.tokenizer.decode(several) == "B<|end|><|user|>C?<|assistant|>D<|end|>"
 
 
-@pytest.mark.parametrize("behind", ["<|end|>\n", "<|pad|>", ""])
+@pytest.mark.parametrize("behind", ["<|end|>\n", "<|user|>", ""])
 def test_a_completion_ends_with_the_token_that_ends_the_turn(ar, behind):
     """The template's, without the line break behind it; the tokenizer's where it writes none."""
     ar.tokenizer.chat_template = (
@@ -188,7 +187,7 @@ def test_a_completion_ends_with_the_token_that_ends_the_turn(ar, behind):
         f"{{% if m.role == 'assistant' %}}{behind}{{% endif %}}"
         "{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
     )
-    ar.model.generation_config.eos_token_id = ar.tokenizer.pad_token_id
+    ar.model.generation_config.eos_token_id = ar.tokenizer.convert_tokens_to_ids("<|user|>")
     ((prompt, completion),) = pairs_of(ar, [{"prompt": "A?", "completion": "B"}])
     assert ar.tokenizer.decode(prompt) == "[user]A?[assistant]"
     assert ar.tokenizer.decode(completion) == "B" + (behind.strip() or "<|end|>")
@@ -198,36 +197,19 @@ def test_a_completion_ends_with_the_token_that_ends_the_turn(ar, behind):
 
 
 @pytest.mark.parametrize("family", ["ar", "mdm", "bd"])
-def test_two_examples_are_learnt_by_heart(tokenizer, tmp_path, family):
-    config = PretrainConfig(
-        family=family,
-        hidden_size=32,
-        num_hidden_layers=2,
-        intermediate_size=64,
-        num_attention_heads=2,
-        canvas=8,
-        block_length=4,
+def test_two_examples_are_learnt_by_heart(tmp_path, family):
+    policy = toy_policy("abcdef", family, block_length=3)
+    rows = [{"prompt": "ab", "completion": "cab"}, {"prompt": "ba", "completion": "defac"}]
+    config = settings(
+        tmp_path / "run",
+        max_steps=60,
+        per_device_train_batch_size=32,
+        max_completion_length=6,
+        warmup_steps=5,
     )
-    policy = make_policy(config, tokenizer)
-    rows = [
-        {"prompt": "Name a fruit.", "completion": "an apple"},
-        {"prompt": "Name a tree.", "completion": "oak"},
-    ]
-    folder = train_sft(
-        policy,
-        rows,
-        settings(
-            tmp_path / "run",
-            max_steps=60,
-            per_device_train_batch_size=8,
-            max_completion_length=8,
-            warmup_steps=5,
-        ),
-    )
-    sampler = SamplerConfig(max_new_tokens=8, steps=8)
-    expected = [row["completion"] for row in rows]
-    for tuned in (policy, load_policy(folder / "model")):
-        assert generate(tuned, [row["prompt"] for row in rows], sampler).completions == expected
+    train_sft(policy, rows, config)
+    sampler = SamplerConfig(max_new_tokens=6, steps=6)
+    assert generate(policy, ["ab", "ba"], sampler).completions == ["cab", "defac"]
 
 
 def test_the_learning_rate_rises_and_falls():
@@ -393,7 +375,7 @@ BAD_ROWS = {
         (),
         r"row 2, completion 'one two three .*max_completion_length=12",
     ),
-    "no room": ([{"prompt": "1 " * 250, "completion": "x"}], (), "row 1, completion 'x'.* of 512"),
+    "no room": ([{"prompt": "1 " * 250, "completion": "x"}], (), "row 1, completion 'x.*of 512"),
     "a question": (
         [{"prompt": "x", "completion": [{"role": "user", "content": "y"}]}],
         (),
@@ -424,9 +406,9 @@ def test_the_context_holds_an_autoregressive_completion_or_a_diffusion_canvas(ar
 
 def test_what_a_family_cannot_learn_is_refused(mdm, bd, tmp_path):
     row = {"prompt": "x", "completion": "so <|mask|>"}
-    with pytest.raises(ValueError, match="row 1, completion .*holds the mask token"):
+    with pytest.raises(ValueError, match=r"row 1, completion .*holds the mask token"):
         pairs_of(mdm, [row])
-    with pytest.raises(ValueError, match="max_completion_length=10: expected a multiple .*of 4"):
+    with pytest.raises(ValueError, match=r"max_completion_length=10: expected a multiple .*of 4"):
         train_sft(bd, ROWS, settings(tmp_path / "run", max_completion_length=10))
 
 

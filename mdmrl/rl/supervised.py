@@ -4,11 +4,12 @@ Pre-training and fine-tuning share them:
 
     ar    the cross-entropy of the next token
     mdm   the linear-schedule ELBO (`mdmrl.diffusion`) over a canvas that end tokens fill up, as
-          LLaDA's SFT (Nie et al. 2025, algorithm 2); the prompt stays clean
+          LLaDA's SFT (Nie et al. 2025, algorithm 2)
     bd    the same block by block, each block noised at its own time and given the clean ones
           before it (Arriola et al. 2025, BD3-LM)
 
-Times are drawn as `sample_times` does, where LLaDA draws them uniformly.
+The prompt stays clean, unless it is learnt too. Times are drawn as `sample_times` does, where LLaDA
+draws them uniformly.
 """
 
 from __future__ import annotations
