@@ -15,6 +15,8 @@ _EXPORTS = {
     "SamplerConfig": "mdmrl.sampling",
     "load_task": "mdmrl.tasks",
     "load_rows": "mdmrl.tasks",
+    "SFTConfig": "mdmrl.rl.config",
+    "train_sft": "mdmrl.rl.sft",
     "GRPOConfig": "mdmrl.rl.config",
     "train_grpo": "mdmrl.rl.grpo",
     "PPOConfig": "mdmrl.rl.config",

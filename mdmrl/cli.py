@@ -106,6 +106,35 @@ def sample(
 
 
 @app.command()
+def sft(
+    config: Annotated[Path | None, typer.Argument(help="YAML: SFTConfig's fields.")] = None,
+    policy: Annotated[str, typer.Option(help="A name, or a folder.")] = "tiny-mdm",
+    data: Annotated[Path | None, typer.Option(help="JSONL with prompt and completion.")] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(help="Judge by this task's validation rows; learn from it without --data."),
+    ] = None,
+    lora_r: Annotated[int, typer.Option(help="LoRA rank; 0 trains every weight.")] = 0,
+) -> None:
+    """Fine-tune on completions, of your own or of a task's pre-training split; takes
+    `accelerate launch -m mdmrl sft ...` too."""
+    import yaml
+
+    from mdmrl import SFTConfig, add_lora, load_policy, load_rows, load_task, train_sft
+    from mdmrl.config import require
+
+    require(bool(data or task), "nothing to learn from: give --data FILE, --task NAME or both")
+    settings = SFTConfig.from_dict((yaml.safe_load(config.read_text()) if config else None) or {})
+    judged = load_task(task) if task else None
+    rows = load_rows(data, ("prompt", "completion")) if data else judged.rows("pretrain")
+    trained = load_policy(policy)
+    if lora_r:
+        add_lora(trained, r=lora_r, seed=settings.seed)
+    held_out, metric = (judged.rows("validation", 48), judged.metric) if judged else ((), None)
+    print(train_sft(trained, rows, settings, held_out, metric) / "model")
+
+
+@app.command()
 def train(
     config: Annotated[Path, typer.Argument(help="YAML: GRPOConfig's fields.")],
     policy: Annotated[str, typer.Option(help="A name, or a folder.")] = "tiny-mdm",

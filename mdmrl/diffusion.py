@@ -207,8 +207,8 @@ def sample_times(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor
     minimises the variance that the weight 1/t puts on a sum over about t L masked tokens, and the
     strata remove most of what is left (Kingma et al. 2021, section 5).
     """
-    offset = torch.rand(count, generator=generator)
-    strata = torch.randperm(count, generator=generator)
+    offset = torch.rand(count, generator=generator, device=generator.device)
+    strata = torch.randperm(count, generator=generator, device=generator.device)
     u = (strata + 1 - offset) / count
     return u.square(), 2 / u
 
@@ -230,7 +230,8 @@ def mask_tokens(
     Returns:
         x_t (B, L) and the masked positions (B, L) bool.
     """
-    masked = (torch.rand(x0.shape, generator=generator) < t.view(len(t), -1)) & maskable
+    u = torch.rand(x0.shape, generator=generator, device=generator.device)
+    masked = (u < t.view(len(t), -1)) & maskable
     return torch.where(masked, mask_token_id, x0), masked
 
 

@@ -248,6 +248,8 @@ BAD_LINES = {
     "a number": (b'{"prompt": 3}', "'prompt' is missing or empty"),
     "null": (b'{"prompt": null}', "'prompt' is missing or empty"),
     "no object": (b'["prompt"]', "expected an object"),
+    "no messages": (b'{"prompt": ["Why?"]}', "'prompt' is .'Why.'.: expected .*list of messages"),
+    "no content": (b'{"prompt": [{"role": "user"}]}', "'prompt' is .*list of messages"),
     "bad UTF-8": (b'{"prompt": "\xff"}', "not UTF-8"),
 }
 

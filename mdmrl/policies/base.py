@@ -22,6 +22,11 @@ from mdmrl.config import require
 Prompt = str | list[dict]
 
 
+def as_messages(text: Prompt, role: str) -> list[dict]:
+    """A string as the only message of `role`; a list of messages as it is."""
+    return [{"role": role, "content": text}] if isinstance(text, str) else text
+
+
 @contextlib.contextmanager
 def no_progress_bars():
     """Load or save without transformers' progress bars: they end up in logs and notebooks."""
@@ -113,14 +118,19 @@ class Policy:
                 "tokenizer.chat_template, or give strings, which are continued as plain text",
             )
             return self.encode_texts(prompts, max_new_tokens, add_special_tokens=True)
-        messages = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
-        texts = self.tokenizer.apply_chat_template(
-            messages,
+        conversations = [as_messages(prompt, "user") for prompt in prompts]
+        return self.encode_texts(self.render(conversations, True), max_new_tokens)
+
+    def render(
+        self, conversations: Sequence[list[dict]], add_generation_prompt: bool = False
+    ) -> list[str]:
+        """Lists of messages as the chat template writes them."""
+        return self.tokenizer.apply_chat_template(
+            conversations,
             tokenize=False,
-            add_generation_prompt=True,
+            add_generation_prompt=add_generation_prompt,
             enable_thinking=False,  # Qwen3 answers at once; other templates have no such switch
         )
-        return self.encode_texts(texts, max_new_tokens)
 
     def encode_texts(
         self, texts: Sequence[str], max_new_tokens: int = 0, add_special_tokens: bool = False

@@ -41,6 +41,13 @@ def add_lora(
     return policy
 
 
+def merge_lora(policy: Policy) -> Policy:
+    """Add the adapter to the weights it adapts, in place and in their dtype, and drop it; all of
+    them are trainable again."""
+    policy.model = policy.model.merge_and_unload().requires_grad_(True).eval()
+    return policy
+
+
 def thesis_lora_share() -> tuple[int, int]:
     """Trained and total parameters of Qwen2.5-7B with the thesis's LoRA, counted on its published
     shapes without any weights."""

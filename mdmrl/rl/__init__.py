@@ -1,1 +1,1 @@
-"""Learning: pre-training losses, log-probability and KL estimators, advantages, GRPO."""
+"""Learning: pre-training, fine-tuning, log-probability and KL estimators, advantages, GRPO."""

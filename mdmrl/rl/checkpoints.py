@@ -1,4 +1,4 @@
-"""Checkpoints of an RL run: what a resumed run needs to give the same bits."""
+"""Checkpoints of a training run: what a resumed run needs to give the same bits."""
 
 from __future__ import annotations
 
@@ -24,29 +24,33 @@ def begin(
     algorithm: str,
     accelerator,
 ) -> Run:
-    """Check a run's input, open its folder, and make the policy its own reference.
-
-    The folder is known by all that decides the result: settings, weights, rewards, rows, the
-    version of the algorithm and the number of processes.
-    """
+    """Check a run's input, open its folder, and make the policy its own reference."""
     names = [reward_name(reward) for reward in rewards]
     require(len(rows) > 0, "no training rows given")
     require(len(names) > 0, "no reward functions given")
     require(len(set(names)) == len(names), f"two rewards share a name: {names}")
     policy.encode([row["prompt"] for row in rows], config.max_completion_length)  # they all fit
+    run = open_run(policy, [*rows, *eval_rows], config, algorithm, accelerator, rewards=names)
+    if not policy.uses_lora:
+        policy.sync_reference()
+    return run
+
+
+def open_run(
+    policy: Policy, rows: Sequence[dict], config: Config, algorithm: str, accelerator, **more
+) -> Run:
+    """The run's folder, known by all that decides the result: settings, weights, rows, the version
+    of the algorithm, the number of processes, and `more`."""
     settings = {k: v for k, v in config.to_dict().items() if k != "output_dir"}
     identity = settings | {
         "algorithm": algorithm,
         "policy": policy.fingerprint(),
-        "rewards": names,
-        "rows": hashlib.sha256(repr([*rows, *eval_rows]).encode()).hexdigest()[:10],
+        "rows": hashlib.sha256(repr(rows).encode()).hexdigest()[:10],
         "processes": accelerator.num_processes,
+        **more,
     }
     with accelerator.main_process_first():
-        run = Run(config.output_dir, identity)
-    if not policy.uses_lora:
-        policy.sync_reference()
-    return run
+        return Run(config.output_dir, identity)
 
 
 def save(

@@ -1,12 +1,9 @@
 """Pre-training of the tiny twins: one recipe, one corpus, one token budget, three losses.
 
 All families see the same stream of chat-formatted documents (prompt, completion, end token) in the
-same order. The autoregressive model minimises the cross-entropy of the next token; the masked
-diffusion model the linear-schedule ELBO (`mdmrl.diffusion`) over a canvas that end tokens fill up,
-as LLaDA's SFT does; the block diffusion model the same block by block, each block noised at its own
-time and given the clean ones before it (Arriola et al. 2025, BD3-LM). In `PROMPT_SHARE` of the
-batches the prompt is learnt too (it is masked like the completion, or predicted like it), so that
-they also know the law of questions.
+same order and minimise their loss of `mdmrl.rl.supervised`. In `PROMPT_SHARE` of the batches the
+prompt is learnt too (it is masked like the completion, or predicted like it), so that they also
+know the law of questions.
 
 The budget counts the tokens of documents, not the positions computed: the canvas's filling end
 tokens are the masked diffusion model's own expense.
@@ -25,12 +22,10 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from mdmrl.config import Config, require, unknown
-from mdmrl.diffusion import linear_elbo_loss, mask_tokens, sample_times
 from mdmrl.policies import (
     AutoregressivePolicy,
     BlockDiffusionPolicy,
@@ -40,6 +35,7 @@ from mdmrl.policies import (
 )
 from mdmrl.policies.load import load_tokenizer
 from mdmrl.policies.tokenizer import train_tokenizer
+from mdmrl.rl.supervised import Batch, collate, loss_of
 from mdmrl.runs import Run, environment, generator_for, read_rows, write_atomically
 from mdmrl.tasks import load_task, tokenizer_corpus
 
@@ -95,25 +91,6 @@ RECIPES = {
 }
 
 
-@dataclass
-class Batch:
-    """Documents of one batch: prompts left-padded to P, completions filled up with end tokens to L.
-
-    All tensors are (B, P+L). `prompt` and `completion` mark where real prompt tokens and the whole
-    canvas lie, `written` the completion with its first end token.
-    """
-
-    input_ids: torch.Tensor
-    attention_mask: torch.Tensor
-    prompt: torch.Tensor
-    completion: torch.Tensor
-    written: torch.Tensor
-
-    @property
-    def document_tokens(self) -> int:
-        return int(self.prompt.sum() + self.written.sum())
-
-
 def make_policy(config: PretrainConfig, tokenizer) -> Policy:
     """A freshly initialised tiny model of the family; the initial weights derive from the seed."""
     architecture = Qwen2Config(
@@ -156,81 +133,8 @@ def batches(policy: Policy, stream, config: PretrainConfig, first: int = 0) -> I
         ]
         pool.sort(key=lambda pair: len(pair[0]))
         for start in range(skipped * config.batch_size, len(pool), config.batch_size):
-            yield _collate(pool[start : start + config.batch_size], config.canvas, end)
+            yield collate(pool[start : start + config.batch_size], config.canvas, end)
         skipped = 0
-
-
-def _collate(pairs: list[tuple[list[int], list[int]]], canvas: int, end: int) -> Batch:
-    width = max(len(prompt) for prompt, _ in pairs)
-    longest = max(len(completion) for _, completion in pairs)
-    require(longest <= canvas, f"a completion of {longest} tokens exceeds the canvas of {canvas}")
-    ids = torch.full((len(pairs), width + canvas), end)
-    attention = torch.ones_like(ids, dtype=torch.bool)
-    written = torch.zeros_like(attention)
-    for row, (prompt, completion) in enumerate(pairs):
-        pad = width - len(prompt)
-        ids[row, pad : width + len(completion)] = torch.tensor(prompt + completion)
-        attention[row, :pad] = False
-        written[row, width : width + len(completion)] = True
-    columns = torch.arange(width + canvas)
-    return Batch(
-        ids,
-        attention,
-        prompt=attention & (columns < width),
-        completion=(columns >= width).expand_as(attention),
-        written=written,
-    )
-
-
-def loss_of(policy: Policy, batch: Batch, learn_prompt: bool, generator) -> torch.Tensor:
-    """The family's loss on one batch, in nats per token."""
-    if policy.kind == "ar":
-        width = int((~batch.completion[0]).sum()) + int(batch.written.sum(1).max())
-        targets = batch.written | batch.prompt if learn_prompt else batch.written
-        targets = targets[:, :width].clone()
-        targets[:, 0] = False
-        ids, attention = batch.input_ids[:, :width], batch.attention_mask[:, :width]
-        hidden = policy.forward(ids, attention)[targets]
-        return F.cross_entropy(policy.head(hidden), ids[targets])
-    if policy.kind == "bd":
-        return block_loss(policy, batch, learn_prompt, generator)
-    maskable = batch.completion | batch.prompt if learn_prompt else batch.completion
-    t, weight = sample_times(len(maskable), generator)
-    xt, masked = mask_tokens(batch.input_ids, t, maskable, policy.mask_token_id, generator)
-    logits = policy.head(policy.forward(xt, batch.attention_mask)[masked])
-    nll = F.cross_entropy(logits, batch.input_ids[masked], reduction="none")
-    return linear_elbo_loss(nll, masked, weight, maskable)
-
-
-def block_loss(
-    policy: BlockDiffusionPolicy, batch: Batch, learn_prompt: bool, generator
-) -> torch.Tensor:
-    """The block loss L_BD of a batch, all blocks in one pass: the clean canvas, (B, W), and beside
-    it a noised copy of what is learnt, (B, N), whose blocks see themselves and the clean ones
-    before them."""
-    width = int((~batch.completion[0]).sum())
-    pattern = policy.pattern(width, batch.input_ids.shape[1] - width)  # (W,)
-    learnt = slice(0 if learn_prompt else width, None)
-    x0, maskable = batch.input_ids[:, learnt], (batch.prompt | batch.completion)[:, learnt]
-    block = pattern[learnt] - pattern[learnt][0]  # (N,), from 0
-    t, weight = sample_times(len(x0) * int(block[-1] + 1), generator)
-    t, weight = (v.view(len(x0), -1)[:, block] for v in (t, weight))  # (B, N)
-    xt, masked = mask_tokens(x0, t, maskable, policy.mask_token_id, generator)
-
-    clean = pattern[:, None] >= pattern
-    before = pattern[learnt, None] > pattern
-    itself = block[:, None] == block
-    blind = torch.zeros(len(pattern), len(block), dtype=torch.bool)
-    sees = torch.cat([torch.cat([clean, blind], 1), torch.cat([before, itself], 1)])
-    real = torch.cat([batch.attention_mask, batch.attention_mask[:, learnt]], 1)
-    positions = (batch.attention_mask.long().cumsum(1) - 1).clamp(min=0)
-    hidden = policy.hidden_states(
-        torch.cat([batch.input_ids, xt], 1),
-        sees & real[:, None, None],
-        position_ids=torch.cat([positions, positions[:, learnt]], 1),
-    )[:, len(pattern) :]
-    nll = F.cross_entropy(policy.head(hidden[masked]), x0[masked], reduction="none")
-    return linear_elbo_loss(nll, masked, weight, maskable)
 
 
 def optimizers(policy: Policy, config: PretrainConfig) -> list[torch.optim.Optimizer]:

@@ -47,6 +47,12 @@ def with_system(system: str, prompt: str) -> list[dict]:
     return [{"role": "system", "content": system}, {"role": "user", "content": prompt}]
 
 
+def _is_message(value) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(value.get(field), str) for field in ("role", "content")
+    )
+
+
 def load_rows(path: str | Path, required: Sequence[str] = ("prompt",)) -> list[dict]:
     """Read a JSONL file (or a JSON list) of rows.
 
@@ -82,6 +88,11 @@ def load_rows(path: str | Path, required: Sequence[str] = ("prompt",)) -> list[d
                 isinstance(row.get(field), str | list) and len(row[field]) > 0,
                 f"{path}:{number}: field {field!r} is missing or empty "
                 f"(fields found: {', '.join(row) or 'none'})",
+            )
+            require(
+                isinstance(row[field], str) or all(map(_is_message, row[field])),
+                f"{path}:{number}: field {field!r} is {row[field]!r:.80}: expected a string or a "
+                'list of messages like {"role": "user", "content": "..."}',
             )
     require(len(numbered) > 0, f"{path}: no rows")
     return [row for _, row in numbered]

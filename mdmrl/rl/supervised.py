@@ -1,0 +1,199 @@
+"""Supervised learning of documents (prompt, completion, end token): batches and losses.
+
+Pre-training and fine-tuning share them:
+
+    ar    the cross-entropy of the next token
+    mdm   the linear-schedule ELBO (`mdmrl.diffusion`) over a canvas that end tokens fill up, as
+          LLaDA's SFT (Nie et al. 2025, algorithm 2)
+    bd    the same block by block, each block noised at its own time and given the clean ones
+          before it (Arriola et al. 2025, BD3-LM)
+
+The prompt stays clean, unless it is learnt too. Times are drawn as `sample_times` does, where LLaDA
+draws them uniformly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+import torch.nn.functional as F
+
+from mdmrl.config import require
+from mdmrl.diffusion import linear_elbo_loss, mask_tokens, sample_times
+from mdmrl.policies.base import BlockDiffusionPolicy, Policy, as_messages
+
+Pair = tuple[list[int], list[int]]
+
+
+@dataclass
+class Batch:
+    """Documents of one batch: prompts left-padded to P, completions filled up with end tokens to L.
+
+    All tensors are (B, P+L). `prompt` and `completion` mark where real prompt tokens and the whole
+    canvas lie, `written` the completion with its first end token.
+    """
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    prompt: torch.Tensor
+    completion: torch.Tensor
+    written: torch.Tensor
+
+    @property
+    def document_tokens(self) -> int:
+        return int(self.prompt.sum() + self.written.sum())
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(*(getattr(self, field.name).to(device) for field in fields(self)))
+
+
+def encode_pairs(policy: Policy, rows: Sequence[dict], max_completion_length: int) -> list[Pair]:
+    """Token ids of each row's `prompt`, and of its `completion` with the end token.
+
+    A prompt is encoded as for sampling. A completion, a string or a list of messages, is what the
+    chat template writes behind it, up to the token that ends the turn; without a template it is
+    plain text. The tokenizer's end token is put where none stands.
+
+    Raises:
+        ValueError: a row without the two, one that the template cannot split, a mask token in a
+            completion, or a completion that exceeds `max_completion_length` or, with its prompt
+            (and what fills the canvas), the context. Nothing is cut.
+    """
+    for number, row in enumerate(rows, start=1):
+        require(
+            "prompt" in row and "completion" in row,
+            f"row {number} has the fields {', '.join(row) or 'none'}: expected prompt and "
+            "completion",
+        )
+    if not rows:
+        return []
+    encoded = policy.encode([row["prompt"] for row in rows])
+    prompts = [
+        ids[real].tolist()
+        for ids, real in zip(encoded.input_ids, encoded.attention_mask, strict=True)
+    ]
+    end_tokens = tuple(policy.tokenizer.convert_ids_to_tokens(policy.end_token_ids))
+    pairs = []
+    for prompt, text in zip(prompts, _completion_texts(policy, rows), strict=True):
+        if text.rstrip().endswith(end_tokens):  # templates write a line break behind it
+            text = text.rstrip()
+        completion = policy.tokenizer(text, add_special_tokens=False).input_ids
+        if not text.endswith(end_tokens):
+            completion.append(policy.tokenizer.eos_token_id)
+        name, size = f"row {len(pairs) + 1}, completion {text!r:.60}", len(completion)
+        require(
+            size <= max_completion_length,
+            f"{name}: {size} tokens with the end token, expected at most "
+            f"max_completion_length={max_completion_length}: raise it or shorten the text",
+        )
+        room = size if policy.kind == "ar" else max_completion_length
+        require(
+            len(prompt) + room <= policy.context_length,
+            f"{name}: a prompt of {len(prompt)} tokens and {room} more exceed the context of "
+            f"{policy.context_length}: shorten the texts or lower max_completion_length",
+        )
+        require(
+            policy.kind == "ar" or policy.mask_token_id not in completion,
+            f"{name} holds the mask token {policy.tokenizer.mask_token}, which stands for what is "
+            "not known yet and cannot be learnt: take it out",
+        )
+        pairs.append((prompt, completion))
+    return pairs
+
+
+def _completion_texts(policy: Policy, rows: Sequence[dict]) -> list[str]:
+    """What stands behind each row's prompt, as the model is to write it."""
+    if policy.tokenizer.chat_template is None:
+        require(
+            all(isinstance(row["completion"], str) for row in rows),
+            "the tokenizer has no chat template for completions that are lists of messages: set "
+            "tokenizer.chat_template, or give strings",
+        )
+        return [row["completion"] for row in rows]
+    prompts = [as_messages(row["prompt"], "user") for row in rows]
+    answers = [as_messages(row["completion"], "assistant") for row in rows]
+    before = policy.render(prompts, add_generation_prompt=True)
+    whole = policy.render([p + a for p, a in zip(prompts, answers, strict=True)])
+    for number, (start, text) in enumerate(zip(before, whole, strict=True), start=1):
+        require(
+            text.startswith(start),
+            f"row {number}: the chat template writes {text[: len(start)]!r} where the prompt to "
+            f"complete is {start!r}: expected a completion that an assistant's message opens",
+        )
+    return [text[len(start) :] for start, text in zip(before, whole, strict=True)]
+
+
+def collate(pairs: Sequence[Pair], canvas: int, end: int) -> Batch:
+    """The batch of `pairs` with completions filled up to `canvas` positions with `end`."""
+    width = max(len(prompt) for prompt, _ in pairs)
+    longest = max(len(completion) for _, completion in pairs)
+    require(longest <= canvas, f"a completion of {longest} tokens exceeds the canvas of {canvas}")
+    ids = torch.full((len(pairs), width + canvas), end)
+    attention = torch.ones_like(ids, dtype=torch.bool)
+    written = torch.zeros_like(attention)
+    for row, (prompt, completion) in enumerate(pairs):
+        pad = width - len(prompt)
+        ids[row, pad : width + len(completion)] = torch.tensor(prompt + completion)
+        attention[row, :pad] = False
+        written[row, width : width + len(completion)] = True
+    columns = torch.arange(width + canvas)
+    return Batch(
+        ids,
+        attention,
+        prompt=attention & (columns < width),
+        completion=(columns >= width).expand_as(attention),
+        written=written,
+    )
+
+
+def loss_of(policy: Policy, batch: Batch, learn_prompt: bool, generator) -> torch.Tensor:
+    """The family's loss on one batch, in nats per token."""
+    if policy.kind == "ar":
+        width = int((~batch.completion[0]).sum()) + int(batch.written.sum(1).max())
+        targets = batch.written | batch.prompt if learn_prompt else batch.written
+        targets = targets[:, :width].clone()
+        targets[:, 0] = False
+        ids, attention = batch.input_ids[:, :width], batch.attention_mask[:, :width]
+        hidden = policy.forward(ids, attention)[targets]
+        return F.cross_entropy(policy.head(hidden), ids[targets])
+    if policy.kind == "bd":
+        return block_loss(policy, batch, learn_prompt, generator)
+    maskable = batch.completion | batch.prompt if learn_prompt else batch.completion
+    t, weight = sample_times(len(maskable), generator)
+    xt, masked = mask_tokens(batch.input_ids, t, maskable, policy.mask_token_id, generator)
+    logits = policy.head(policy.forward(xt, batch.attention_mask)[masked])
+    nll = F.cross_entropy(logits, batch.input_ids[masked], reduction="none")
+    return linear_elbo_loss(nll, masked, weight, maskable)
+
+
+def block_loss(
+    policy: BlockDiffusionPolicy, batch: Batch, learn_prompt: bool, generator
+) -> torch.Tensor:
+    """The block loss L_BD of a batch, all blocks in one pass: the clean canvas, (B, W), and beside
+    it a noised copy of what is learnt, (B, N), whose blocks see themselves and the clean ones
+    before them."""
+    width = int((~batch.completion[0]).sum())
+    pattern = policy.pattern(width, batch.input_ids.shape[1] - width)  # (W,)
+    learnt = slice(0 if learn_prompt else width, None)
+    x0, maskable = batch.input_ids[:, learnt], (batch.prompt | batch.completion)[:, learnt]
+    block = pattern[learnt] - pattern[learnt][0]  # (N,), from 0
+    t, weight = sample_times(len(x0) * int(block[-1] + 1), generator)
+    t, weight = (v.view(len(x0), -1)[:, block] for v in (t, weight))  # (B, N)
+    xt, masked = mask_tokens(x0, t, maskable, policy.mask_token_id, generator)
+
+    clean = pattern[:, None] >= pattern
+    before = pattern[learnt, None] > pattern
+    itself = block[:, None] == block
+    blind = torch.zeros(len(pattern), len(block), dtype=torch.bool, device=block.device)
+    sees = torch.cat([torch.cat([clean, blind], 1), torch.cat([before, itself], 1)])
+    real = torch.cat([batch.attention_mask, batch.attention_mask[:, learnt]], 1)
+    positions = (batch.attention_mask.long().cumsum(1) - 1).clamp(min=0)
+    hidden = policy.hidden_states(
+        torch.cat([batch.input_ids, xt], 1),
+        sees & real[:, None, None],
+        position_ids=torch.cat([positions, positions[:, learnt]], 1),
+    )[:, len(pattern) :]
+    nll = F.cross_entropy(policy.head(hidden[masked]), x0[masked], reduction="none")
+    return linear_elbo_loss(nll, masked, weight, maskable)
