@@ -38,7 +38,7 @@ Sources: grpo, Shao et al. 2024; dr_grpo, Liu et al. 2025; dapo, Yu et al. 2025;
  * wd1 and spg are published without a KL: set beta=0.
  * spg: B_i is `logp_estimator`, U_i `upper_bound` of the same noise, without SPG's constant and
    with b = |o_i| where `eubo_beta` does not say otherwise: with less it is no bound. No masking in
-   blocks but for block diffusion. A KL, if any, is of the same values.
+   blocks but for block diffusion. A KL in the loss is of the same values, one in the reward of B_i.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def grpo_loss(
 
 
 def divisor(rollout: Rollout, config: GRPOConfig) -> int:
-    """What the sums of `grpo_loss` over a batch are divided by; 1 where no sample counts."""
+    """What the sums of `grpo_loss` over a batch are divided by to be an average."""
     if config.loss_type in ("dapo", "spg"):
         counted = int(rollout.completion_mask[rollout.counted].sum())
     else:
