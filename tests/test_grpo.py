@@ -647,6 +647,15 @@ RESUMED = {
     "ar": {"num_iterations": 1},
     "mdm-lora": {"num_iterations": 2},
     "ar-lora": {"num_iterations": 2, "ref_model_sync_steps": 100},
+    "mdm-spg": {"loss_type": "spg", "logp_estimator": "complementary"},
+    "mdm-charged": {
+        "num_iterations": 2,
+        "loss_type": "dapo",
+        "importance_sampling_level": "sequence",
+        "kl_in_reward": True,
+        "kl_estimator": "k1",
+        "beta": 0.01,
+    },
 }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from mdmrl.config import Config, require, unknown
 from mdmrl.policies.base import Policy
@@ -11,6 +11,9 @@ from mdmrl.rl.kl import KL_ESTIMATORS
 from mdmrl.sampling import SamplerConfig
 
 CLIPS = ("one_sided", "two_sided", "cispo")
+LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "wd1", "spg")
+RATIO_FREE = ("wd1", "spg")
+LEVELS = ("token", "sequence")
 
 
 @dataclass
@@ -82,7 +85,14 @@ class GRPOConfig(Config):
             `gradient_accumulation_steps` and the number of processes it is the batch of an update,
             a multiple of `num_generations`.
         num_iterations: updates on one batch of rollouts.
+        loss_type: the objective, `grpo`, `dr_grpo`, `dapo`, `wd1` or `spg`: see
+            `mdmrl.rl.objectives`, also for psi (`wd1`), mix_weight and eubo_beta (`spg`).
+        importance_sampling_level: a ratio for each `token`, or one a completion, `sequence`.
+        clip: `one_sided` (PPO), `two_sided` (clip(rho) A whatever the sign of A) or `cispo`
+            (clip(rho) A grad log pi, the ratio as a constant).
         kl_estimator: `k1`, `k2` or `k3`.
+        kl_in_reward: take beta times its KL, summed over tokens, off each completion's reward,
+            instead of putting the KL in the loss.
         logp_estimator: `exact` (autoregressive), `one_step` or another of `mdmrl.rl.logprobs`.
         p_mask_prompt: share of prompt tokens that `one_step` masks.
         steps, remasking, end_last, temperature, suppress_mask: the sampler's, see `SamplerConfig`.
@@ -99,7 +109,14 @@ class GRPOConfig(Config):
     max_grad_norm: float = 1.0
     beta: float = 1.0
     epsilon: float = 0.1
+    loss_type: str = "grpo"
+    importance_sampling_level: str = "token"
+    clip: str = "one_sided"
+    psi: float = 1.0
+    mix_weight: float = 0.5
+    eubo_beta: float | None = None
     kl_estimator: str = "k3"
+    kl_in_reward: bool = False
     logp_estimator: str = "one_step"
     p_mask_prompt: float = 0.15
     ref_model_sync_steps: int = 500
@@ -134,14 +151,46 @@ class GRPOConfig(Config):
             "per_device_train_batch_size",
         ):
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)}: expected at least 1")
-        for name in ("learning_rate", "epsilon", "max_grad_norm", "temperature"):
+        for name in ("learning_rate", "epsilon", "psi", "max_grad_norm", "temperature"):
             value = getattr(self, name)
             require(0 < value < math.inf, f"{name}={value}: expected a positive number")
         require(0 <= self.beta < math.inf, f"beta={self.beta}: expected 0 or more")
         require(0 <= self.p_mask_prompt < 1, f"p_mask_prompt={self.p_mask_prompt}: expected [0, 1)")
-        if self.kl_estimator not in KL_ESTIMATORS:
-            raise unknown("kl_estimator", self.kl_estimator, KL_ESTIMATORS)
+        require(0 <= self.mix_weight <= 1, f"mix_weight={self.mix_weight}: expected [0, 1]")
+        b = self.eubo_beta
+        require(b is None or 0 < b < math.inf, f"eubo_beta={b}: expected a positive number")
+        for name, known in (
+            ("loss_type", LOSS_TYPES),
+            ("importance_sampling_level", LEVELS),
+            ("clip", CLIPS),
+            ("kl_estimator", KL_ESTIMATORS),
+        ):
+            if getattr(self, name) not in known:
+                raise unknown(name, getattr(self, name), known)
+        self._refuse_what_is_ignored()
         self.sampler()
+
+    def _refuse_what_is_ignored(self) -> None:
+        kind = f"loss_type={self.loss_type!r}"
+        ignored: dict[str, str] = {}
+        if self.loss_type in RATIO_FREE:
+            names = ("epsilon", "importance_sampling_level", "clip")
+            ignored |= dict.fromkeys(names, f"{kind} has no ratio")
+        if self.loss_type != "wd1":
+            ignored["psi"] = f"it is for loss_type='wd1', this is {kind}"
+        if self.loss_type != "spg":
+            names = ("mix_weight", "eubo_beta")
+            ignored |= dict.fromkeys(names, f"it is for loss_type='spg', this is {kind}")
+        elif self.mix_weight == 0:
+            ignored["eubo_beta"] = "with mix_weight=0 there is no upper bound"
+        if self.beta == 0:
+            ignored["kl_in_reward"] = "with beta=0 there is no KL"
+        for field in fields(self):
+            value, why = getattr(self, field.name), ignored.get(field.name)
+            require(
+                why is None or value == field.default,
+                f"{field.name}={value!r} would be ignored: {why}; leave it at {field.default!r}",
+            )
 
     @property
     def prompts_per_process(self) -> int:

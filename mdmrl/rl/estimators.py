@@ -44,8 +44,8 @@ class Noise:
     order: Tensor
     reference: Noise | None = None
 
-    def rows(self, chosen: slice) -> Noise:
-        """The same for some of the rows."""
+    def rows(self, chosen: slice | Tensor) -> Noise:
+        """The same for some of the rows, a slice or a mask of them."""
         values = (getattr(self, field.name) for field in fields(self))
         cut = [v[chosen] if isinstance(v, Tensor) else v and v.rows(chosen) for v in values]
         return Noise(*cut)

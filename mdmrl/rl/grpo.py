@@ -1,4 +1,5 @@
-"""Group relative policy optimisation (Shao et al. 2024, DeepSeekMath, algorithm 1).
+"""Group relative policy optimisation (Shao et al. 2024, DeepSeekMath, algorithm 1), also with the
+losses of later papers: `GRPOConfig.loss_type` and the options beside it, in `mdmrl.rl.objectives`.
 
 For each prompt a group of G completions is drawn from pi_old and scored; with
 
@@ -14,10 +15,11 @@ Deviations from the cited algorithm:
  * log pi is whatever `logp_estimator` names (`mdmrl.rl.logprobs`); for a masked diffusion model it
    is an estimate, with the same noise for new, old and reference policy at one inner iteration.
  * An estimator of log pi(o_i) as a whole makes one token of each completion, in the log too:
-   rho_i = exp((log pi(o_i) - log pi_old(o_i)) / |o_i|), and d_i likewise (Ou et al. 2025, ESPO).
+   rho_i = exp((log pi(o_i) - log pi_old(o_i)) / |o_i|), as Ou et al. 2025 (ESPO), d_i likewise.
  * The reference is the starting policy, replaced by the policy every `ref_model_sync_steps`
    updates (the thesis's "every 500 rounds"), not once an outer iteration.
- * Dropout is off in scoring, new policy included: the ratio is exactly 1 at the first inner step.
+ * Dropout is off in scoring, new policy included: the ratio is 1 at the first inner step, which the
+   first updates of a run check.
  * Rewards are outcome rewards without a trained reward model, so there is no algorithm line 10.
  * The gradient is clipped to `max_grad_norm`, and an update whose loss or gradient is not finite
    is skipped and counted; `MAX_SKIPPED` in a row end the run.
@@ -26,63 +28,29 @@ Deviations from the cited algorithm:
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from mdmrl.config import require
 from mdmrl.evaluation.accuracy import evaluate
 from mdmrl.policies.base import Policy
-from mdmrl.rewards.score import reward_name
-from mdmrl.rl.checkpoints import restore, save
-from mdmrl.rl.config import GRPOConfig
-from mdmrl.rl.kl import KL_ESTIMATORS
+from mdmrl.rl.checkpoints import begin, restore, save
+from mdmrl.rl.config import RATIO_FREE, GRPOConfig
 from mdmrl.rl.logprobs import Noise, draw_noise, estimator
-from mdmrl.rl.rollout import Rollout, collect, draw_rows
-from mdmrl.runs import Run, generator_for
+from mdmrl.rl.objectives import charge, divisor, grpo_loss, of_tokens, sandwiched, wd1_weights
+from mdmrl.rl.rollout import Rollout, collect, draw_rows, group_advantages
+from mdmrl.runs import generator_for
 
 ALGORITHM = "grpo-1"  # part of a run's hash: raise it when results change
 MAX_SKIPPED = 5
 PARTS = ("surrogate", "kl")
-
-
-def grpo_loss(
-    logp: Tensor, old: Tensor, ref: Tensor, rollout: Rollout, config: GRPOConfig
-) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """The two parts of the loss, summed over completions, and per-token quantities for the log.
-
-    Args:
-        logp, old, ref: log-probabilities under the new, old and reference policy, of tokens (B, L)
-            or of completions (B,).
-    Returns:
-        surrogate and beta * KL, scalars to be divided by the number of completions; and `ratio`,
-        `clipped`, `d`, `kl`, each (B, L) or, of completions, (B, 1).
-    """
-    mask, advantage = rollout.completion_mask, rollout.advantages[:, None]
-    if logp.ndim == 1:
-        logp, old, ref = ((x / mask.sum(1))[:, None] for x in (logp, old, ref))
-        mask = torch.ones_like(logp, dtype=torch.bool)
-    ratio = (logp - old).exp()
-    clipped = ratio.clamp(1 - config.epsilon, 1 + config.epsilon)
-    gain = torch.minimum(ratio * advantage, clipped * advantage)
-    d = logp - ref
-    kl = KL_ESTIMATORS[config.kl_estimator](d)
-
-    def over_completions(x: Tensor) -> Tensor:  # mean over tokens, sum over completions
-        return ((x * mask).sum(1) / mask.sum(1) * rollout.counted).sum()
-
-    tokens = {"ratio": ratio, "clipped": gain < ratio * advantage, "d": d, "kl": kl}
-    return (
-        -over_completions(gain),
-        # An infinite KL must not reach a loss that does without it: 0 * inf is nan.
-        config.beta * over_completions(kl) if config.beta else torch.zeros(()),
-        {name: value.detach() for name, value in tokens.items()},
-    )
+CHECKED = 2  # steps of which the ratio is checked: fresh LoRA is 0 at the first, dropout unseen
+TOLERANCE = 1e-5  # of what must be 1 or 0 at the first inner step
 
 
 def train_grpo(
@@ -108,33 +76,24 @@ def train_grpo(
     `loss/surrogate` and `loss/kl` (beta KL), their gradient norms, `grad_norm` before clipping;
     `kl` (mean over tokens, without beta), `kl/sum` (over a completion), `kl/max` and `kl/law` =
     log mean exp(-d), which is 0 where samples come from the distribution that is scored;
-    ratio, clip fraction, what completions look like (`mdmrl.rl.monitors`), seconds, and
-    `token_forwards`, the positions that sampling pushed through the network. `eval/...` are greedy
-    completions of `eval_rows`, before the update of that step; the last row has nothing else.
+    ratio and clip fraction, where the loss has a ratio; what completions look like
+    (`mdmrl.rl.monitors`), seconds, and `token_forwards`, the positions that sampling pushed through
+    the network. With `kl_in_reward`, `kl/charged` is what was taken off the mean `reward`.
+    `eval/...` are greedy completions of `eval_rows`, before the update of that step; the last row
+    has nothing else.
+
+    Raises:
+        ValueError: an estimator that is not for this policy or loss, bad input.
+        RuntimeError: new and old policy, which are still the same, score differently.
+        FloatingPointError: `MAX_SKIPPED` updates in a row that are not finite.
     """
     from accelerate import Accelerator
 
     accelerator = Accelerator(cpu=policy.device.type == "cpu")
     rank, processes = accelerator.process_index, accelerator.num_processes
-    scorer = estimator(config.logp_estimator, policy)
-    names = [reward_name(reward) for reward in rewards]
-    require(len(rows) > 0, "no training rows given")
-    require(len(names) > 0, "no reward functions given")
-    require(len(set(names)) == len(names), f"two rewards share a name: {names}")
-    policy.encode([row["prompt"] for row in rows], config.max_completion_length)  # they all fit
-
-    settings = {k: v for k, v in config.to_dict().items() if k != "output_dir"}
-    identity = settings | {
-        "algorithm": ALGORITHM,
-        "policy": policy.fingerprint(),
-        "rewards": names,
-        "rows": hashlib.sha256(repr([*rows, *eval_rows]).encode()).hexdigest()[:10],
-        "processes": processes,
-    }
-    with accelerator.main_process_first():
-        run = Run(config.output_dir, identity)
-    if not policy.uses_lora:
-        policy.sync_reference()
+    plain = estimator(config.logp_estimator, policy)
+    scorer = sandwiched(plain, config) if config.loss_type == "spg" else plain
+    run = begin(policy, rewards, rows, eval_rows, config, ALGORITHM, accelerator)
     parameters = policy.trainable_parameters()
     optimizer = torch.optim.AdamW(parameters.values(), lr=config.learning_rate, weight_decay=0.0)
     first, skipped = restore(run, policy, optimizer), 0
@@ -146,6 +105,10 @@ def train_grpo(
 
     def generator(purpose: str, step: int, index: int = 0) -> torch.Generator:
         return generator_for(config.seed, purpose, step, index * processes + rank, policy.device)
+
+    def noise_for(rollout: Rollout, purpose: str, step: int, index: int = 0) -> Noise:
+        draw = generator(purpose, step, index)
+        return draw_noise(rollout, config.p_mask_prompt, draw, scorer.samples, scorer.shared)
 
     def held_out() -> dict[str, float]:
         return evaluate(policy, eval_rows, config.sampler(0.0), rewards, metric, "eval/")
@@ -168,17 +131,17 @@ def train_grpo(
         if scorer.records:
             rollout = rollout.whole()
         metrics |= seen
-        noises = [
-            draw_noise(
-                rollout,
-                config.p_mask_prompt,
-                generator("noise", step, i),
-                scorer.samples,
-                scorer.shared,
-            )
-            for i in range(config.num_iterations)
-        ]
-        olds = [None, *(score_in_parts(policy, rollout, scorer, n, config) for n in noises[1:])]
+        if config.kl_in_reward:
+            apart = noise_for(rollout, "charge", step)  # the update's would correlate with it
+            rollout, metrics["kl/charged"] = charged(policy, rollout, plain, apart, config)
+        if config.loss_type == "wd1":
+            rollout = replace(rollout, advantages=wd1_weights(rollout, config))
+        noises = [noise_for(rollout, "noise", step, i) for i in range(config.num_iterations)]
+        if step < first + CHECKED:
+            check_ratio(policy, rollout, scorer, noises[0], config)
+        olds = [None] * len(noises)
+        if config.loss_type not in RATIO_FREE:
+            olds[1:] = [score_in_parts(policy, rollout, scorer, n, config) for n in noises[1:]]
         for noise, old in zip(noises, olds, strict=True):
             metrics |= update(policy, rollout, scorer, noise, old, parameters, config)
             norm = finish_gradient(parameters, accelerator, config.max_grad_norm)
@@ -217,6 +180,38 @@ def score_in_parts(
     return torch.cat([scorer(policy, rollout.rows(p), noise.rows(p)) for p in parts])
 
 
+def charged(
+    policy: Policy, rollout: Rollout, scorer: Callable, noise: Noise, config: GRPOConfig
+) -> tuple[Rollout, float]:
+    """The rollout with advantages of r_i less its KL's charge, and the mean charge."""
+    logp = score_in_parts(policy, rollout, scorer, noise, config)
+    with policy.reference():
+        ref = score_in_parts(policy, rollout, scorer, noise.reference or noise, config)
+    cost = charge(logp, ref, rollout, config)
+    advantages, _ = group_advantages(rollout.rewards - cost, config.num_generations)
+    return replace(rollout, advantages=advantages), cost.mean().item()
+
+
+def check_ratio(
+    policy: Policy, rollout: Rollout, scorer: Callable, noise: Noise, config: GRPOConfig
+) -> None:
+    """Before an update the new policy, scored as `update` does, must be the old one, scored as
+    `score_in_parts` does: a ratio off 1 by more than `TOLERANCE` is a RuntimeError."""
+    part = micro_batches(rollout, config)[0]
+    rollout, noise = rollout.rows(part), noise.rows(part)
+    both = scorer(policy, rollout, noise), score_in_parts(policy, rollout, scorer, noise, config)
+    new, old = (of_tokens(x.detach(), rollout.completion_mask).flatten() for x in both)
+    off = ((new - old).exp() - 1).abs()
+    worst = off.argmax()
+    if off[worst] > TOLERANCE:  # one that is not a number is for the update to find
+        raise RuntimeError(
+            f"before any update the new policy gives a log-probability of {new[worst]:.7g} where "
+            f"the old one gives {old[worst]:.7g}, a ratio {off[worst]:.1e} off 1: the network "
+            "scores the same tokens differently (dropout that is on? other masks? another "
+            "attention, or kernels that are not deterministic?)"
+        )
+
+
 def update(
     policy: Policy,
     rollout: Rollout,
@@ -228,12 +223,13 @@ def update(
 ) -> dict[str, float]:
     """Set the gradient of the loss, micro-batch by micro-batch; returns metrics of the update.
 
-    `old`, (B, L) or (B,), is None at the first inner step, where the old policy is the new one.
+    `old`, (B, L) or (B,), is None at the first inner step, where the old policy is the new one, and
+    where there is no ratio.
     """
     gradients = {part: [torch.zeros_like(p) for p in parameters.values()] for part in PARTS}
     losses = dict.fromkeys(PARTS, 0.0)
     tokens: dict[str, list[Tensor]] = {}
-    completions = max(1, int(rollout.counted.sum()))
+    whole = divisor(rollout, config)
     for chosen in micro_batches(rollout, config):
         part, shared = rollout.rows(chosen), noise.rows(chosen)
         logp = scorer(policy, part, shared)
@@ -241,7 +237,7 @@ def update(
             ref = scorer(policy, part, shared.reference or shared)
         before = logp.detach() if old is None else old[chosen]
         surrogate, kl, seen = grpo_loss(logp, before, ref, part, config)
-        for name, value in zip(PARTS, (surrogate / completions, kl / completions), strict=True):
+        for name, value in zip(PARTS, (surrogate / whole, kl / whole), strict=True):
             losses[name] += value.item()
             if not value.requires_grad:
                 continue
@@ -249,13 +245,14 @@ def update(
             for total, gradient in zip(gradients[name], found, strict=True):
                 total += gradient
         for name, value in seen.items():
-            values = value[part.completion_mask] if logp.ndim == 2 else value[:, 0]
+            values = value[:, 0] if value.shape[1] == 1 else value[part.completion_mask]
             tokens.setdefault(name, []).append(values)
         del logp  # frees the graph that retain_graph kept
     for parameter, *both in zip(parameters.values(), *gradients.values(), strict=True):
         parameter.grad = sum(both)
-    ratio, clipped, d, kl = (torch.cat(tokens[n]) for n in ("ratio", "clipped", "d", "kl"))
-    return {
+    seen = {name: torch.cat(values) for name, values in tokens.items()}
+    d, kl = seen["d"], seen["kl"]
+    found = {
         "loss": sum(losses.values()),
         **{f"loss/{name}": value for name, value in losses.items()},
         "kl": kl.mean().item(),
@@ -263,10 +260,14 @@ def update(
         "kl/max": kl.max().item(),
         "kl/law": (torch.logsumexp(-d, 0) - math.log(len(d))).item(),
         **{f"grad_norm/{name}": _norm(gradients[name]) for name in PARTS},
-        "ratio/mean": ratio.mean().item(),
-        "ratio/max": ratio.max().item(),
-        "clip_ratio": clipped.float().mean().item(),
     }
+    if "ratio" in seen:
+        found |= {
+            "ratio/mean": seen["ratio"].mean().item(),
+            "ratio/max": seen["ratio"].max().item(),
+            "clip_ratio": seen["clipped"].float().mean().item(),
+        }
+    return found
 
 
 def micro_batches(rollout: Rollout, config: GRPOConfig) -> list[slice]:

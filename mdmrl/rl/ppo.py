@@ -44,13 +44,13 @@ from mdmrl.policies.base import Policy
 from mdmrl.rl.checkpoints import begin, restore, save
 from mdmrl.rl.config import PPOConfig
 from mdmrl.rl.episodes import Old, kl_divergence, log_probabilities, look, score
-from mdmrl.rl.grpo import MAX_SKIPPED, PARTS, averaged, finish_gradient
+from mdmrl.rl.grpo import MAX_SKIPPED, PARTS, TOLERANCE, averaged, finish_gradient
+from mdmrl.rl.objectives import clipped_gain
 from mdmrl.rl.rollout import collect, draw_rows
 from mdmrl.rl.values import ValueHead, explained_variance, fit, gae, normalised, value_loss
 from mdmrl.runs import derived_seed, generator_for
 
 ALGORITHM = "ppo-1"  # part of a run's hash: raise it when results change
-TOLERANCE = 1e-5  # of what must be 1 or 0 at the first inner step
 
 
 def ppo_loss(
@@ -73,16 +73,7 @@ def ppo_loss(
         and `clipped`, each (N,).
     """
     ratio = (logp - old).exp()
-    inside = ratio.clamp(1 - config.epsilon, 1 + config.epsilon)
-    clipped = inside != ratio
-    match config.clip:
-        case "one_sided":
-            gain = torch.minimum(ratio * advantages, inside * advantages)
-            clipped = gain < ratio * advantages
-        case "two_sided":
-            gain = inside * advantages
-        case "cispo":
-            gain = inside.detach() * advantages * logp
+    gain, clipped = clipped_gain(ratio, advantages, logp, config)
     surrogate = -gain[counted].sum() / config.max_completion_length
     # An infinite KL must not reach a loss that does without it: 0 * inf is nan.
     charged = beta * kl[counted].sum() / config.max_completion_length if beta else torch.zeros(())
