@@ -136,6 +136,9 @@ def test_grpo_refuses_more_steps_than_tokens_as_the_sampler_does():
     with pytest.raises(ValueError, match=r"steps=64.*32"):
         GRPOConfig(steps=64, max_completion_length=32)
     assert GRPOConfig(max_completion_length=33).sampler().denoising_steps == 17
+    assert GRPOConfig(block_length=32).sampler() == SamplerConfig(block_length=32, temperature=1.0)
+    with pytest.raises(ValueError, match="block_length=33: expected a divisor"):
+        GRPOConfig(block_length=33)
 
 
 def test_changed_is_what_makes_the_same_settings():

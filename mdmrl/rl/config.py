@@ -95,7 +95,8 @@ class GRPOConfig(Config):
             instead of putting the KL in the loss.
         logp_estimator: `exact` (autoregressive), `one_step` or another of `mdmrl.rl.logprobs`.
         p_mask_prompt: share of prompt tokens that `one_step` masks.
-        steps, remasking, end_last, temperature, suppress_mask: the sampler's, see `SamplerConfig`.
+        steps, block_length, remasking, end_last, temperature, suppress_mask: the sampler's, see
+            `SamplerConfig`.
         eval_steps: every so many updates (and at the end) complete the held-out prompts greedily.
     """
 
@@ -122,6 +123,7 @@ class GRPOConfig(Config):
     ref_model_sync_steps: int = 500
     max_completion_length: int = 128
     steps: int | None = None
+    block_length: int | None = None
     remasking: str = "low_confidence"
     end_last: bool = True
     temperature: float = 1.0
@@ -201,6 +203,7 @@ class GRPOConfig(Config):
         return SamplerConfig(
             max_new_tokens=self.max_completion_length,
             steps=self.steps,
+            block_length=self.block_length,
             remasking=self.remasking,
             end_last=self.end_last,
             temperature=self.temperature if temperature is None else temperature,
