@@ -91,12 +91,16 @@ def test_every_algorithm_trains_an_arm_of_its_own(arm):
             "max_completion_length": 8,
             "steps": 2,
             "value_batches": 2,
+            "learning_rate": 1e-3,
         },
         final_steps=[],
+        path_kl={"steps": 4, "block_length": 4},
     )
     frame = training.train_arm(ppo, 0, "quick")
     assert frame.run[0].startswith("tiny-mdm-ppo-s0-")
     assert frame["values/loss"].notna().any()
+    before, after = frame["eval/path_kl"]
+    assert before == 0 < after
     with pytest.raises(ValueError, match="unknown algorithm 'pp': did you mean 'ppo'"):
         arm.replace(algorithm="pp")
     with pytest.raises(ValueError, match="unknown PPOConfig key 'logp_estimator'"):

@@ -60,6 +60,7 @@ def train_grpo(
     config: GRPOConfig,
     eval_rows: Sequence[dict] = (),
     metric: Callable[[str, dict], bool] | None = None,
+    probe: Callable[[Policy], dict[str, float]] | None = None,
 ) -> Path:
     """Train `policy` in place; returns the run's folder.
 
@@ -71,6 +72,7 @@ def train_grpo(
         rewards: functions of TRL's signature; their sum is the reward.
         rows: training rows with `prompt` and the columns that rewards take.
         eval_rows, metric: held-out rows and the true metric, `metric(completion, row) -> bool`.
+        probe: what else to measure of the policy whenever `eval_rows` are completed.
 
     Each row of `metrics.jsonl` holds the reward and its components; `loss` and its parts
     `loss/surrogate` and `loss/kl` (beta KL), their gradient norms, `grad_norm` before clipping;
@@ -111,7 +113,8 @@ def train_grpo(
         return draw_noise(rollout, config.p_mask_prompt, draw, scorer.samples, scorer.shared)
 
     def held_out() -> dict[str, float]:
-        return evaluate(policy, eval_rows, config.sampler(0.0), rewards, metric, "eval/")
+        found = evaluate(policy, eval_rows, config.sampler(0.0), rewards, metric, "eval/")
+        return found | {f"eval/{k}": v for k, v in (probe(policy) if probe else {}).items()}
 
     for step in range(first, config.max_steps):
         metrics: dict[str, float] = {}

@@ -87,6 +87,7 @@ def train_ppo(
     config: PPOConfig,
     eval_rows: Sequence[dict] = (),
     metric: Callable[[str, dict], bool] | None = None,
+    probe: Callable[[Policy], dict[str, float]] | None = None,
 ) -> Path:
     """Train `policy` in place, and a value function with it; returns the run's folder.
 
@@ -142,7 +143,8 @@ def train_ppo(
         return batch, old, seen, sample
 
     def held_out() -> dict[str, float]:
-        return evaluate(policy, eval_rows, config.sampler(policy, 0.0), rewards, metric, "eval/")
+        found = evaluate(policy, eval_rows, config.sampler(policy, 0.0), rewards, metric, "eval/")
+        return found | {f"eval/{k}": v for k, v in (probe(policy) if probe else {}).items()}
 
     for step in range(first, config.max_steps):
         metrics: dict[str, float] = {}

@@ -21,10 +21,11 @@ import pandas as pd
 
 from mdmrl.config import Config, unknown
 from mdmrl.evaluation.accuracy import evaluate
+from mdmrl.evaluation.divergence import path_kl
 from mdmrl.policies import Policy, add_lora, load_policy
 from mdmrl.rl import grpo, ppo
 from mdmrl.rl.config import GRPOConfig, PPOConfig
-from mdmrl.runs import config_hash, read_rows, write_atomically
+from mdmrl.runs import config_hash, generator_for, read_rows, write_atomically
 from mdmrl.sampling import SamplerConfig
 from mdmrl.study.outputs import figures_folder, project_root
 from mdmrl.tasks import load_task
@@ -54,6 +55,9 @@ class Arm(Config):
         eval_prompts: how many held-out prompts are completed greedily.
         final_steps: after training, also complete them at temperature 1, [MASK] not suppressed,
             with each of these numbers of denoising steps (columns `final<steps>/...`).
+        path_kl: of a masked or block diffusion policy, steps and block length of the
+            `state_confidence` sampler whose `path_kl` from the starting policy is measured on the
+            held-out prompts (column `eval/path_kl`); empty for none.
     """
 
     name: str
@@ -65,6 +69,7 @@ class Arm(Config):
     instruct: bool = False
     eval_prompts: int = 48
     final_steps: list[int] = field(default_factory=list)
+    path_kl: dict = field(default_factory=dict)
 
     def validate(self) -> None:
         if self.algorithm not in ALGORITHMS:
@@ -123,9 +128,8 @@ def _train(policy: Policy, arm: Arm, config: GRPOConfig | PPOConfig) -> pd.DataF
     system = SYSTEM_PROMPT if arm.instruct else None
     held_out = task.rows("validation", arm.eval_prompts, system) if arm.eval_prompts else []
     _, train, _ = ALGORITHMS[arm.algorithm]
-    folder = train(
-        policy, task.rewards, task.rows("rl", system=system), config, held_out, task.metric
-    )
+    rows, probe = task.rows("rl", system=system), _probe(arm, config, held_out)
+    folder = train(policy, task.rewards, rows, config, held_out, task.metric, probe)
     frame = pd.DataFrame(read_rows(folder / "metrics.jsonl"))
     for steps in arm.final_steps:
         sampler = SamplerConfig(
@@ -140,6 +144,26 @@ def _train(policy: Policy, arm: Arm, config: GRPOConfig | PPOConfig) -> pd.DataF
         for column, value in final.items():
             frame.loc[frame.index[-1], column] = value
     return frame
+
+
+def _probe(arm: Arm, config: GRPOConfig | PPOConfig, held_out: Sequence[dict]) -> Callable | None:
+    if not arm.path_kl:
+        return None
+    start, prompts = load_policy(arm.policy, dtype=arm.dtype), [row["prompt"] for row in held_out]
+    sampler = SamplerConfig(
+        max_new_tokens=config.max_completion_length,
+        remasking="state_confidence",
+        end_last=False,
+        stop_at_end=False,
+        temperature=1.0,
+        **arm.path_kl,
+    )
+
+    def probe(policy: Policy) -> dict[str, float]:
+        generator = generator_for(config.seed, "path_kl", device=policy.device)
+        return {"path_kl": path_kl(policy, start, prompts, sampler, generator).mean().item()}
+
+    return probe
 
 
 def medcot_arms(

@@ -1,0 +1,56 @@
+"""How far a policy has moved from where it started: the exact KL of a sampler's paths."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mdmrl.config import require
+from mdmrl.policies.base import MaskedDiffusionPolicy, Prompt
+from mdmrl.rl.episodes import block_starts, kl_divergence, log_probabilities, look
+from mdmrl.rl.rollout import Rollout
+from mdmrl.sampling import SamplerConfig, generate
+
+
+@torch.no_grad()
+def path_kl(
+    policy: MaskedDiffusionPolicy,
+    start: MaskedDiffusionPolicy,
+    prompts: Sequence[Prompt],
+    config: SamplerConfig,
+    generator: torch.Generator,
+) -> Tensor:
+    """KL(pi || pi_start) of the paths on which `policy` completes `prompts`, in nats, (B,).
+
+    One path a prompt is drawn. At each of its steps the KL of what is written at the revealed
+    positions is exact, over the whole vocabulary; the sum is thus an unbiased estimate of the KL
+    of paths, positions being those that `policy` chooses. `mdmrl.rl.episodes` has the process.
+
+    Args:
+        config: a sampler that chooses positions by the state alone, goes on behind the end of the
+            text and draws from the policy's own distribution.
+    """
+    require(
+        config.remasking == "state_confidence" and not config.stop_at_end and not config.parallel,
+        f"{config.described() or 'the default sampler'}: expected remasking=state_confidence and "
+        "stop_at_end=False, a given number of positions a step",
+    )
+    require(
+        config.temperature == 1 and config.untempered and config.suppress_mask,
+        f"{config.described()}: expected temperature=1, no top_k, no top_p, no [MASK]",
+    )
+    output = generate(policy, prompts, config, generator, record=True)
+    nothing = torch.zeros(len(prompts), device=policy.device)
+    rollout = Rollout.of(output, nothing, nothing == 0, config)
+    block_length = policy.block_length or config.block_length or config.max_new_tokens
+    total = nothing
+    for step in range(len(block_starts(rollout, block_length))):
+        now = slice(step, step + 1)
+        seen, before = (look(p, rollout, now, block_length) for p in (policy, start))
+        at = seen.revealed
+        logp = log_probabilities(policy, seen.block[at])
+        kl = kl_divergence(logp, log_probabilities(start, before.block[at]))
+        total = total + torch.zeros_like(at, dtype=kl.dtype).masked_scatter(at, kl).sum((1, 2))
+    return total
