@@ -10,6 +10,8 @@ from scipy import stats
 from mdmrl.study.verdicts import (
     Verdict,
     appc_failures,
+    block_rl_cures_kl,
+    collapsed,
     diffusion_samples_faster,
     fig41_ar_rises,
     fig41_mdm_does_not_converge,
@@ -19,6 +21,7 @@ from mdmrl.study.verdicts import (
     fig44_less_accurate,
     gain,
     headroom,
+    kl_at,
     kl_ratio,
     updates_to,
 )
@@ -283,6 +286,41 @@ def test_diffusion_samples_faster_leaves_out_steps_at_which_nothing_was_right():
     nothing = diffusion_samples_faster(STEPS, np.full((5, 4), np.inf))
     assert nothing.verdict == "contradicted"
     assert nothing.estimate is None
+
+
+def test_the_kl_at_a_reward_is_read_off_the_first_time_it_is_reached():
+    assert kl_at(1.5, [1.0, 2.0, 1.2, 3.0], [0.0, 4.0, 5.0, 9.0]) == 2.0
+    assert kl_at(3.0, [1.0, 2.0, 1.2, 3.0], [0.0, 4.0, 5.0, 9.0]) == 9.0
+    assert np.isnan(kl_at(3.1, [1.0, 3.0], [0.0, 4.0]))
+    assert np.isnan(kl_at(1.0, [1.0, 3.0], [0.0, 4.0]))  # nothing was learnt, nothing spent
+
+
+def test_collapsed():
+    assert collapsed([2.0] * 10 + [1.89] * 10)
+    assert not collapsed([2.0] * 10 + [1.91] * 10)
+
+
+def block(ratio, reward=ONES, fell=0 * ONES, fell_whole=0 * ONES):
+    return block_rl_cures_kl(ratio, reward, ONES, 2 * ONES, fell, fell_whole)
+
+
+def test_block_rl_cures_kl():
+    found = block(around(-1, 0.9))
+    assert found.verdict == "reproduced"
+    assert (found.estimate, found.low, found.high) == pytest.approx((-1, -1.9, -0.1))
+    one = np.array([0, 1, 0, 0, 0])
+    for changes, expected in (
+        ({"ratio": around(-1, 1.1)}, "inconclusive"),
+        ({"ratio": around(1, 1.1)}, "inconclusive"),
+        ({"ratio": around(1, 0.9)}, "contradicted"),
+        ({"fell": one}, "contradicted"),
+        ({"fell": one, "fell_whole": one}, "reproduced"),
+        ({"reward": around(1, 0.09)}, "reproduced"),  # 4.5 % of the headroom of 2
+        ({"reward": around(1, 0.11)}, "inconclusive"),
+        ({"reward": around(0.7, 0.19)}, "contradicted"),
+        ({"reward": around(0.7, 0.21)}, "inconclusive"),
+    ):
+        assert block(**{"ratio": around(-1, 0.9)} | changes).verdict == expected, changes
 
 
 def test_a_seed_without_a_finite_number_decides_nothing():

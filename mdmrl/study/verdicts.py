@@ -78,6 +78,25 @@ def kl_ratio(kl_norms: Sequence[float], surrogate_norms: Sequence[float]) -> flo
     return float(np.median(kl[rewarded] / surrogate[rewarded])) if rewarded.any() else math.nan
 
 
+def kl_at(reward: float, rewards: Sequence[float], kls: Sequence[float]) -> float:
+    """The KL a run has spent where its reward first reaches `reward`, linear between the looks at
+    it; nan where it never does, or had it from the start."""
+    rewards, kls = np.asarray(rewards, float), np.asarray(kls, float)
+    reached = np.flatnonzero(rewards >= reward)
+    if not len(reached) or reached[0] == 0:
+        return math.nan
+    k = reached[0]
+    share = (reward - rewards[k - 1]) / (rewards[k] - rewards[k - 1])
+    return float(kls[k - 1] + share * (kls[k] - kls[k - 1]))
+
+
+def collapsed(curve: Sequence[float]) -> bool:
+    """Whether reward in the last tenth of training is lower than in the first by more than 5 % of
+    what it was."""
+    first, last = _tenths(curve)
+    return last < first - 0.05 * abs(first)
+
+
 def _tenths(curve: Sequence[float]) -> tuple[float, float]:
     """Means over the first and the last tenth of a curve, at least one update each."""
     require(len(curve) >= 2, f"a curve of {len(curve)} updates: expected at least 2")
@@ -307,6 +326,48 @@ def diffusion_samples_faster(steps: Sequence[int], log_cost_ratio: np.ndarray) -
         contradicted=all(interval.low > 0 for interval in intervals.values()),
         measured=f"at its best step count, {steps[best]:g}, a right completion costs the MDM "
         f"exp({_shown(intervals[best])}) times what it costs AR",
+    )
+
+
+def block_rl_cures_kl(
+    log_kl_ratio: Seeds,
+    reward_block: Seeds,
+    reward_whole: Seeds,
+    headroom_whole: Seeds,
+    collapsed_block: Seeds,
+    collapsed_whole: Seeds,
+) -> Verdict:
+    """Block-level RL cures the KL instability.
+
+    Args:
+        log_kl_ratio: log(block/whole) of `kl_at` at equal reward, the smaller of the two final
+            ones; the KL is the exact one of paths, on held-out prompts.
+        reward_block, reward_whole, headroom_whole: final held-out rewards, and ceiling minus start.
+        collapsed_block, collapsed_whole: 1 where a run `collapsed`.
+
+    Reproduced iff the upper end of the log ratio is below 0, not more block runs collapsed, and the
+    lower end of (block - whole) / headroom is above -0.05; contradicted iff the log ratio's lower
+    end is above 0, more block runs collapsed, or the upper end of the difference is below -0.05.
+    The interval given is that of the log ratio.
+    """
+    ratio, block, whole, room, fell_block, fell_whole = _columns(
+        log_kl_ratio=log_kl_ratio,
+        reward_block=reward_block,
+        reward_whole=reward_whole,
+        headroom_whole=headroom_whole,
+        collapsed_block=collapsed_block,
+        collapsed_whole=collapsed_whole,
+    )
+    kl, difference = _interval(ratio), _interval((block - whole) / room)
+    more = fell_block.sum() > fell_whole.sum()
+    return _verdict(
+        kl,
+        len(ratio),
+        reproduced=kl.high < 0 and not more and difference.low > -0.05,
+        contradicted=bool(kl.low > 0 or more or difference.high < -0.05),
+        measured=f"log(block/whole) of the exact KL at equal reward is {_shown(kl)}; "
+        f"{fell_block.sum():.0f} and {fell_whole.sum():.0f} runs collapsed; the final reward is "
+        f"{_shown(difference)} of the headroom higher",
     )
 
 
