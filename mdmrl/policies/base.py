@@ -95,8 +95,15 @@ class Policy:
 
     # -- text -----------------------------------------------------------------------------------
 
-    def encode(self, prompts: Sequence[Prompt], max_new_tokens: int = 0) -> Prompts:
+    def encode(
+        self,
+        prompts: Sequence[Prompt],
+        max_new_tokens: int = 0,
+        begun: Sequence[str] | None = None,
+    ) -> Prompts:
         """Encode strings (a user's message) or message lists with the chat template.
+
+        `begun` are texts that the completions begin with.
 
         A tokenizer without one belongs to a base model: there a string is plain text to continue,
         as in TRL's standard format, and a message list is an error, as in transformers.
@@ -106,13 +113,15 @@ class Policy:
                 one that leaves no room for `max_new_tokens`.
         """
         require(len(prompts) > 0, "no prompts given: expected at least one")
+        begun = [""] * len(prompts) if begun is None else begun
         if self.tokenizer.chat_template is None:
             require(
                 all(isinstance(p, str) for p in prompts),
                 "the tokenizer has no chat template for lists of messages: set "
                 "tokenizer.chat_template, or give strings, which are continued as plain text",
             )
-            return self.encode_texts(prompts, max_new_tokens, add_special_tokens=True)
+            texts = [prompt + text for prompt, text in zip(prompts, begun, strict=True)]
+            return self.encode_texts(texts, max_new_tokens, add_special_tokens=True)
         messages = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
         texts = self.tokenizer.apply_chat_template(
             messages,
@@ -120,6 +129,7 @@ class Policy:
             add_generation_prompt=True,
             enable_thinking=False,  # Qwen3 answers at once; other templates have no such switch
         )
+        texts = [prompt + text for prompt, text in zip(texts, begun, strict=True)]
         return self.encode_texts(texts, max_new_tokens)
 
     def encode_texts(
