@@ -6,6 +6,10 @@ paragraph breaks and the first words of every part, which are one of its two wor
 models have learnt whole texts alone, and know a part by its first words. So the format and depth of
 the reward are the hierarchy's gift, and only its accuracy and the true metric can be compared with
 texts that were written whole. Both are taken of the assembled whole.
+
+Descriptions of 8 tokens reach the condition, which the later sections need. Without first words
+of its own a section goes on where the one before breaks off, and without the masks that stand for
+the rest of earlier sections tiny-mdm gets a third of 24 answers right instead of five sixths.
 """
 
 from __future__ import annotations
