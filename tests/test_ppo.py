@@ -20,7 +20,15 @@ from mdmrl.rl.config import PPOConfig
 from mdmrl.rl.episodes import kl_divergence, log_probabilities, look, score
 from mdmrl.rl.ppo import check_first_inner_step, ppo_loss, train_ppo, update
 from mdmrl.rl.rollout import Rollout, collect
-from mdmrl.rl.values import ValueHead, explained_variance, fit, gae, normalised, value_loss
+from mdmrl.rl.values import (
+    ValueHead,
+    explained_variance,
+    fit,
+    fit_to_base,
+    gae,
+    normalised,
+    value_loss,
+)
 from mdmrl.runs import generator_for
 
 ROWS = [{"prompt": f"A patient has {x}. Which test is decisive?"} for x in ("fever", "a rash", "x")]
@@ -638,6 +646,13 @@ def test_a_run_logs_what_it_promises_and_touches_nothing_global(
     assert [len(row["completions"]) for row in rows_of(folder, "samples")] == [6] * 3
     values = ValueHead.from_pretrained(folder / "checkpoints" / "step-000003" / "values")
     assert values.config["hidden_size"] == 32
+
+
+def test_v_without_reinforcement_learning_is_the_v_that_it_begins_with(mdm, tmp_path):
+    config = settings(tmp_path / "run", max_steps=1)
+    _, found = fit_to_base(mdm, [parity], ROWS, config)
+    rows = rows_of(train_ppo(mdm, [parity], ROWS, config))
+    assert rows[0]["values/base_explained_variance"] == found
 
 
 @pytest.mark.parametrize("in_reward", [False, True])

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from scipy.special import ndtri, stdtrit
+from scipy.stats import rankdata
 
 from mdmrl.config import require
 
@@ -117,6 +118,65 @@ def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> Interva
     return Interval(share, low, high)
 
 
+def auroc(scores: Values, positive: Sequence[bool]) -> float:
+    """The chance that a positive scores above a negative, ties counting half (Mann and Whitney).
+
+    In closed form from mid-ranks; nan without a positive or without a negative.
+
+    Raises:
+        ValueError: unequal lengths, or a score that is not finite.
+    """
+    scores, positive = _checked(scores, at_least=1), np.asarray(positive, dtype=bool)
+    _require_as_many(scores, positive)
+    n = int(positive.sum())
+    if n in (0, len(scores)):
+        return math.nan
+    above = rankdata(scores)[positive].sum() - n * (n + 1) / 2
+    return float(above / (n * (len(scores) - n)))
+
+
+def within_prompt_auroc(
+    scores: Values, positive: Sequence[bool], prompts: Sequence[Hashable]
+) -> np.ndarray:
+    """The AUROC among the completions of each prompt that has both positives and negatives.
+
+    One value a prompt, in the order of first appearance: `t_interval` gives their mean. Between
+    prompts a score may only tell hard ones from easy ones; within one it must judge the text.
+    """
+    scores, positive = _checked(scores, at_least=1), np.asarray(positive, dtype=bool)
+    _require_as_many(scores, positive)
+    _require_as_many(scores, prompts)
+    rows: dict[Hashable, list[int]] = {}
+    for row, prompt in enumerate(prompts):
+        rows.setdefault(prompt, []).append(row)
+    found = np.array([auroc(scores[group], positive[group]) for group in rows.values()])
+    return found[~np.isnan(found)]
+
+
+def calibration(
+    predicted: Values, outcome: Values, bins: int = 10
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Mean prediction, mean outcome and count of `bins` bins of equally many, by prediction.
+
+    Bins differ by one value at most, the larger ones first; equal predictions may fall into two.
+
+    Raises:
+        ValueError: unequal lengths, fewer values than bins, or one that is not finite.
+    """
+    predicted, outcome = (
+        _checked(values, at_least=max(1, bins)) for values in (predicted, outcome)
+    )
+    _require_as_many(predicted, outcome)
+    require(bins >= 1, f"bins={bins}: expected at least 1")
+    parts = np.array_split(predicted.argsort(kind="stable"), bins)
+    means = ([values[part].mean() for part in parts] for values in (predicted, outcome))
+    return (*map(np.array, means), np.array([len(part) for part in parts]))
+
+
+def _require_as_many(a: Sequence, b: Sequence) -> None:
+    require(len(a) == len(b), f"{len(a)} and {len(b)} values: expected as many")
+
+
 def _t(n: int, confidence: float) -> float:
     """The two-sided quantile of Student's t for n values."""
     return float(stdtrit(n - 1, (1 + confidence) / 2))
@@ -134,5 +194,5 @@ def _checked(values: Values, at_least: int) -> np.ndarray:
 
 def _checked_pairs(a: Values, b: Values) -> tuple[np.ndarray, np.ndarray]:
     a, b = _checked(a, at_least=2), _checked(b, at_least=2)
-    require(len(a) == len(b), f"{len(a)} and {len(b)} values cannot be paired: expected as many")
+    _require_as_many(a, b)
     return a, b

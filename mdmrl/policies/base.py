@@ -100,26 +100,35 @@ class Policy:
 
     # -- text -----------------------------------------------------------------------------------
 
-    def encode(self, prompts: Sequence[Prompt], max_new_tokens: int = 0) -> Prompts:
+    def encode(
+        self,
+        prompts: Sequence[Prompt],
+        max_new_tokens: int = 0,
+        begun: Sequence[str] | None = None,
+    ) -> Prompts:
         """Encode strings (a user's message) or message lists with the chat template.
 
         A tokenizer without one belongs to a base model: there a string is plain text to continue,
-        as in TRL's standard format, and a message list is an error, as in transformers.
+        as in TRL's standard format, and a message list is an error, as in transformers. `begun` are
+        texts that the completions begin with.
 
         Raises:
             ValueError: an empty batch, messages without a chat template, a prompt of no tokens or
                 one that leaves no room for `max_new_tokens`.
         """
         require(len(prompts) > 0, "no prompts given: expected at least one")
+        begun = [""] * len(prompts) if begun is None else begun
         if self.tokenizer.chat_template is None:
             require(
                 all(isinstance(p, str) for p in prompts),
                 "the tokenizer has no chat template for lists of messages: set "
                 "tokenizer.chat_template, or give strings, which are continued as plain text",
             )
-            return self.encode_texts(prompts, max_new_tokens, add_special_tokens=True)
-        conversations = [as_messages(prompt, "user") for prompt in prompts]
-        return self.encode_texts(self.render(conversations, True), max_new_tokens)
+            whole = [prompt + text for prompt, text in zip(prompts, begun, strict=True)]
+            return self.encode_texts(whole, max_new_tokens, add_special_tokens=True)
+        asked = self.render([as_messages(prompt, "user") for prompt in prompts], True)
+        whole = [prompt + text for prompt, text in zip(asked, begun, strict=True)]
+        return self.encode_texts(whole, max_new_tokens)
 
     def render(
         self, conversations: Sequence[list[dict]], add_generation_prompt: bool = False

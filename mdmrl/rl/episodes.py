@@ -31,6 +31,7 @@ from torch import Tensor
 
 from mdmrl.policies.base import BlockDiffusionPolicy, MaskedDiffusionPolicy
 from mdmrl.rl.rollout import Rollout
+from mdmrl.sampling.states import features
 
 # Not -inf, which would make the KL's 0 * (inf - inf) no number.
 NEVER = -1e9
@@ -57,15 +58,8 @@ class Look:
     token_forwards: int
 
     def features(self, length: int) -> Tensor:
-        """What a value function sees of each state of a completion of `length`, (R, S, 2H+2).
-
-        The mean hidden state of the active block and of the context, the share of the block that is
-        masked, and where in the completion the block begins; float32 and detached.
-        """
-        fraction = self.masked.float().mean(-1, keepdim=True)
-        index = (self.start / length)[:, None].expand_as(fraction)
-        block = self.block.detach().mean(2)
-        return torch.cat([block.float(), self.context.float(), fraction, index], -1)
+        """What a value function sees of each state of a completion of `length`, (R, S, 2H+2)."""
+        return features(self.block, self.context, self.masked, self.start, length)
 
     @torch.no_grad()
     def selection_changed(self, policy: MaskedDiffusionPolicy, logp: Tensor) -> Tensor:

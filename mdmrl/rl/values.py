@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -14,9 +14,12 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from mdmrl.policies.base import Policy
 from mdmrl.rl.config import PPOConfig
-from mdmrl.rl.episodes import Old
+from mdmrl.rl.episodes import Old, score
 from mdmrl.rl.grpo import finish_gradient
+from mdmrl.rl.rollout import collect, draw_rows
+from mdmrl.runs import derived_seed, generator_for
 
 
 class ValueHead(nn.Module):
@@ -139,6 +142,35 @@ def fit(
     values.load_state_dict(best)
     with torch.no_grad():
         return explained_variance(values(features[unseen]), outcome[unseen])
+
+
+def fit_to_base(
+    policy: Policy, rewards: Sequence[Callable], rows: Sequence[dict], config: PPOConfig
+) -> tuple[ValueHead, float]:
+    """V of the policy as it is, for `mdmrl.sampling.guided` without any reinforcement learning.
+
+    Fitted as `train_ppo` fits its own before the first update: to `value_batches` batches of one
+    completion a prompt.
+
+    Args:
+        config: of its settings, those of sampler, seed and V count.
+    Returns:
+        V, and its explained variance on the states held out.
+    """
+    from accelerate import Accelerator
+
+    sampler, seed = config.sampler(policy), derived_seed(config.seed, "values")
+    values = ValueHead(policy.model.config.hidden_size, seed=seed).to(policy.device)
+    if not policy.uses_lora:
+        policy.sync_reference()
+    base = []
+    for i in range(config.value_batches):
+        batch = draw_rows(rows, config.per_device_train_batch_size, i, 0, 1, seed)
+        generator = generator_for(config.seed, "values", i, 0, policy.device)
+        rollout, *_ = collect(policy, batch, rewards, 1, sampler, generator, record=True)
+        length = sampler.block_length or config.max_completion_length
+        base.append(score(policy, rollout, length, config.states_per_forward))
+    return values, fit(values, base, 0.0, config, Accelerator(cpu=policy.device.type == "cpu"))
 
 
 def explained_variance(values: Tensor, returns: Tensor) -> float:

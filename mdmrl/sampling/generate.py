@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from mdmrl.config import require
-from mdmrl.policies.base import MaskedDiffusionPolicy, Policy, Prompt
+from mdmrl.policies.base import MaskedDiffusionPolicy, Policy, Prompt, Prompts
 from mdmrl.runs import generator_for
 from mdmrl.sampling.autoregressive import sample_autoregressive
 from mdmrl.sampling.config import SamplerConfig
@@ -43,17 +44,22 @@ def generate(
         encoded = policy.encode(prompts, config.max_new_tokens)
         return sample_autoregressive(policy, encoded, config, generator)
     if policy.kind == "bd":
-        config = _in_blocks_of(policy, config)
+        config = in_blocks_of(policy, config)
     encoded = policy.encode(prompts, config.max_new_tokens)
-    blank = torch.full(
-        (len(prompts), config.max_new_tokens), policy.mask_token_id, device=policy.device
-    )
-    canvas = torch.cat([encoded.input_ids, blank], 1)
-    new = torch.ones_like(blank, dtype=torch.bool)
-    attention = torch.cat([encoded.attention_mask, new], 1)
-    open_ = torch.cat([torch.zeros_like(encoded.attention_mask), new], 1)
+    canvas, attention, open_ = blank_canvas(policy, encoded, config.max_new_tokens)
     width = encoded.input_ids.shape[1]
     return denoise(policy, canvas, attention, open_, width, config, generator, record)
+
+
+def blank_canvas(
+    policy: MaskedDiffusionPolicy, prompts: Prompts, length: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Prompts (B, P) with `length` masks behind them: ids, real tokens and masks, (B, P+L) each."""
+    real = prompts.attention_mask
+    blank = prompts.input_ids.new_full((len(real), length), policy.mask_token_id)
+    new = torch.ones_like(blank, dtype=torch.bool)
+    canvas = torch.cat([prompts.input_ids, blank], 1)
+    return canvas, torch.cat([real, new], 1), torch.cat([torch.zeros_like(real), new], 1)
 
 
 def infill(
@@ -106,7 +112,7 @@ def infill(
     return output
 
 
-def _in_blocks_of(policy, config: SamplerConfig) -> SamplerConfig:
+def in_blocks_of(policy, config: SamplerConfig) -> SamplerConfig:
     """`config` with the blocks that a block diffusion policy was trained with."""
     own = policy.block_length
     require(

@@ -6,8 +6,12 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mdmrl.config import require, unknown
+
+if TYPE_CHECKING:
+    from mdmrl.sampling.hierarchy import Unit
 
 Reward = Callable[..., list[float | None]]
 
@@ -22,6 +26,7 @@ class Task:
         rewards: summed in training, logged apart.
         metric: `metric(completion, row) -> bool`, the true metric; never part of the reward.
         stream: `stream(seed, start)`, the endless supply for pre-training, or None.
+        units: what the hierarchy writes a completion in, none where it is written whole.
     """
 
     name: str
@@ -29,6 +34,7 @@ class Task:
     rewards: Sequence[Reward]
     metric: Callable[[str, dict], bool]
     stream: Callable | None = None
+    units: Sequence[Unit] = ()
 
     def rows(self, split: str, limit: int | None = None, system: str | None = None) -> list[dict]:
         """Rows of a split, the first `limit`; `system` puts a system message before each prompt,

@@ -1,0 +1,196 @@
+"""How a value function guides a sampler (`mdmrl.sampling.guided`): settings and thresholds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from mdmrl.config import Config, require, unknown
+from mdmrl.policies.base import MaskedDiffusionPolicy, Prompt
+from mdmrl.sampling.config import SamplerConfig
+from mdmrl.sampling.denoise import evenly
+from mdmrl.sampling.generate import in_blocks_of
+
+FORMS = ("faithful", "two_gates")
+
+
+@dataclass
+class GuideConfig(Config):
+    """How V guides a sampler.
+
+    Attributes:
+        budget: the most positions that one completion may push through the network, with all that
+            was rejected; its own ones, without the padding of its batch.
+        form: `"faithful"` or `"two_gates"`, see above.
+        checks: after which shares of a block's steps V looks at it.
+        description_length: positions that hold the description, a multiple of the block's length;
+            0: there is none.
+        patience: failures of one block before it goes back (two gates).
+        low, high: the thresholds as quantiles of V over base rollouts: the edges of the middle band
+            (faithful), tau_y and tau_x (two gates).
+    """
+
+    budget: int | None = None
+    form: str = "two_gates"
+    checks: list[float] = field(default_factory=lambda: [0.25, 0.5])
+    description_length: int = 0
+    patience: int = 3
+    low: float = 0.2
+    high: float = 0.5
+
+    def validate(self) -> None:
+        if self.form not in FORMS:
+            raise unknown("form", self.form, FORMS)
+        require(self.budget is None or self.budget > 0, f"budget={self.budget}: expected positive")
+        require(
+            len(self.checks) > 0 and all(0 < share < 1 for share in self.checks),
+            f"checks={self.checks}: expected shares of a block's steps, inside (0, 1)",
+        )
+        require(self.patience >= 1, f"patience={self.patience}: expected at least 1 failure")
+        require(
+            0 <= self.low <= 1 and 0 <= self.high <= 1,
+            f"low={self.low}, high={self.high}: expected quantiles, in [0, 1]",
+        )
+        require(
+            self.form == "two_gates" or self.low <= self.high,
+            f"low={self.low}, high={self.high}: expected low <= high, the edges of a band",
+        )
+
+
+@dataclass
+class Thresholds:
+    """What V must reach, by block and point: before the first step, at each of the checks, and
+    before the last step; -inf where nothing is asked.
+
+    low, high: (blocks, 2 + checks). prompts: those that the thresholds were calibrated on, which
+    they must not judge.
+    """
+
+    low: Tensor
+    high: Tensor
+    prompts: Sequence[Prompt] = ()
+
+    @classmethod
+    def of(
+        cls, values: Tensor, guide: GuideConfig, block_length: int, prompts: Sequence[Prompt] = ()
+    ) -> Thresholds:
+        """Quantiles of the `values` of base rollouts, `GuidedOutput.values`.
+
+        Raises:
+            ValueError: a block that no rollout reached.
+        """
+        blocks, points = values.shape[1:]
+        low = torch.full((blocks, points), -torch.inf, dtype=torch.double)
+        high = low.clone()
+        described = guide.description_length // block_length
+        gates = guide.form == "two_gates"
+        for block in range(described if gates else 0, blocks):
+            for point in range(1, points - 1):
+                high[block, point] = _quantile(values, block, point, guide.high)
+                if not gates:
+                    low[block, point] = _quantile(values, block, point, guide.low)
+        if gates and described:
+            gate = _quantile(values, described, 0, guide.low)
+            low[described, 0] = high[described, 0] = gate
+        return cls(low, high, tuple(prompts))
+
+
+def _quantile(values: Tensor, block: int, point: int, share: float) -> float:
+    """One of the values at a point, so that a constant V reaches its own threshold."""
+    seen = values[:, block, point]
+    seen = seen[~seen.isnan()].double()
+    require(
+        len(seen) > 0,
+        f"no base rollout reached block {block}, so nothing is known of V there: give more "
+        "prompts, or stop_at_end=False",
+    )
+    return seen.quantile(share, interpolation="lower").item()
+
+
+def steps_of_blocks(config: SamplerConfig) -> list[int]:
+    """Steps of every block."""
+    return evenly(
+        config.denoising_steps,
+        config.max_new_tokens // (config.block_length or config.max_new_tokens),
+    )
+
+
+def points_of_blocks(config: SamplerConfig, guide: GuideConfig) -> list[list[int]]:
+    """The steps of every block before which V looks at it.
+
+    Raises:
+        ValueError: two of them coincide.
+    """
+    points = []
+    for steps in steps_of_blocks(config):
+        points.append([0, *(int(share * steps) for share in guide.checks), steps - 1])
+        require(
+            all(a < b for a, b in pairwise(points[-1])),
+            f"checks={guide.checks} of a block of {steps} steps come after {points[-1][1:-1]} of "
+            f"them: expected rising numbers between 0 and {steps - 1}; give more steps",
+        )
+    return points
+
+
+def checked(
+    policy: MaskedDiffusionPolicy,
+    prompts: Sequence[Prompt],
+    config: SamplerConfig,
+    guide: GuideConfig,
+    thresholds: Thresholds | None,
+) -> SamplerConfig:
+    """`config` with the policy's blocks, if all that was asked for can be had together."""
+    require(
+        policy.kind in ("mdm", "bd"),
+        f"a policy of kind {policy.kind!r} has no denoising steps to look at: expected a masked or "
+        "block diffusion policy",
+    )
+    if policy.kind == "bd":
+        config = in_blocks_of(policy, config)
+    for name in ("threshold", "entropy_bound", "revise", "cfg_scale", "cache"):
+        given = getattr(config, name)
+        require(
+            not given,
+            f"{name}={given}: rows at different blocks and steps share a pass, which leaves no "
+            "room for it; leave it out",
+        )
+    block = config.block_length or config.max_new_tokens
+    described = guide.description_length
+    require(
+        0 <= described < config.max_new_tokens and described % block == 0,
+        f"description_length={described}: expected a multiple of the block's {block} positions, "
+        f"below max_new_tokens={config.max_new_tokens}",
+    )
+    if thresholds is None:
+        return config
+    require(
+        config.temperature > 0 or config.remasking == "random",
+        f"temperature={config.temperature}: a block drawn again would be the same; expected more "
+        "than 0",
+    )
+    shape = (config.max_new_tokens // block, 2 + len(guide.checks))
+    for bound in (thresholds.low, thresholds.high):
+        require(
+            bound.shape == shape,
+            f"thresholds of shape {tuple(bound.shape)}: expected {shape}, a block and its points; "
+            "calibrate on this sampler",
+        )
+    require(
+        bool((thresholds.low <= thresholds.high).all()),
+        f"thresholds low={thresholds.low.tolist()}, high={thresholds.high.tolist()}: expected "
+        "low <= high",
+    )
+    require(
+        guide.budget is not None, "budget=None: expected a number of positions, or no thresholds"
+    )
+    shared = [prompt for prompt in prompts if prompt in thresholds.prompts]
+    require(
+        not shared,
+        f"{len(shared)} of the prompts are among those that the thresholds were calibrated on, "
+        f"first {shared[:1]}: expected others",
+    )
+    return config

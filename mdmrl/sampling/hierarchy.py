@@ -1,0 +1,199 @@
+"""The hierarchy: descriptions of the units of a text first, then all units at once (thesis, 3.2.1).
+
+    phase 1    y^j ~ p(y^j | c^j, y^{<j}, y^0)     one after the other, each for all prompts
+    phase 2    x^j ~ p(x^j | c^j, y^{<=j}, y^0)    all units of all prompts in one batch
+    whole      c^1 x^1 c^2 x^2 ...; its probability is the product (the thesis writes a sum)
+
+y^0 is the prompt and c^j the class of a unit: the text that opens it, the text that closes it and
+what ends it. It works with every family, and with policies that have learnt whole texts alone:
+ * A description is the beginning of its unit, and x^j continues it. The policy sees the whole as
+   far as it is known, c^1 y^1 c^2 y^2 ... c^j y^j, and goes on from there. Openings should say
+   which unit begins: without a word of its own a unit goes on where the one before breaks off.
+ * To a masked diffusion policy, `gap` masks stand for what every earlier unit still lacks, and
+   masks fill the text up behind the unit; it has learnt to see texts with holes. Autoregressive
+   and block diffusion policies have not, and see the beginnings side by side. To block diffusion
+   all that is known is prompt, and blocks begin behind it.
+ * A unit is cut before the first of its stops. A description that holds one is the whole unit, and
+   phase 2 leaves it out.
+ * Units of phase 2 do not see each other: what one needs of another must be in the descriptions.
+
+The critical path is one description after the other and one batch; `parallel=False` writes the
+units one after the other, for comparison. Every unit pays for reading what is known so far, which
+`token_forwards` counts.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from mdmrl.config import require
+from mdmrl.policies.base import Policy, Prompt
+from mdmrl.runs import generator_for
+from mdmrl.sampling.autoregressive import sample_autoregressive
+from mdmrl.sampling.config import SamplerConfig
+from mdmrl.sampling.denoise import denoise
+from mdmrl.sampling.generate import blank_canvas, in_blocks_of
+from mdmrl.sampling.output import SamplerOutput
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A class of units, c^j.
+
+    opening, closing: what stands around the unit in the whole. stops: strings before the first of
+    which the unit ends; without any, at the end of text.
+    """
+
+    name: str
+    opening: str
+    closing: str
+    stops: tuple[str, ...] = ()
+
+    def cut(self, text: str) -> tuple[str, bool]:
+        """`text` up to the first stop, and whether there is one."""
+        found = [at for stop in self.stops if (at := text.find(stop)) >= 0]
+        return (text[: min(found)], True) if found else (text, False)
+
+
+@dataclass
+class HierarchyOutput:
+    """Assembled texts and what they cost.
+
+    Attributes:
+        completions: the wholes. descriptions, units: y^j and y^j x^j of every prompt.
+        nfe: forward passes on the critical path, one after the other; unit_nfe: those of every unit
+            added up, whether it shared them or not. token_forwards: positions pushed through the
+            network. seconds: of the two phases.
+    """
+
+    completions: list[str]
+    descriptions: list[list[str]]
+    units: list[list[str]]
+    nfe: int
+    unit_nfe: int
+    token_forwards: int
+    seconds: tuple[float, float]
+
+
+def generate_hierarchy(
+    policy: Policy,
+    prompts: Sequence[Prompt],
+    units: Sequence[Unit],
+    description: SamplerConfig,
+    unit: SamplerConfig,
+    length: int = 128,
+    gap: int = 8,
+    parallel: bool = True,
+    generator: torch.Generator | None = None,
+) -> HierarchyOutput:
+    """Complete `prompts` by descriptions and units.
+
+    Args:
+        description, unit: the samplers of the two phases; `max_new_tokens` is the length of one
+            description, and of the rest of one unit.
+        length: of a completion as a masked diffusion policy sees it, the masks behind a unit too.
+        gap: masks that stand for the rest of an earlier unit.
+
+    Raises:
+        ValueError: no units, or an option that the family cannot have.
+
+    >>> sections = load_task("medcot-sections")
+    >>> phases = [SamplerConfig(max_new_tokens=n, steps=n // 2) for n in (8, 20)]
+    >>> generate_hierarchy(policy, prompts, sections.units, *phases).completions
+    """
+    require(len(units) > 0, "no units given: expected at least one")
+    require(gap >= 0, f"gap={gap}: expected 0 masks or more")
+    generator = generator or generator_for(0, "hierarchy", device=policy.device)
+    rest = policy.tokenizer.mask_token * gap if policy.kind == "mdm" else ""
+    y = [[""] * len(units) for _ in prompts]
+    ended = [[False] * len(units) for _ in prompts]
+    nfe = unit_nfe = token_forwards = 0
+
+    def known(row: int, last: int) -> str:
+        text = ""
+        for j, c in enumerate(units[: last + 1]):
+            text += c.opening + y[row][j]
+            if j < last:
+                text += ("" if ended[row][j] else rest) + c.closing
+        return text
+
+    def next_texts(places: list[tuple[int, int]], config: SamplerConfig) -> list[str]:
+        """How the units j of some rows, (row, j), go on; written in one batch."""
+        nonlocal nfe, unit_nfe, token_forwards
+        asked = [prompts[row] for row, _ in places]
+        begun = [known(row, j) for row, j in places]
+        output = continue_texts(policy, asked, begun, config, length, generator)
+        nfe += output.nfe
+        unit_nfe += output.nfe * len({j for _, j in places})
+        token_forwards += output.token_forwards
+        return output.completions
+
+    start = time.perf_counter()
+    for j, c in enumerate(units):
+        texts = next_texts([(row, j) for row in range(len(prompts))], description)
+        for row, text in enumerate(texts):
+            y[row][j], ended[row][j] = c.cut(text)
+    middle = time.perf_counter()
+    whole = [list(row) for row in y]
+    left = [(row, j) for j in range(len(units)) for row in range(len(prompts)) if not ended[row][j]]
+    by_unit = [[place for place in left if place[1] == j] for j in range(len(units))]
+    for places in filter(None, [left] if parallel else by_unit):
+        for (row, j), text in zip(places, next_texts(places, unit), strict=True):
+            whole[row][j], _ = units[j].cut(y[row][j] + text)
+    return HierarchyOutput(
+        completions=[
+            "".join(c.opening + text + c.closing for c, text in zip(units, row, strict=True))
+            for row in whole
+        ],
+        descriptions=y,
+        units=whole,
+        nfe=nfe,
+        unit_nfe=unit_nfe,
+        token_forwards=token_forwards,
+        seconds=(middle - start, time.perf_counter() - middle),
+    )
+
+
+def continue_texts(
+    policy: Policy,
+    prompts: Sequence[Prompt],
+    begun: Sequence[str],
+    config: SamplerConfig,
+    length: int,
+    generator: torch.Generator,
+) -> SamplerOutput:
+    """Write the next `config.max_new_tokens` tokens of completions that are `begun`.
+
+    Args:
+        length: of a whole completion; a masked diffusion policy sees masks behind the new tokens up
+            to there, and none where the text is longer already.
+    """
+    encoded = policy.encode(prompts, config.max_new_tokens, begun)
+    if policy.kind == "ar":
+        config.refuse_denoising_options()
+        return sample_autoregressive(policy, encoded, config, generator)
+    if policy.kind == "bd":
+        config = in_blocks_of(policy, config)
+    canvas, attention, open_ = blank_canvas(policy, encoded, config.max_new_tokens)
+    if policy.kind == "mdm":
+        require(
+            config.block_length is None,
+            f"block_length={config.block_length}: expected None, a unit is revealed as a whole",
+        )
+        alone = policy.encode(prompts).attention_mask.sum(1)
+        behind = length - (attention.sum(1) - alone)  # (B,)
+        more = torch.arange(max(0, int(behind.max())), device=policy.device) < behind[:, None]
+        masks = torch.full_like(more, policy.mask_token_id, dtype=torch.long)
+        canvas = torch.cat([canvas, masks], 1)
+        attention = torch.cat([attention, more], 1)
+        open_ = torch.cat([open_, torch.zeros_like(more)], 1)
+    width = encoded.input_ids.shape[1]
+    output = denoise(policy, canvas, attention, open_, width, config, generator)
+    output.completion_ids = output.completion_ids[:, : config.max_new_tokens]
+    output.completion_mask = policy.completion_mask(output.completion_ids)
+    output.completions = policy.decode(output.completion_ids, output.completion_mask)
+    return output

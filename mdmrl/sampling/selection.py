@@ -1,0 +1,113 @@
+"""What value-guided sampling is measured against at an equal budget.
+
+    plain           `generate_guided` without thresholds
+    best of n       `best_of(output.final_values, n)` of n plain completions a prompt, as many as
+                    the budget pays for
+    ceiling         `best_of(rewards, n)`, by the true reward
+    majority vote   `majority(answers, n)`
+    no information  `Permuted`: the schedule of a guided run, with V of another completion
+    prompt alone    `PromptOnly`: V before the first step
+    confidence      `mean_logprob`
+
+The last three take V's place in `generate_guided`; the last two need thresholds of their own, from
+`calibrate`. Rows of one prompt are adjacent, n of them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Hashable, Sequence
+
+import torch
+from torch import Tensor
+
+from mdmrl.config import require
+from mdmrl.sampling.guided import GuidedOutput
+from mdmrl.sampling.states import States
+
+
+def best_of(scores: Tensor, n: int) -> list[int]:
+    """The row of the highest of each prompt's `n` scores, (B,); the first of equal ones."""
+    _require_groups(len(scores), n)
+    firsts = torch.arange(0, len(scores), n)
+    return (firsts + torch.as_tensor(scores).view(-1, n).argmax(1).cpu()).tolist()
+
+
+def majority(answers: Sequence[Hashable | None], n: int) -> list[int]:
+    """The first row that gives the commonest of each prompt's `n` answers; None is no answer.
+
+    Of equally common ones, the answer given first; without any answer, the first row.
+    """
+    _require_groups(len(answers), n)
+    rows = []
+    for start in range(0, len(answers), n):
+        group = answers[start : start + n]
+        counts = Counter(answer for answer in group if answer is not None)
+        winner = counts.most_common(1)[0][0] if counts else group[0]
+        rows.append(start + group.index(winner))
+    return rows
+
+
+def mean_logprob(states: States) -> Tensor:
+    """The mean log-probability of what is revealed, 0 where nothing is, (R,)."""
+    return states.logprobs.sum(1) / states.revealed.sum(1).clamp(min=1)
+
+
+class PromptOnly:
+    """V before the first step, at every point.
+
+    Args:
+        values: of each completion's prompt, (B,): `GuidedOutput.values[:, 0, 0]` of a base rollout.
+    """
+
+    def __init__(self, values: Tensor):
+        self.values = values
+
+    def __call__(self, states: States) -> Tensor:
+        return self.values[states.rows]
+
+
+class Permuted:
+    """What V said in a guided run about another completion of the same prompt, look by look.
+
+    Every row thus follows the schedule of another one, with all its rejections and its cost, and V
+    knows nothing of what it judges. For one run, with the same settings and prompts. A text that
+    outlives the one whose schedule it follows goes on.
+
+    Args:
+        output: the guided run; n: its completions a prompt, which swap places in one cycle.
+
+    Raises:
+        ValueError: fewer than two completions a prompt, or a run of other settings.
+    """
+
+    def __init__(self, output: GuidedOutput, n: int, generator: torch.Generator):
+        rows = len(output.judgements)
+        _require_groups(rows, n)
+        require(n > 1, f"n={n}: expected at least 2 completions a prompt to swap")
+        self.source = torch.empty(rows, dtype=torch.long)
+        for start in range(0, rows, n):
+            order = start + torch.randperm(n, generator=generator, device=generator.device).cpu()
+            self.source[order] = order.roll(1)
+        self.left = [deque(output.judgements[row]) for row in self.source]
+        self.last = [output.judgements[row][-1].block for row in self.source]
+
+    def __call__(self, states: States) -> Tensor:
+        looks = zip(states.rows, states.blocks, states.steps, strict=True)
+        return torch.tensor([self._said(*map(int, look)) for look in looks])
+
+    def _said(self, row: int, block: int, step: int) -> float:
+        if not self.left[row] and block > self.last[row]:
+            return torch.inf
+        due = self.left[row].popleft() if self.left[row] else None
+        require(
+            due is not None and (due.block, due.step) == (block, step),
+            f"row {row} is at step {step} of block {block} where the permuted run was at "
+            f"{due and (due.block, due.step)}: expected the same settings and prompts, and a "
+            "Permuted of its own for every run",
+        )
+        return due.value
+
+
+def _require_groups(rows: int, n: int) -> None:
+    require(n >= 1 and rows % n == 0, f"n={n}: expected a divisor of the {rows} rows")

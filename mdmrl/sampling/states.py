@@ -1,0 +1,82 @@
+"""What a value function may look at of text that is half denoised.
+
+Rows of a batch are each at a block and step of their own. The network sees whole canvases without a
+cache (a cache would have one window for all rows), of a block-causal policy only the columns up to
+the furthest active block; the pass that predicts a step's tokens is the one that V sees too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mdmrl.policies.base import MaskedDiffusionPolicy
+
+
+@dataclass
+class States:
+    """R states, each of a row of the batch, as the network sees them before a step.
+
+    rows: which completion, (R,). blocks, steps: the active block and how many of its steps are
+    done, (R,). hidden: hidden states that predict the active block, (R, K, H). context: the mean
+    of those of the prompt and the finished blocks, (R, H). masked: positions of the active block
+    that are masked, (R, K) bool. completion_ids: the completion, [MASK] where not revealed,
+    (R, L). logprobs: of the revealed tokens as they were drawn, 0 elsewhere, (R, L). revealed:
+    (R, L) bool.
+    """
+
+    rows: Tensor
+    blocks: Tensor
+    steps: Tensor
+    hidden: Tensor
+    context: Tensor
+    masked: Tensor
+    completion_ids: Tensor
+    logprobs: Tensor
+    revealed: Tensor
+
+    @property
+    def features(self) -> Tensor:
+        """What `mdmrl.rl.values.ValueHead` was fitted on, (R, 2H+2)."""
+        start = self.blocks * self.masked.shape[1]
+        return features(self.hidden, self.context, self.masked, start, self.revealed.shape[1])
+
+
+def features(hidden: Tensor, context: Tensor, masked: Tensor, start: Tensor, length: int) -> Tensor:
+    """Features (..., 2H+2) of states of a completion of `length`; float32 and detached.
+
+    The mean hidden state of the active block and of the context, the share of the block that is
+    masked, and where in the completion the block begins.
+
+    Args:
+        hidden: (..., K, H); context: (..., H); masked: (..., K) bool; start: (...) or less.
+    """
+    fraction = masked.float().mean(-1, keepdim=True)
+    index = (start / length)[..., None].expand_as(fraction)
+    return torch.cat([hidden.detach().mean(-2).float(), context.float(), fraction, index], -1)
+
+
+def look_at(
+    policy: MaskedDiffusionPolicy, canvas: Tensor, attention: Tensor, width: int, columns: Tensor
+) -> tuple[Tensor, Tensor, int]:
+    """One forward pass over rows at blocks of their own.
+
+    Args:
+        canvas, attention: (R, P+L); width: P; columns: of the active blocks, (R, K).
+    Returns:
+        hidden states that predict the active blocks, (R, K, H), the mean of those before them,
+        (R, H), and the number of positions computed.
+    """
+    if policy.kind == "bd":
+        stop = int(columns.max()) + 1
+        pattern = policy.pattern(width, stop - width)
+        hidden = policy.forward(canvas[:, :stop], attention[:, :stop], pattern)
+    else:
+        hidden = policy.hidden_states(canvas, attention)
+    real = attention[:, : hidden.shape[1]]
+    before = real & (torch.arange(real.shape[1], device=real.device) < columns[:, :1])
+    context = before.to(hidden.dtype)[:, None] @ hidden / before.sum(1)[:, None, None]
+    rows = torch.arange(len(canvas), device=canvas.device)[:, None]
+    return hidden[rows, columns - int(policy.logit_shift)], context[:, 0], real.numel()
