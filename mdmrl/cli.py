@@ -136,23 +136,33 @@ def sft(
 
 @app.command()
 def train(
-    config: Annotated[Path, typer.Argument(help="YAML: GRPOConfig's fields.")],
+    config: Annotated[Path, typer.Argument(help="YAML: fields of GRPOConfig or PPOConfig.")],
+    algorithm: Annotated[str, typer.Option(help="grpo or ppo.")] = "grpo",
     policy: Annotated[str, typer.Option(help="A name, or a folder.")] = "tiny-mdm",
     task: Annotated[str, typer.Option(help="The task.")] = "medcot",
     lora_r: Annotated[int, typer.Option(help="LoRA rank; 0 trains every weight.")] = 0,
 ) -> None:
-    """Train with GRPO; `accelerate launch -m mdmrl train ...` on several processes."""
+    """Train with GRPO or PPO; `accelerate launch -m mdmrl train ...` on several processes."""
     import yaml
 
-    from mdmrl import GRPOConfig, add_lora, load_policy, load_task, train_grpo
+    import mdmrl
+    from mdmrl import add_lora, load_policy, load_task
+    from mdmrl.config import unknown
 
-    settings = GRPOConfig.from_dict(yaml.safe_load(config.read_text()) or {})
+    algorithms = {
+        "grpo": (mdmrl.GRPOConfig, mdmrl.train_grpo),
+        "ppo": (mdmrl.PPOConfig, mdmrl.train_ppo),
+    }
+    if algorithm not in algorithms:
+        raise unknown("algorithm", algorithm, algorithms)
+    chosen, run = algorithms[algorithm]
+    settings = chosen.from_dict(yaml.safe_load(config.read_text()) or {})
     judged = load_task(task)
     trained = load_policy(policy)
     if lora_r:
         add_lora(trained, r=lora_r, seed=settings.seed)
     held_out = judged.rows("validation", 48)
-    print(train_grpo(trained, judged.rewards, judged.rows("rl"), settings, held_out, judged.metric))
+    print(run(trained, judged.rewards, judged.rows("rl"), settings, held_out, judged.metric))
 
 
 @app.command()

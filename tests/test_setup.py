@@ -17,6 +17,7 @@ from packaging.utils import canonicalize_name
 
 from mdmrl import cli
 from mdmrl.evaluation.tables import models_markdown
+from mdmrl.runs import read_rows
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -174,6 +175,29 @@ def test_any_sampler_can_be_evaluated(monkeypatch, capsys, tmp_path):
     markdown = models_markdown(table).splitlines()
     assert markdown[2].startswith(f"| tiny-mdm | {used} | 2 | 0 | 0.0% [0.0%, 65.8%] |")
     assert markdown[4].startswith("| tiny-ar | max_new_tokens=16 | - | 0 |")
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "own"), [("grpo", {"num_generations": 2}), ("ppo", {"value_batches": 2})]
+)
+def test_a_policy_is_trained_by_any_algorithm(monkeypatch, capsys, tmp_path, algorithm, own):
+    settings = {
+        "output_dir": str(tmp_path / "run"),
+        "max_steps": 1,
+        "per_device_train_batch_size": 2,
+        "num_generations": 2,
+        "max_completion_length": 8,
+        "steps": 2,
+    }
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(settings | own))
+    assert call(monkeypatch, "train", str(config), "--algorithm", algorithm) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "run")
+    rows = read_rows(tmp_path / "run" / "metrics.jsonl")
+    assert len(rows) == 2
+    assert ("values/loss" in rows[0]) == (algorithm == "ppo")
+    assert call(monkeypatch, "train", str(config), "--algorithm", "pp") == 2
+    assert "unknown algorithm 'pp': did you mean 'ppo'?" in capsys.readouterr().err
 
 
 def test_samplers_are_refused_by_name(monkeypatch, capsys):
