@@ -582,6 +582,7 @@ NAMES = {
     "step_time",
     "rollout_time",
     "token_forwards",
+    "token_forwards/scoring",
     "num_tokens",
     "eval/reward",
     "eval/accuracy",
@@ -603,6 +604,10 @@ def test_a_run_logs_what_it_promises_and_touches_nothing_global(policy, tmp_path
         assert row["loss"] == pytest.approx(row["loss/surrogate"] + row["loss/kl"])
         assert all(isinstance(value, int | float) for value in row.values())
     assert rows[0]["ratio/mean"] != 1  # of the last inner iteration
+    # New and reference policy at both inner iterations, the old one once.
+    a_row = rows[2]["token_forwards/scoring"] / (5 * config.per_device_train_batch_size)
+    widths = {policy.encode([row["prompt"]]).input_ids.shape[1] for row in ROWS}
+    assert a_row - config.max_completion_length in widths
     samples = rows_of(folder, "samples")
     assert [len(row["completions"]) for row in samples] == [6] * 3
 

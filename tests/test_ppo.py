@@ -299,9 +299,14 @@ def test_the_work_is_counted(mdm, bd):
     """A canvas a state, or the clean text once and a block a state."""
     rollout = a_rollout(ender(mdm, 4))
     width = rollout.prompt_ids.shape[1]
-    assert scored(mdm, rollout).token_forwards == 12 * 5 * (width + 8)
-    assert scored(bd, rollout, 1000).token_forwards == 12 * (width + 4 + 5 * 4)
-    assert scored(bd, rollout, 3).token_forwards == 12 * (2 * width + 4 + 5 * 4)
+    for policy, states, cost in (
+        (mdm, 4, 5 * (width + 8)),
+        (bd, 1000, width + 4 + 5 * 4),
+        (bd, 3, 2 * width + 4 + 5 * 4),
+    ):
+        before = policy.pushed
+        scored(policy, rollout, states)
+        assert policy.pushed - before == 2 * 12 * cost  # policy and reference
 
 
 @torch.no_grad()
@@ -615,7 +620,7 @@ NAMES = {
     "values/loss",
     "advantages/std",
     "token_forwards",
-    "token_forwards/rollout",
+    "token_forwards/scoring",
     "skipped_updates",
     "step_time",
 }
@@ -638,9 +643,8 @@ def test_a_run_logs_what_it_promises_and_touches_nothing_global(
         assert row["loss"] == pytest.approx(row["loss/surrogate"] + row["loss/kl"])
         assert row["off_sampler"] < 1e-4
         # Sampling looks at each state once too; a block-causal sampler keeps more.
-        scoring = row["token_forwards"] - row["token_forwards/rollout"]
         if family == "mdm" and row["step"]:
-            assert scoring == 4 * row["token_forwards/rollout"]
+            assert row["token_forwards/scoring"] == 4 * row["token_forwards"]
     assert rows[0]["token_forwards"] > 2 * rows[1]["token_forwards"]  # with V's first fit
     assert ["values/base_explained_variance" in row for row in rows[:2]] == [True, False]
     assert [len(row["completions"]) for row in rows_of(folder, "samples")] == [6] * 3

@@ -55,6 +55,7 @@ class Policy:
         logit_shift: True where position i is predicted by the hidden state of position i-1.
         block_length: of the blocks a block diffusion policy was trained with, else None.
         model: a transformers causal-LM, possibly wrapped by peft.
+        pushed: positions pushed through the network so far.
     """
 
     kind: str
@@ -66,6 +67,7 @@ class Policy:
         self.tokenizer = tokenizer
         self.tokenizer.padding_side = "left"
         self._reference = None
+        self.pushed = 0
         rows = model.get_input_embeddings().weight.shape[0]
         require(
             len(tokenizer) <= rows,
@@ -195,6 +197,7 @@ class Policy:
         if attention_mask.ndim == 2:
             attention_mask = attention_mask.long()
             position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
+        self.pushed += input_ids.numel()
         return self._transformer.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

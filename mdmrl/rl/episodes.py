@@ -45,7 +45,7 @@ class Look:
     the prompt and the clean blocks, (R, S, H). masked, revealed: positions of the active block that
     the state has masked, and those that the step reveals, (R, S, K) bool. tokens, logprobs: what
     the sampler drew there and how probable it was, (R, S, K). start: first position of the active
-    block, (S,). token_forwards: positions pushed through the network.
+    block, (S,).
     """
 
     block: Tensor
@@ -55,7 +55,6 @@ class Look:
     tokens: Tensor
     logprobs: Tensor
     start: Tensor
-    token_forwards: int
 
     def features(self, length: int) -> Tensor:
         """What a value function sees of each state of a completion of `length`, (R, S, 2H+2)."""
@@ -82,8 +81,7 @@ class Old:
     parts: rows and steps of each micro-batch. logp: log-probabilities of its N tokens, (N,) each;
     reference: the reference's hidden states there, (N, H) each. features: of all states, (B, T, F).
     kl: each action's KL(pi || pi_ref), summed over its positions, (B, T). off_sampler: the largest
-    difference between a log-probability and the sampler's own. token_forwards: positions that one
-    look at all states pushes through a network.
+    difference between a log-probability and the sampler's own.
     """
 
     rollout: Rollout
@@ -94,7 +92,6 @@ class Old:
     features: Tensor
     kl: Tensor
     off_sampler: float
-    token_forwards: int
 
     def rewards(self, charge: float) -> Tensor:
         """r_t, (B, T): the completion's reward at the last step, and `charge` for a nat of KL."""
@@ -116,7 +113,7 @@ def score(
         for row in range(0, batch, rows)
         for step in range(0, steps, states_per_forward)
     ]
-    logps, references, features, kls, off, cost = [], [], [], [], 0.0, 0
+    logps, references, features, kls, off = [], [], [], [], 0.0
     for chosen, now in parts:
         part = rollout.rows(chosen)
         seen = look(policy, part, now, block_length)
@@ -132,7 +129,6 @@ def score(
         features.append(seen.features(length).flatten(0, 1))
         kls.append(kl.masked_scatter(at, kl_divergence(logp, ref)).sum(-1).flatten())
         off = max(off, (drawn - seen.logprobs[at]).abs().max().item())
-        cost += seen.token_forwards
     return Old(
         rollout,
         block_length,
@@ -142,7 +138,6 @@ def score(
         torch.cat(features).view(batch, steps, -1),
         torch.cat(kls).view(batch, steps),
         off,
-        cost,
     )
 
 
@@ -165,20 +160,20 @@ def look(policy: MaskedDiffusionPolicy, rollout: Rollout, steps: slice, block_le
     masked = when >= now[:, None]
     if policy.kind == "bd":
         xt = tokens.masked_fill(masked, policy.mask_token_id)  # (R, S, K)
-        block, context, cost = _packed(policy, rollout, xt, start)
+        block, context = _packed(policy, rollout, xt, start)
     else:
         ids, revealed_at = rollout.completion_ids[:, None], rollout.revealed_at[:, None]
         xt = torch.where(revealed_at >= now[:, None], policy.mask_token_id, ids)  # (R, S, L)
-        hidden, context, cost = _stacked(policy, rollout, xt, start)
+        hidden, context = _stacked(policy, rollout, xt, start)
         first = rollout.prompt_ids.shape[1] - int(policy.logit_shift)
         block = hidden[:, torch.arange(len(start))[:, None], first + columns]
     logprobs = rollout.logprobs[:, columns]
-    return Look(block, context, masked, when == now[:, None], tokens, logprobs, start, cost)
+    return Look(block, context, masked, when == now[:, None], tokens, logprobs, start)
 
 
 def _stacked(
     policy: MaskedDiffusionPolicy, rollout: Rollout, xt: Tensor, start: Tensor
-) -> tuple[Tensor, Tensor, int]:
+) -> tuple[Tensor, Tensor]:
     """Hidden states (R, S, P+L, H) of the canvases `xt` (R, S, L), and their context's mean."""
     shape = (*xt.shape[:2], -1)
     prompt, real = (x[:, None].expand(shape) for x in (rollout.prompt_ids, rollout.prompt_mask))
@@ -187,12 +182,12 @@ def _stacked(
     hidden = policy.hidden_states(canvas.flatten(0, 1), attention.flatten(0, 1))
     hidden = hidden.unflatten(0, xt.shape[:2])
     context = attention & _before(start, prompt.shape[-1], canvas.shape[-1])
-    return hidden, _mean(hidden, context[:, :, None])[:, :, 0], canvas.numel()
+    return hidden, _mean(hidden, context[:, :, None])[:, :, 0]
 
 
 def _packed(
     policy: BlockDiffusionPolicy, rollout: Rollout, xt: Tensor, start: Tensor
-) -> tuple[Tensor, Tensor, int]:
+) -> tuple[Tensor, Tensor]:
     """Hidden states (R, S, K, H) of the active blocks `xt` (R, S, K), and their context's mean."""
     width, length = rollout.prompt_ids.shape[1], int(start[-1])
     states, size = xt.shape[1:]
@@ -215,7 +210,7 @@ def _packed(
     )
     text, blocks = hidden.split([clean.shape[1], states * size], 1)
     context = real[:, None] & _before(start, width, clean.shape[1])
-    return blocks.unflatten(1, (states, size)), _mean(text, context), ids.numel()
+    return blocks.unflatten(1, (states, size)), _mean(text, context)
 
 
 def _before(start: Tensor, width: int, columns: int) -> Tensor:

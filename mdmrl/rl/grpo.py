@@ -77,12 +77,11 @@ def train_grpo(
     Each row of `metrics.jsonl` holds the reward and its components; `loss` and its parts
     `loss/surrogate` and `loss/kl` (beta KL), their gradient norms, `grad_norm` before clipping;
     `kl` (mean over tokens, without beta), `kl/sum` (over a completion), `kl/max` and `kl/law` =
-    log mean exp(-d), which is 0 where samples come from the distribution that is scored;
-    ratio and clip fraction, where the loss has a ratio; what completions look like
-    (`mdmrl.rl.monitors`), seconds, and `token_forwards`, the positions that sampling pushed through
-    the network. With `kl_in_reward`, `kl/charged` is what was taken off the mean `reward`.
-    `eval/...` are greedy completions of `eval_rows`, before the update of that step; the last row
-    has nothing else.
+    log mean exp(-d), which is 0 where samples come from the distribution that is scored; ratio and
+    clip fraction, where the loss has a ratio; with `kl_in_reward` the mean `kl/charged`; what
+    completions look like (`mdmrl.rl.monitors`); seconds; positions that sampling pushed through the
+    network, `token_forwards`, and what followed, `token_forwards/scoring`. `eval/...` are greedy
+    completions of `eval_rows`, before the update of that step; the last row has nothing else.
 
     Raises:
         ValueError: an estimator that is not for this policy or loss, bad input.
@@ -134,14 +133,15 @@ def train_grpo(
         if scorer.records:
             rollout = rollout.whole()
         metrics |= seen
+        noises = [noise_for(rollout, "noise", step, i) for i in range(config.num_iterations)]
+        if step < first + CHECKED:
+            check_ratio(policy, rollout, scorer, noises[0], config)
+        pushed = policy.pushed
         if config.kl_in_reward:
             apart = noise_for(rollout, "charge", step)  # the update's would correlate with it
             rollout, metrics["kl/charged"] = charged(policy, rollout, plain, apart, config)
         if config.loss_type == "wd1":
             rollout = replace(rollout, advantages=wd1_weights(rollout, config))
-        noises = [noise_for(rollout, "noise", step, i) for i in range(config.num_iterations)]
-        if step < first + CHECKED:
-            check_ratio(policy, rollout, scorer, noises[0], config)
         olds = [None] * len(noises)
         if config.loss_type not in RATIO_FREE:
             olds[1:] = [score_in_parts(policy, rollout, scorer, n, config) for n in noises[1:]]
@@ -162,6 +162,7 @@ def train_grpo(
                 )
         if (step + 1) % config.ref_model_sync_steps == 0:
             policy.sync_reference()
+        metrics["token_forwards/scoring"] = policy.pushed - pushed
         metrics["step_time"] = time.perf_counter() - start
         metrics = averaged(metrics, accelerator)
         if accelerator.is_main_process:

@@ -99,8 +99,7 @@ def train_ppo(
     first fit held out), `values/loss`, `values/mean`, `advantages/std` before normalisation,
     `off_sampler`: the largest difference between a log-probability and the sampler's own,
     `selection_drift`: the share of states where the policy would now reveal other positions, at
-    the last inner step; and `token_forwards` counts sampling and scoring, `token_forwards/rollout`
-    sampling alone.
+    the last inner step. The first row's `token_forwards` count V's first fit too.
 
     Raises:
         ValueError: an autoregressive policy, blocks it was not trained with, bad input.
@@ -138,8 +137,6 @@ def train_ppo(
         )
         block_length = sampler.block_length or config.max_completion_length
         old = score(policy, rollout, block_length, config.states_per_forward)
-        seen["token_forwards/rollout"] = seen["token_forwards"]
-        seen["token_forwards"] += 2 * old.token_forwards  # policy and reference
         return batch, old, seen, sample
 
     def held_out() -> dict[str, float]:
@@ -150,10 +147,9 @@ def train_ppo(
         metrics: dict[str, float] = {}
         if eval_rows and step % config.eval_steps == 0:
             metrics |= held_out()
-        start = time.perf_counter()
+        start, pushed = time.perf_counter(), policy.pushed
         batch, old, seen, sample = draw("rollout", step, config.seed, config.num_generations)
         metrics |= seen
-        metrics["token_forwards"] += config.num_iterations * old.token_forwards
         if step == 0:  # V first, on as many different prompts as there are completions
             seed = derived_seed(config.seed, "values")
             base = [draw("values", i, seed, 1)[1:3] for i in range(config.value_batches)]
@@ -201,6 +197,7 @@ def train_ppo(
                 )
         if (step + 1) % config.ref_model_sync_steps == 0:
             policy.sync_reference()
+        metrics["token_forwards/scoring"] = policy.pushed - pushed - metrics["token_forwards"]
         metrics["step_time"] = time.perf_counter() - start
         metrics = averaged(metrics, accelerator)
         if accelerator.is_main_process:
