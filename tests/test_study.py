@@ -72,6 +72,24 @@ def test_curves_show_every_seed_their_mean_and_interval():
     assert (low, high) == pytest.approx((1 - half, 3 + half), rel=1e-4)
 
 
+def test_bars_show_the_mean_over_seeds_its_interval_and_nothing_where_a_group_has_no_value():
+    nan = float("nan")
+    table = pd.DataFrame(
+        {("format", 0): [1.0, 2.0], ("format", 1): [3.0, 2.0]}
+        | {("masks left", 0): [nan, 4.0], ("masks left", 1): [nan, 6.0]},
+        index=["AR", "MDM"],
+    )
+    _, axes = plt.subplots()
+    plots.bars(axes, table)
+    heights = [bar.get_height() for bar in axes.patches]
+    assert heights == pytest.approx([2, 2, nan, 5], nan_ok=True)
+    half = 12.7062  # t quantile of one degree of freedom times the standard error of 1
+    spans = [s[:, 1] for lines in axes.collections for s in lines.get_segments() if len(s)]
+    expected = [(2 - half, 2 + half), (2, 2), (5 - half, 5 + half)]
+    drawn = [tuple(span) for span in spans if span[0] == span[0]]
+    assert drawn == [pytest.approx(span, rel=1e-4) for span in expected]
+
+
 def test_per_seed_curves_leave_out_updates_without_the_column():
     runs = pd.DataFrame(
         {"arm": "AR", "seed": [1, 0, 0], "step": [0, 1, 0], "eval/reward": [3.0, None, 2.0]}

@@ -80,7 +80,7 @@ def shared_legend(figure: Figure, axes: Axes, columns: int = 3) -> None:
 
 def bars(axes: Axes, table: pd.DataFrame, colours: Sequence[str] = COLOURS) -> None:
     """Grouped bars of the means over seeds (rows: groups, columns: `(measure, seed)`), with the
-    95 % t-interval where there are two seeds or more."""
+    95 % t-interval where there are two seeds or more; a measure that a group lacks has no bar."""
     measures = table.columns.unique(level=0)
     width = 0.8 / len(measures)
     for i, measure in enumerate(measures):
@@ -88,7 +88,8 @@ def bars(axes: Axes, table: pd.DataFrame, colours: Sequence[str] = COLOURS) -> N
         values = table[measure]
         error = None
         if values.shape[1] > 1:
-            low = [t_interval(row.dropna()).low for _, row in values.iterrows()]
+            seeds = [row.dropna() for _, row in values.iterrows()]
+            low = [t_interval(row).low if len(row) else np.nan for row in seeds]
             error = np.maximum(values.mean(axis=1) - low, 0)
         axes.bar(at, values.mean(axis=1), width * 0.9, yerr=error, color=colours[i], label=measure)
     axes.set_xticks(range(len(table)), table.index)
