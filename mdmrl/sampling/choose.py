@@ -22,30 +22,32 @@ CHUNK = 64
 
 def draw(
     logits: Tensor, config: SamplerConfig, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """Draw one token from every row of `logits` (N, V).
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw one token from every row of `logits` (N, V), which it shifts, in place, so that each
+    row's maximum is 0: log-probabilities near 0 keep their digits.
 
     Returns:
-        tokens and log-probabilities under the tempered and filtered softmax they were drawn from,
-        both (N,); at temperature 0 the most probable token and its log-probability under
-        softmax(logits).
+        tokens and log-probabilities under the tempered and filtered softmax they were drawn from
+        (at temperature 0 the most probable token and its log-probability under softmax(logits)),
+        and the most probable tokens; all (N,).
 
     Raises:
         FloatingPointError: logits that are nan or infinite.
     """
-    best, tokens = logits.max(-1)
+    best, favourite = logits.max(-1)
     if not best.isfinite().all():
         raise FloatingPointError(
             f"{int((~best.isfinite()).sum())} of {len(best)} positions have logits that are nan or "
             "infinite: the weights have diverged; go back to an earlier checkpoint"
         )
+    logits -= best[:, None]
     if config.temperature == 0:
-        return tokens, best - logits.logsumexp(-1)
-    logits = keep_most_probable(
-        (logits - best[:, None]) / config.temperature, config.top_k, config.top_p
-    )
-    tokens, total = draw_in_proportion(logits.exp(), generator)
-    return tokens, _at(logits, tokens) - total.log().to(logits.dtype)
+        return favourite, -logits.logsumexp(-1), favourite
+    tempered = logits
+    if not config.untempered:
+        tempered = keep_most_probable(logits / config.temperature, config.top_k, config.top_p)
+    tokens, total = draw_in_proportion(tempered.exp(), generator)
+    return tokens, _at(tempered, tokens) - total.log().to(logits.dtype), favourite
 
 
 def draw_in_proportion(weights: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -56,8 +58,9 @@ def draw_in_proportion(weights: Tensor, generator: torch.Generator) -> tuple[Ten
     the tail of a large vocabulary.
     """
     rows = torch.arange(len(weights), device=weights.device)
-    padding = -weights.shape[1] % CHUNK
-    chunks = F.pad(weights, (0, padding)).unflatten(1, (-1, CHUNK))  # (N, V / CHUNK, CHUNK)
+    if padding := -weights.shape[1] % CHUNK:  # F.pad copies even where it adds nothing
+        weights = F.pad(weights, (0, padding))
+    chunks = weights.unflatten(1, (-1, CHUNK))  # (N, V / CHUNK, CHUNK)
     sums = chunks.sum(-1).double()
     edges = sums.cumsum(1)
     uniform = torch.rand(rows.shape, generator=generator, dtype=torch.double, device=rows.device)

@@ -85,12 +85,10 @@ def denoise(
             logits = network.logits(rows, todo, a, b, fresh)  # (N, V)
             if config.suppress_mask:
                 logits[:, policy.mask_token_id] = -torch.inf
-            best, favourite = logits.max(-1, keepdim=True)
-            logits -= best  # log-probabilities near 0 keep their digits
-            tokens, logprob = draw(logits, config, generator)
+            tokens, logprob, favourite = draw(logits, config, generator)
             chosen = choose(
                 commit_score(logits, tokens, logprob, column, config, generator),
-                torch.isin(favourite[:, 0], ends) & config.end_last,
+                torch.isin(favourite, ends) & config.end_last,
                 entropy(logits) if config.entropy_bound is not None else None,
                 todo,
                 targets[step, rows] - (asked[rows] & ~todo).sum(1),

@@ -130,13 +130,11 @@ def generate_guided(
         logits = policy.head(hidden[todo])  # (N, V)
         if config.suppress_mask:
             logits[:, policy.mask_token_id] = -torch.inf
-        best, favourite = logits.max(-1, keepdim=True)
-        logits -= best  # log-probabilities near 0 keep their digits
-        tokens, logprob = draw(logits, config, generator)
+        tokens, logprob, favourite = draw(logits, config, generator)
         row, column = rows.repeat_interleave(todo.sum(1)), columns[todo]
         chosen = choose(
             commit_score(logits, tokens, logprob, column, config, generator),
-            torch.isin(favourite[:, 0], ends) & config.end_last,
+            torch.isin(favourite, ends) & config.end_last,
             None,
             todo,
             batch.targets[block, step] - (~todo).sum(1),
