@@ -72,6 +72,21 @@ def test_curves_show_every_seed_their_mean_and_interval():
     assert (low, high) == pytest.approx((1 - half, 3 + half), rel=1e-4)
 
 
+def test_log_curves_show_the_median_and_range_and_leave_gaps_at_zero():
+    values = {0: [0, 1, 10], 1: [0, 2, 10], 2: [0, 400, 10]}
+    runs = pd.DataFrame(
+        {"arm": "AR", "seed": seed, "step": step, "kl": kl}
+        for seed, curve in values.items()
+        for step, kl in enumerate(curve)
+    )
+    _, axes = plt.subplots()
+    plots.curves(axes, runs, "kl", {"AR": "C0"}, log=True)
+    assert axes.get_yscale() == "log"
+    assert list(axes.get_lines()[-1].get_ydata()) == pytest.approx([float("nan"), 2, 10], nan_ok=1)
+    (band,) = axes.collections
+    assert tuple(band.get_paths()[0].get_extents().intervaly) == (1, 400)
+
+
 def test_bars_show_the_mean_over_seeds_its_interval_and_nothing_where_a_group_has_no_value():
     nan = float("nan")
     table = pd.DataFrame(
@@ -81,10 +96,10 @@ def test_bars_show_the_mean_over_seeds_its_interval_and_nothing_where_a_group_ha
     )
     _, axes = plt.subplots()
     plots.bars(axes, table)
-    heights = [bar.get_height() for bar in axes.patches]
-    assert heights == pytest.approx([2, 2, nan, 5], nan_ok=True)
+    lengths = [bar.get_width() for bar in axes.patches]
+    assert lengths == pytest.approx([2, 2, nan, 5], nan_ok=True)
     half = 12.7062  # t quantile of one degree of freedom times the standard error of 1
-    spans = [s[:, 1] for lines in axes.collections for s in lines.get_segments() if len(s)]
+    spans = [s[:, 0] for lines in axes.collections for s in lines.get_segments() if len(s)]
     expected = [(2 - half, 2 + half), (2, 2), (5 - half, 5 + half)]
     drawn = [tuple(span) for span in spans if span[0] == span[0]]
     assert drawn == [pytest.approx(span, rel=1e-4) for span in expected]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
@@ -34,21 +35,34 @@ def curves(
     colours: dict[str, str],
     smooth: int = 1,
     dashed: Sequence[str] = (),
+    log: bool = False,
 ) -> None:
     """One line an arm: the mean over seeds, each seed thin behind it, and with two seeds or more
     the 95 % t-interval of the mean as a band. `smooth` is the width of the running mean in updates
-    (1 shows the raw trace)."""
+    (1 shows the raw trace).
+
+    With `log`, for positive quantities that span powers of ten, where a mean is its largest value
+    and a t-interval reaches below 0: a log axis, the median over seeds, their range as the band. A
+    value of 0 is a gap."""
     for arm, colour in colours.items():
         table = runs[runs.arm == arm].pivot(index="step", columns="seed", values=column)
         table = table.dropna(how="all").rolling(smooth, min_periods=1).mean()
         if table.empty:
             continue
-        style = "--" if arm in dashed else "-"
+        if log:
+            table = table.where(table > 0)
+            middle, band = table.median(axis=1), [table.min(axis=1), table.max(axis=1)]
+        else:
+            middle, band = table.mean(axis=1), None
+            if table.shape[1] > 1:
+                band = np.array([t_interval(row.dropna())[1:] for _, row in table.iterrows()]).T
         axes.plot(table.index, table, color=colour, linewidth=0.4, alpha=0.4)
-        axes.plot(table.index, table.mean(axis=1), style, color=colour, linewidth=1.5, label=arm)
-        if table.shape[1] > 1:
-            band = np.array([t_interval(row.dropna())[1:] for _, row in table.iterrows()])
-            axes.fill_between(table.index, *band.T, color=colour, alpha=0.15, linewidth=0)
+        style = "--" if arm in dashed else "-"
+        axes.plot(table.index, middle, style, color=colour, linewidth=1.5, label=arm)
+        if band is not None:
+            axes.fill_between(table.index, *band, color=colour, alpha=0.15, linewidth=0)
+    if log:
+        axes.set_yscale("log")
     axes.set_xlabel("update")
     sns.despine(ax=axes)
 
@@ -64,12 +78,20 @@ def panels(count: int, height: float = 2.4, columns: int = 2) -> tuple[Figure, n
     return figure, axes.flatten()[:count]
 
 
-def caption(runs: pd.DataFrame, smooth: int = 1) -> str:
-    """What the lines and bands of `curves` are, for a figure's title."""
+def title(
+    figure: Figure, text: str, runs: pd.DataFrame, smooth: int = 1, log: bool = False
+) -> None:
+    """`text` above all panels, and what the lines and bands of `curves` are."""
     seeds = runs.seed.nunique()
-    band = "band: 95 % t-interval of the mean" if seeds > 1 else "one seed, so no interval"
-    running = f"; running mean of {smooth} updates" if smooth > 1 else ""
-    return f"{seeds} seed{'s' if seeds > 1 else ''}, thin lines; {band}{running}"
+    if seeds == 1:
+        shown = ["1 seed, so no interval"]
+    elif log:
+        shown = [f"{seeds} seeds, thin lines", "thick: their median", "band: their range"]
+    else:
+        shown = [f"{seeds} seeds, thin lines", "band: 95 % t-interval of the mean"]
+    if smooth > 1:
+        shown.append(f"running mean of {smooth} updates")
+    figure.suptitle(textwrap.fill(f"{text}. {'; '.join(shown)}", 100), fontsize=8)
 
 
 def shared_legend(figure: Figure, axes: Axes, columns: int = 3) -> None:
@@ -79,18 +101,22 @@ def shared_legend(figure: Figure, axes: Axes, columns: int = 3) -> None:
 
 
 def bars(axes: Axes, table: pd.DataFrame, colours: Sequence[str] = COLOURS) -> None:
-    """Grouped bars of the means over seeds (rows: groups, columns: `(measure, seed)`), with the
-    95 % t-interval where there are two seeds or more; a measure that a group lacks has no bar."""
+    """Grouped bars, from top to bottom, of the means over seeds (rows: groups, columns:
+    `(measure, seed)`), with the 95 % t-interval where there are two seeds or more; a measure that
+    a group lacks has no bar."""
     measures = table.columns.unique(level=0)
-    width = 0.8 / len(measures)
+    height = 0.8 / len(measures)
     for i, measure in enumerate(measures):
-        at = np.arange(len(table)) + (i - (len(measures) - 1) / 2) * width
+        at = np.arange(len(table)) + (i - (len(measures) - 1) / 2) * height
         values = table[measure]
         error = None
         if values.shape[1] > 1:
             seeds = [row.dropna() for _, row in values.iterrows()]
             low = [t_interval(row).low if len(row) else np.nan for row in seeds]
             error = np.maximum(values.mean(axis=1) - low, 0)
-        axes.bar(at, values.mean(axis=1), width * 0.9, yerr=error, color=colours[i], label=measure)
-    axes.set_xticks(range(len(table)), table.index)
+        axes.barh(
+            at, values.mean(axis=1), height * 0.9, xerr=error, color=colours[i], label=measure
+        )
+    axes.set_yticks(range(len(table)), table.index)
+    axes.invert_yaxis()
     sns.despine(ax=axes)
