@@ -252,13 +252,13 @@ def last_sample(runs: pd.DataFrame, arm: str, profile: str) -> str:
     return f"{sample['prompt']}\n{sample['completions'][0]}\nreward {sample['rewards'][0]:.2f}"
 
 
-def real_arm(policy: str, **settings) -> Arm:
-    """A real pretrained autoregressive model with the thesis's settings."""
+def real_arm(policy: str, dtype: str, **settings) -> Arm:
+    """A real pretrained autoregressive model with the thesis's settings; its weights in `dtype`."""
     thesis = {"learning_rate": 5e-6, "beta": 1.0, "epsilon": 0.1, "ref_model_sync_steps": 500}
     return Arm(
         name=policy,
         policy=policy,
-        dtype="bfloat16",
+        dtype=dtype,
         lora={"r": 48, "lora_alpha": 128, "lora_dropout": 0.05},
         settings=thesis | {"logp_estimator": "exact"} | settings,
         instruct=True,
