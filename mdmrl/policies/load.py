@@ -20,7 +20,7 @@ from mdmrl.policies.base import (
 )
 from mdmrl.policies.families import TOKENIZERS, load_model
 
-ZOO = ("tiny-ar", "tiny-mdm")
+ZOO = ("tiny-ar", "tiny-mdm", "tiny-bd")
 SMOLLM2 = "smollm2-135m"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -35,10 +35,10 @@ def load_policy(
     """Load a policy by name.
 
     Args:
-        name: `tiny-ar`, `tiny-mdm` (shipped), `smollm2-135m` (from its package, no network), a
-            folder written by `save_pretrained`, or a hub name `organisation/model`. A checkpoint is
-            autoregressive unless its config.json says `"is_causal": false` or its `model_type` is
-            one of `families.FAMILIES`: `Dream-org/Dream-v0-Instruct-7B`,
+        name: `tiny-ar`, `tiny-mdm`, `tiny-bd` (shipped), `smollm2-135m` (from its package, no
+            network), a folder written by `save_pretrained`, or a hub name `organisation/model`. A
+            checkpoint is autoregressive unless its config.json says `"is_causal": false` or its
+            `model_type` is one of `families.FAMILIES`: `Dream-org/Dream-v0-Instruct-7B`,
             `GSAI-ML/LLaDA-8B-Instruct`, dllm's a2d. Code that comes with it is never run.
         dtype: of the body; the head is always float32, so that logits are.
         adapter: a peft adapter folder to put on top.

@@ -88,7 +88,7 @@ class PretrainConfig(Config):
 RECIPES = {
     "tiny-ar": PretrainConfig(family="ar", tokens=4e6, warmup_share=0.015),
     "tiny-mdm": PretrainConfig(family="mdm", tokens=42e6, warmup_share=6e4 / 42e6),
-    "tiny-bd": PretrainConfig(family="bd", start="tiny-mdm", tokens=4e6, bf16=False),
+    "tiny-bd": PretrainConfig(family="bd", start="tiny-mdm", tokens=2.4e6, bf16=False),
     "tiny-mdm-equal": PretrainConfig(family="mdm", tokens=4e6, warmup_share=0.015),
 }
 
