@@ -202,12 +202,12 @@ def bench(
     if what not in benches:
         raise unknown("bench", what, benches)
     numbers = benches[what]()
+    if json is not None:  # first, since printing ends where a pipe was closed
+        json.write_text(dumps(numbers, indent=1) + "\n")
     if what == "samplers":
         print_bench(numbers)
     else:
         print(dumps(numbers, indent=1))
-    if json is not None:
-        json.write_text(dumps(numbers, indent=1) + "\n")
 
 
 def main() -> None:
