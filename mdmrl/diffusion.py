@@ -25,6 +25,7 @@ section 3).
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -38,19 +39,19 @@ from mdmrl.config import require
 # -- noise schedules -------------------------------------------------------------------------------
 
 
-class Schedule:
+class Schedule(ABC):
     """How the probability of being still unmasked falls with time.
 
     All methods take times in [0, 1] as a float tensor of any shape and return that shape.
     """
 
+    @abstractmethod
     def alpha(self, t: Tensor) -> Tensor:
         """Probability that a token is unmasked: alpha(0) = 1, alpha(1) = 0."""
-        raise NotImplementedError
 
+    @abstractmethod
     def slope(self, t: Tensor) -> Tensor:
         """The derivative alpha'(t), nowhere positive."""
-        raise NotImplementedError
 
     def weight(self, t: Tensor) -> Tensor:
         """-alpha'_t / (1 - alpha_t), the rate at which the reverse process reveals; t > 0."""

@@ -664,10 +664,13 @@ RESUMED = {
 }
 
 
-OBJECTIVES = [pytest.param(name, marks=pytest.mark.slow) for name in ("mdm-spg", "mdm-charged")]
+SLOW = ("mdm-spg", "mdm-charged")
 
 
-@pytest.fixture(scope="module", params=["ar", "mdm-lora", "ar-lora", *OBJECTIVES])
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(k, marks=pytest.mark.slow if k in SLOW else ()) for k in RESUMED],
+)
 def uninterrupted(request, shared_policies, tmp_path_factory):
     """A way to start the run, and what it gives when nothing happens."""
     base = shared_policies[request.param.partition("-")[0]]

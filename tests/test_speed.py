@@ -27,6 +27,17 @@ def test_samplers_at_few_steps_have_no_blocks():
     assert found["blocks, threshold, dual cache", 0.9].cache == "dual"
 
 
+def test_block_diffusion_takes_no_fewer_steps_than_it_has_blocks():
+    found = speed.block_samplers(16, [1, 4, 8], block_length=4, thresholds=[0.9])
+    assert list(found) == [
+        ("block diffusion", 4),
+        ("block diffusion", 8),
+        ("block diffusion, threshold", 0.9),
+    ]
+    assert found["block diffusion", 8].steps == 8
+    assert found["block diffusion, threshold", 0.9].threshold == 0.9
+
+
 def test_every_prompt_is_completed_by_every_sampler_with_every_seed(mdm):
     task = Task(
         name="letters",

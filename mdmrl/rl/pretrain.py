@@ -1,4 +1,4 @@
-"""Pre-training of the tiny twins: one recipe, one corpus, one token budget, three losses.
+"""Pre-training of the tiny twins: one recipe, one corpus, three losses.
 
 All families see the same stream of chat-formatted documents (prompt, completion, end token) in the
 same order and minimise their loss of `mdmrl.rl.supervised`. In `PROMPT_SHARE` of the batches the
@@ -84,7 +84,8 @@ class PretrainConfig(Config):
 
 
 # What `mdmrl pretrain NAME` trains, beside the tokenizer. The autoregressive twin is at its plateau
-# after a fraction of the tokens; `tiny-mdm-equal` is the masked diffusion model at that budget.
+# after a fraction of the tokens; `tiny-mdm-equal` is the masked diffusion model at that budget. The
+# tokens of `tiny-bd` come on top of those of `tiny-mdm`.
 RECIPES = {
     "tiny-ar": PretrainConfig(family="ar", tokens=4e6, warmup_share=0.015),
     "tiny-mdm": PretrainConfig(family="mdm", tokens=42e6, warmup_share=6e4 / 42e6),
