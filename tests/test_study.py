@@ -82,7 +82,8 @@ def test_log_curves_show_the_median_and_range_and_leave_gaps_at_zero():
     _, axes = plt.subplots()
     plots.curves(axes, runs, "kl", {"AR": "C0"}, log=True)
     assert axes.get_yscale() == "log"
-    assert list(axes.get_lines()[-1].get_ydata()) == pytest.approx([float("nan"), 2, 10], nan_ok=True)
+    median = list(axes.get_lines()[-1].get_ydata())
+    assert median == pytest.approx([float("nan"), 2, 10], nan_ok=True)
     (band,) = axes.collections
     assert tuple(band.get_paths()[0].get_extents().intervaly) == (1, 400)
 
