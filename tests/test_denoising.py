@@ -164,7 +164,7 @@ def test_denoising_equals_the_plain_loop(family, changes, endings, request):
         written = found.completion_mask[row]
         assert torch.equal(found.completion_ids[row][written], expected[written])
         most = max(most, passes)
-    assert found.nfe >= most
+    assert endings or found.nfe >= most  # the plain loop writes a block to its end
     assert found.exact
 
 
@@ -172,19 +172,23 @@ def test_denoising_equals_the_plain_loop(family, changes, endings, request):
 
 
 @pytest.mark.parametrize("family", ["mdm", "bd"])
-def test_rows_end_with_the_block_of_their_end_token(family, request):
+@pytest.mark.parametrize("block_length", [4, None])
+def test_rows_end_with_their_text(family, block_length, request):
     policy = ender(request.getfixturevalue(family), 4)
-    options = {"max_new_tokens": 24, "steps": 24, "block_length": 4, "temperature": 1.0}
+    options = {"max_new_tokens": 24, "steps": 24, "block_length": block_length, "temperature": 1.0}
     found = run(policy, PROMPTS * 4, **options)
     written = found.completion_mask.sum(1)
     assert written.min() < 20  # some rows end blocks early
     assert found.optimisations["rows end with their text"] == "exact"
     assert found.optimisations["finished rows dropped"] == "exact"
     for row, count in enumerate(written.tolist()):
-        last = -(-count // 4) * 4  # the end of its last block
-        assert (found.completion_ids[row, last:] == policy.pad_token_id).all()
-        positions = torch.cat([s.positions[s.rows == row] for s in found.trajectory])
-        assert sorted(positions.tolist()) == list(range(last))
+        steps = [set(s.positions[s.rows == row].tolist()) for s in found.trajectory]
+        steps = [step for step in steps if step]
+        revealed = set.union(*steps)
+        assert revealed >= set(range(count))
+        assert min(steps[-1]) < count  # until this step the text was not final
+        blank = sorted(set(range(24)) - revealed)
+        assert (found.completion_ids[row, blank] == policy.pad_token_id).all()
     whole = run(policy, PROMPTS * 4, **options, stop_at_end=False)
     assert revealed_once(whole)
     assert whole.token_forwards > found.token_forwards

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections import Counter
 
 import pytest
 import torch
@@ -611,7 +612,8 @@ def test_the_probability_of_positions_knows_temperature_and_postponed_ends(toys,
         ]
         laws.append(torch.stack(joint).exp().sum(0))
         assert laws[-1].sum().item() == pytest.approx(1, abs=1e-4)
-    drawn = generate(policy, [PROMPT] * 4000, config, generator_for(0, "draws")).completion_ids
+    going_on = config.replace(stop_at_end=False)
+    drawn = generate(policy, [PROMPT] * 4000, going_on, generator_for(0, "draws")).completion_ids
     assert p_value(laws[0], drawn) > 0.01
     assert p_value(laws[1], drawn) < 1e-4
 
@@ -647,14 +649,58 @@ def test_a_trajectory_is_scored_as_it_was_drawn(toys, family, changes):
     config = sampler(**changes)
     out = generate(toys[family], [PROMPT] * 40, config, generator_for(0, "x"), record=True)
     rollout = Rollout.of(out, torch.zeros(40), torch.ones(40).bool(), config)
-    stops = "block_length" in changes or family == "bd"
-    assert (rollout.revealed_at < 0).any() == stops  # behind a text that ended early
+    assert (rollout.revealed_at < 0).any()  # behind a text that ended early
     assert torch.equal(rollout.completion_mask, out.completion_mask)
     mask = rollout.whole().completion_mask
     assert (mask & ~out.completion_mask).any()  # what lies behind the end counts
     score = estimator("trajectory", toys[family])
     found = score(toys[family], rollout, draw_noise(rollout, 0.0, generator_for(0, "noise")))
     torch.testing.assert_close(found, out.logprobs * mask, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("remasking", ["state_confidence", "low_confidence", "random"])
+@pytest.mark.parametrize("family", ["mdm", "bd"])
+def test_trajectories_that_end_with_their_text_are_as_probable_as_they_are_frequent(
+    toys, family, remasking
+):
+    policy, n = toys[family], 4000
+    config = sampler(remasking=remasking, steps=4, end_last=remasking == "random")
+    out = generate(policy, [PROMPT] * n, config, generator_for(1, "draws"), record=True)
+    rollout = Rollout.of(out, torch.zeros(n), torch.ones(n).bool(), config)
+    log_p = values(policy, "trajectory-positions", rollout).double()
+    ways = [tuple(x) for x in torch.cat([rollout.revealed_at, out.completion_ids], 1).tolist()]
+    seen, p = Counter(ways), dict(zip(ways, log_p.exp().tolist(), strict=True))
+    common = [way for way in seen if p[way] * n >= 5]
+    counts = [seen[way] for way in common]
+    expected = [p[way] * n for way in common]
+    pooled = [n - sum(counts)], [n - sum(expected)]
+    assert len(common) > 20
+    assert 0 < pooled[1][0] < n / 2
+    assert stats.chisquare(counts + pooled[0], expected + pooled[1]).pvalue > 1e-3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("family", "rule", "steps"), [("mdm", "low_confidence", 3), ("bd", "random", 4)]
+)
+def test_ending_with_the_text_leaves_its_law_as_it_is(toys, family, rule, steps):
+    policy = toys[family]
+    config = sampler(remasking=rule, steps=steps)
+    laws = [
+        Counter(
+            tuple(ids)
+            for ids in generate(
+                policy, [PROMPT] * 6000, changed, generator_for(steps, "x")
+            ).token_lists()
+        )
+        for changed in (config, config.replace(stop_at_end=False))
+    ]
+    common = [text for text in laws[0] | laws[1] if laws[0][text] + laws[1][text] >= 10]
+    assert len(common) > 10
+    assert laws[0] != laws[1]
+    table = [[law[text] for text in common] for law in laws]
+    assert stats.chi2_contingency(table).pvalue > 1e-3
 
 
 @torch.no_grad()

@@ -70,6 +70,29 @@ def rows_of(folder, name="metrics"):
     return [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
 
 
+# -- rollouts --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "goes_on"), [("ar_style", True), ("one_step", False)])
+def test_texts_are_written_on_behind_their_end_only_where_that_is_read(
+    mdm, tmp_path, monkeypatch, name, goes_on
+):
+    with torch.no_grad():
+        mdm.model.get_output_embeddings().weight[mdm.tokenizer.eos_token_id] *= 4
+    seen = []
+
+    def recorded(*args):
+        seen.append(collect(*args))
+        return seen[-1]
+
+    monkeypatch.setattr(grpo, "collect", recorded)
+    changes = {"logp_estimator": name, "max_steps": 1, "end_last": False, "steps": 10}
+    train_grpo(mdm, [parity], ROWS, settings(tmp_path / "run", **changes))
+    ((rollout, metrics, _),) = seen
+    assert not rollout.completion_mask.all()
+    assert (metrics["token_forwards"] == 12 * 10 * rollout.prompt_ids.shape[1] + 1200) == goes_on
+
+
 # -- advantages ------------------------------------------------------------------------------------
 
 

@@ -75,13 +75,12 @@ def moves(output, row):
 
 @pytest.mark.parametrize("form", ["faithful", "two_gates"])
 @pytest.mark.parametrize(
-    "changes", [{}, {"remasking": "random"}, {"remasking": "low_confidence", "stop_at_end": False}]
+    "changes", [{}, {"remasking": "random"}, {"remasking": "low_confidence"}], ids=str
 )
 def test_a_constant_v_gives_the_plain_sampler(denoiser, changes, form):
-    config, guide = settings(**changes), GuideConfig(budget=PLENTY, form=form)
-    rollouts = generate_guided(
-        denoiser, OTHERS, config.replace(stop_at_end=False), guide, constant
-    ).values
+    config = settings(**changes, stop_at_end=False)
+    guide = GuideConfig(budget=PLENTY, form=form)
+    rollouts = generate_guided(denoiser, OTHERS, config, guide, constant).values
     thresholds = Thresholds.of(rollouts, guide, 4, OTHERS)
     found = generate_guided(
         denoiser, PROMPTS, config, guide, constant, thresholds, generator_for(0, "x")
@@ -94,8 +93,15 @@ def test_a_constant_v_gives_the_plain_sampler(denoiser, changes, form):
     assert found.nfe == plain.nfe
     if denoiser.kind == "mdm":
         assert found.token_forwards == plain.token_forwards
-    if changes.get("stop_at_end", True):
-        assert found.values.isnan().any()  # behind the end of a text
+    assert (found.final_values == found.values[:, 0, 0]).all()
+
+
+def test_texts_end_as_the_plain_samplers_do(denoiser):
+    config, guide = settings(temperature=0.0), GuideConfig(budget=PLENTY)
+    found = generate_guided(denoiser, PROMPTS, config, guide, constant)
+    plain = generate(denoiser, PROMPTS, config)
+    assert found.completions == plain.completions
+    assert found.values.isnan().any()  # behind the end of a text
     assert (found.final_values == found.values[:, 0, 0]).all()
 
 

@@ -220,7 +220,7 @@ def trajectory(policy: Policy, rollout: Rollout, noise: Noise, positions: bool =
     when = (when - when.amin(-1, keepdim=True)).flatten(1)
     tokens, choices = 0.0, 0.0
     for step in range(int(when[mask].max()) + 1):
-        masked, chosen = mask & (when >= step), mask & (when == step)
+        masked, chosen = when >= step, mask & (when == step)
         scored = masked if positions else chosen
         logits = _masked_logits(policy, rollout, masked, scored)
         tokens = tokens + _of_tokens(rollout, logits, scored).masked_fill(~chosen, 0)

@@ -46,7 +46,7 @@ from mdmrl.rl.objectives import charge, divisor, grpo_loss, of_tokens, sandwiche
 from mdmrl.rl.rollout import Rollout, collect, draw_rows, group_advantages
 from mdmrl.runs import generator_for
 
-ALGORITHM = "grpo-1"  # part of a run's hash: raise it when results change
+ALGORITHM = "grpo-1"  # part of a run's hash: raise it when its law changes
 MAX_SKIPPED = 5
 PARTS = ("surrogate", "kl")
 CHECKED = 2  # steps of which the ratio is checked: fresh LoRA is 0 at the first, dropout unseen
@@ -94,6 +94,7 @@ def train_grpo(
     rank, processes = accelerator.process_index, accelerator.num_processes
     plain = estimator(config.logp_estimator, policy)
     scorer = sandwiched(plain, config) if config.loss_type == "spg" else plain
+    sampler = config.sampler().replace(stop_at_end=not scorer.reads_on)
     run = begin(policy, rewards, rows, eval_rows, config, ALGORITHM, accelerator)
     parameters = policy.trainable_parameters()
     optimizer = torch.optim.AdamW(parameters.values(), lr=config.learning_rate, weight_decay=0.0)
@@ -126,7 +127,7 @@ def train_grpo(
             batch,
             rewards,
             config.num_generations,
-            config.sampler(),
+            sampler,
             generator("rollout", step),
             scorer.records,
         )

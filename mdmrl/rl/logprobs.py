@@ -50,6 +50,7 @@ class Estimator:
         samples: k, where it draws any; noise has as many.
         shared: the reference policy is scored with the same noise (Zhu et al. 2025, LLaDA 1.5).
         records: it needs the rollout's trajectory, all of which counts.
+        reads_on: it sees what stands behind the end of a text, so the sampler must write it.
         kinds: the policies it is for.
     """
 
@@ -61,6 +62,7 @@ class Estimator:
     samples: int = 0
     shared: bool = True
     records: bool = False
+    reads_on: bool = False
     kinds: tuple[str, ...] = ("bd", "mdm")
 
     def __call__(self, policy: Policy, rollout: Rollout, noise: Noise) -> Tensor:
@@ -82,6 +84,7 @@ ESTIMATORS = {
         target="nothing: every token sees itself",
         bias="no likelihood to compare with",
         cost="1",
+        reads_on=True,
     ),
     "one_step": Estimator(
         formulas.one_step,

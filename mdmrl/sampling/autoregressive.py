@@ -32,7 +32,7 @@ def sample_autoregressive(
     for position in range(length):
         hidden = policy.hidden_states(tokens, attention, cache)[:, -1]
         nfe, token_forwards = nfe + 1, token_forwards + tokens.numel()
-        drawn, logprob, _ = draw(policy.head(hidden), config, generator)
+        drawn, logprob = draw(policy.head(hidden), config, generator)
         completion[~ended, position] = drawn[~ended]
         logprobs[~ended, position] = logprob[~ended]
         ended |= torch.isin(drawn, ends)

@@ -22,19 +22,19 @@ CHUNK = 64
 
 def draw(
     logits: Tensor, config: SamplerConfig, generator: torch.Generator
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Draw one token from every row of `logits` (N, V), which it shifts, in place, so that each
     row's maximum is 0: log-probabilities near 0 keep their digits.
 
     Returns:
         tokens and log-probabilities under the tempered and filtered softmax they were drawn from
         (at temperature 0 the most probable token and its log-probability under softmax(logits)),
-        and the most probable tokens; all (N,).
+        both (N,).
 
     Raises:
         FloatingPointError: logits that are nan or infinite.
     """
-    best, favourite = logits.max(-1)
+    best = logits.amax(-1)
     if not best.isfinite().all():
         raise FloatingPointError(
             f"{int((~best.isfinite()).sum())} of {len(best)} positions have logits that are nan or "
@@ -42,12 +42,18 @@ def draw(
         )
     logits -= best[:, None]
     if config.temperature == 0:
-        return favourite, -logits.logsumexp(-1), favourite
+        return logits.argmax(-1), -logits.logsumexp(-1)
     tempered = logits
     if not config.untempered:
         tempered = keep_most_probable(logits / config.temperature, config.top_k, config.top_p)
     tokens, total = draw_in_proportion(tempered.exp(), generator)
-    return tokens, _at(tempered, tokens) - total.log().to(logits.dtype), favourite
+    return tokens, _at(tempered, tokens) - total.log().to(logits.dtype)
+
+
+def likeliest(logits: Tensor, among: Tensor) -> Tensor:
+    """Rows of `logits` (N, V), as `draw` leaves them, whose most probable token is one of `among`
+    (K,); (N,) bool."""
+    return (logits[:, among] == 0).any(-1)
 
 
 def draw_in_proportion(weights: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -40,8 +40,9 @@ class SamplerConfig(Config):
             filled up with end tokens is revealed from its far end, where they are surest, and texts
             come out short or empty. The most probable token decides, not the drawn one: at
             temperature 1 the redrawing of postponed positions would select against end tokens.
-        stop_at_end: a row is done with the block in which its first end token lies. No text
-            changes, since later blocks cannot change earlier ones.
+        stop_at_end: a row is done once its first end token and all before it are revealed, and
+            padded behind; with `revise`, or guided by a value function, once the block of its end
+            token is. No text changes.
         temperature: 0 takes the most probable token. top_k, top_p: draw from the k most probable
             tokens, then from the smallest set that holds the probability p, after the temperature.
         cfg_scale: classifier-free guidance, logits u + (1 + cfg_scale) (c - u) with u from a

@@ -10,7 +10,8 @@ takes a softmax everywhere; all exact, and asserted so in the tests:
  * the head, the noise and the ranking run at open positions of the active block alone;
  * a maximum and a logsumexp in place of a softmax;
  * rows without open positions in the active block are dropped, and steps without any skipped;
- * in block order, a row is done with the block that holds its first end token.
+ * a row is done once its first end token and all before it are revealed: what is still open cannot
+   change its text.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 from mdmrl.policies.base import MaskedDiffusionPolicy
-from mdmrl.sampling.choose import choose, commit_score, draw, entropy
+from mdmrl.sampling.choose import choose, commit_score, draw, entropy, likeliest
 from mdmrl.sampling.config import SamplerConfig
 from mdmrl.sampling.output import APPROXIMATE, EXACT, SamplerOutput, Step
 from mdmrl.sampling.windows import Window
@@ -51,26 +52,24 @@ def denoise(
         open_: what is to be revealed, (B, P+L) bool, [MASK] in the canvas.
         width: columns of the prompt, P.
     """
-    batch, device = len(canvas), canvas.device
-    length = canvas.shape[1] - width
+    device, length = canvas.device, canvas.shape[1] - width
     block_length = policy.block_length or config.block_length or length
     starts = range(width, width + length, block_length)
     ends = torch.tensor(policy.end_token_ids, device=device)
     network = Guided(policy, canvas, attention, width, config)
     canvas, open_ = network.canvas, open_.clone()
     logprobs = torch.zeros(canvas.shape, device=device)
-    alive = torch.ones(batch, dtype=torch.bool, device=device)
-    dropped, trajectory = False, []
+    dropped, ended, trajectory = False, False, []
 
     for a, steps in zip(starts, evenly(config.denoising_steps, len(starts)), strict=True):
         b = a + block_length
         asked = open_[:, a:b].clone()
         targets = torch.stack(evenly(asked.sum(1), steps)).cumsum(0)  # (steps, B), revealed by then
         for step in itertools.count():
-            rows = (open_[:, a:b].any(1) & alive).nonzero()[:, 0]  # (R,)
+            rows = open_[:, a:b].any(1).nonzero()[:, 0]  # (R,)
             if not len(rows):
                 break
-            dropped |= len(rows) < batch
+            dropped |= len(rows) < len(canvas)
             revised = rows.new_zeros(2, 0)
             if config.revise and step:
                 revealed = asked[rows] & ~open_[rows, a:b]
@@ -85,10 +84,10 @@ def denoise(
             logits = network.logits(rows, todo, a, b, fresh)  # (N, V)
             if config.suppress_mask:
                 logits[:, policy.mask_token_id] = -torch.inf
-            tokens, logprob, favourite = draw(logits, config, generator)
+            tokens, logprob = draw(logits, config, generator)
             chosen = choose(
                 commit_score(logits, tokens, logprob, column, config, generator),
-                torch.isin(favourite, ends) & config.end_last,
+                likeliest(logits, ends) & config.end_last,
                 entropy(logits) if config.entropy_bound is not None else None,
                 todo,
                 targets[step, rows] - (asked[rows] & ~todo).sum(1),
@@ -101,16 +100,20 @@ def denoise(
             if record:
                 revised[1] -= width
                 trajectory.append(Step(row, column - width, tokens, logprob, revised))
-        if config.stop_at_end:
-            alive &= ~torch.isin(canvas[:, a:b], ends).any(1)
-            canvas[~alive, b:] = policy.pad_token_id
+            # What may be revised is not settled before its block is.
+            if config.stop_at_end and not (config.revise and open_[:, a:b].any()):
+                done = settled(canvas[:, width:], open_[:, width:], ends)
+                behind = open_ & done[:, None]
+                ended |= bool(behind.any())
+                canvas[behind] = policy.pad_token_id
+                open_ &= ~behind
 
     completion = canvas[:, width:]
     mask = policy.completion_mask(completion)
     optimisations = {"head at open positions": EXACT, "no softmax": EXACT}
     if dropped:
         optimisations["finished rows dropped"] = EXACT
-    if not alive.all():
+    if ended:
         optimisations["rows end with their text"] = EXACT
     if policy.block_length:
         optimisations["block cache"] = EXACT
@@ -128,6 +131,11 @@ def denoise(
         trajectory=trajectory if record else None,
         optimisations=optimisations,
     )
+
+
+def settled(completion: Tensor, open_: Tensor, ends: Tensor) -> Tensor:
+    """Rows whose text is final: an end token with no open position before it; (B, L), (B,)."""
+    return (torch.isin(completion, ends) & (open_.cumsum(1) == 0)).any(1)
 
 
 def least_sure(logprobs: Tensor, revealed: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -43,7 +43,7 @@ from torch import Tensor
 from mdmrl.policies.base import MaskedDiffusionPolicy, Prompt
 from mdmrl.runs import generator_for
 from mdmrl.sampling.attempts import Attempts, Judgement, Value
-from mdmrl.sampling.choose import choose, commit_score, draw
+from mdmrl.sampling.choose import choose, commit_score, draw, likeliest
 from mdmrl.sampling.config import SamplerConfig
 from mdmrl.sampling.guide import GuideConfig, Thresholds, checked
 from mdmrl.sampling.output import APPROXIMATE, SamplerOutput
@@ -130,11 +130,11 @@ def generate_guided(
         logits = policy.head(hidden[todo])  # (N, V)
         if config.suppress_mask:
             logits[:, policy.mask_token_id] = -torch.inf
-        tokens, logprob, favourite = draw(logits, config, generator)
+        tokens, logprob = draw(logits, config, generator)
         row, column = rows.repeat_interleave(todo.sum(1)), columns[todo]
         chosen = choose(
             commit_score(logits, tokens, logprob, column, config, generator),
-            torch.isin(favourite, ends) & config.end_last,
+            likeliest(logits, ends) & config.end_last,
             None,
             todo,
             batch.targets[block, step] - (~todo).sum(1),

@@ -18,9 +18,13 @@ extra pass. A policy that shifts its logits needs one column more to the left.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from mdmrl.policies.base import Policy
+
+# The activations of so many positions stay in a processor's cache. A GPU wants all at once.
+POSITIONS_AT_ONCE = 1536
 
 
 class Window:
@@ -58,7 +62,9 @@ class Window:
         tokens = canvas[rows, start:stop]
         self.nfe, self.token_forwards = self.nfe + 1, self.token_forwards + tokens.numel()
         if self.stored is None:
-            hidden = self.policy.hidden_states(tokens, self.attention[rows])
+            parts = -(-tokens.numel() // POSITIONS_AT_ONCE) if tokens.device.type == "cpu" else 1
+            pairs = zip(tokens.chunk(parts), self.attention[rows].chunk(parts), strict=True)
+            hidden = torch.cat([self.policy.hidden_states(*pair) for pair in pairs])
         else:
             seen = stop if self.pattern is not None else canvas.shape[1]
             visible = self.attention[rows, None, None, :seen]  # (R, 1, 1, K)
