@@ -177,6 +177,9 @@ def bench(
     block_length: Annotated[int, typer.Option(help="Of samplers with blocks.")] = 32,
     prompt_length: Annotated[int, typer.Option(help="Tokens of the longest prompt.")] = 128,
     repeats: Annotated[int, typer.Option(help="Medians over so many.")] = 3,
+    sampler: Annotated[
+        list[str] | None, typer.Option(help="Only this one, as the table names it; repeatable.")
+    ] = None,
     json: Annotated[Path | None, typer.Option(help="Write the numbers to this file.")] = None,
 ) -> None:
     """Time samplers, one GRPO update, or the import of the package; run it on an idle machine."""
@@ -195,6 +198,7 @@ def bench(
             block_length,
             prompt_length,
             repeats,
+            sampler or [],
         ),
         "update": lambda: bench_update(policy),
         "import": bench_import,

@@ -39,6 +39,13 @@ def test_exact_samplers_agree_with_the_plain_loop(mdm, monkeypatch):
     assert 0 < rows["dual cache"]["agreement"] < 1
 
 
+def test_some_samplers_alone_beside_their_plain_loop(mdm, monkeypatch):
+    rows = rows_of(mdm, monkeypatch, samplers=["dual cache"])
+    assert list(rows) == ["plain loop, blocks of 4", "dual cache"]
+    with pytest.raises(ValueError, match="sampler 'dual': did you mean 'dual cache'"):
+        rows_of(mdm, monkeypatch, samplers=["dual"])
+
+
 @pytest.mark.parametrize("family", ["ar", "bd"])
 def test_exact_caches_agree_with_the_plain_loop(family, request, monkeypatch):
     rows = rows_of(request.getfixturevalue(family), monkeypatch)

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from mdmrl.config import require
+from mdmrl.config import require, unknown
 from mdmrl.policies import Policy, load_policy
 from mdmrl.policies.load import load_tokenizer
 from mdmrl.rl.pretrain import FAMILIES
@@ -81,6 +81,7 @@ def bench_samplers(
     block_length: int = 32,
     prompt_length: int = 128,
     repeats: int = 3,
+    samplers: Sequence[str] = (),
 ) -> dict:
     """Time every sampler of a policy's family; run it on an idle machine.
 
@@ -88,6 +89,7 @@ def bench_samplers(
         policy: a name that `load_policy` takes, or `random-KIND:SHAPE` for random weights, KIND one
             of ar, mdm and bd, SHAPE one of `SHAPES`.
         prompt_length: tokens of the longest prompt of a batch; the others are shorter.
+        samplers: only these, beside their plain loop, by their names in the table; none means all.
     Returns:
         `rows`, one a sampler with medians over `repeats` after one run to warm up: seconds,
         samples and tokens a second, forward passes, positions pushed through the network, peak
@@ -101,10 +103,12 @@ def bench_samplers(
         for batch in batches:
             prompts = _prompts(loaded, batch, prompt_length)
             for count in steps if loaded.kind != "ar" else [length]:
-                asked = {"batch": batch, "length": length, "steps": count}
-                for sampler in _samplers(loaded, length, count, block_length):
-                    rows += _compared(loaded, prompts, sampler, asked, repeats)
-    return {"policy": policy, "repeats": repeats, "rows": rows, **environment()}
+                size = {"batch": batch, "length": length, "steps": count}
+                groups = _samplers(loaded, length, count, block_length)
+                for group in _chosen(groups, samplers):
+                    rows += _compared(loaded, prompts, group, size, repeats)
+    asked = {"policy": policy, "prompt_length": prompt_length, "repeats": repeats}
+    return {**asked, "rows": rows, **environment()}
 
 
 def print_bench(numbers: dict) -> None:
@@ -199,9 +203,22 @@ def _samplers(
     return [*whole, (plain_denoising, blocks, compared)]
 
 
-def _compared(policy, prompts, sampler, asked: dict, repeats: int) -> list[dict]:
+def _chosen(groups: list[tuple], names: Sequence[str]) -> list[tuple]:
+    """The groups of `_samplers` with only those of `names`, all of them for none."""
+    known = [name for *_, compared in groups for name in compared]
+    for name in names:
+        if name not in known:
+            raise unknown("sampler", name, known)
+    kept = [
+        (*plain, {name: compared[name] for name in compared if name in (names or known)})
+        for *plain, compared in groups
+    ]
+    return [group for group in kept if group[-1]]
+
+
+def _compared(policy, prompts, group, size: dict, repeats: int) -> list[dict]:
     """Rows of one plain loop and of what is compared with it, taken in turns."""
-    plain, config, others = sampler
+    plain, config, others = group
     calls = {
         f"plain loop{f', blocks of {config.block_length}' if config.block_length else ''}": (
             lambda: plain(policy, prompts, config)
@@ -222,7 +239,7 @@ def _compared(policy, prompts, sampler, asked: dict, repeats: int) -> list[dict]
         first = first or (seconds, tokens)
         rows.append(
             {"sampler": name}
-            | asked
+            | size
             | {
                 "seconds": seconds,
                 "samples_per_second": len(prompts) / seconds,
