@@ -42,7 +42,7 @@ def draw(
         )
     logits -= best[:, None]
     if config.temperature == 0:
-        return logits.argmax(-1), -logits.logsumexp(-1)
+        return logits.argmax(-1), -logits.exp().sum(-1).log()
     tempered = logits
     if not config.untempered:
         tempered = keep_most_probable(logits / config.temperature, config.top_k, config.top_p)
