@@ -7,11 +7,19 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from mdmrl.study.quantities import (
+    collapsed,
+    gain,
+    headroom,
+    kl_at,
+    kl_ratio,
+    law,
+    updates_to,
+)
 from mdmrl.study.verdicts import (
     Verdict,
     appc_failures,
     block_rl_cures_kl,
-    collapsed,
     diffusion_samples_faster,
     fig41_ar_rises,
     fig41_mdm_does_not_converge,
@@ -19,11 +27,9 @@ from mdmrl.study.verdicts import (
     fig43_longer_is_steadier,
     fig44_crossing,
     fig44_less_accurate,
-    gain,
-    headroom,
-    kl_at,
-    kl_ratio,
-    updates_to,
+    kl_is_cured,
+    kl_law_predicts,
+    stability_needs_steps,
 )
 
 # Five seeds around 0 whose mean has a 95 % t-interval of exactly -1 to 1.
@@ -67,6 +73,11 @@ def test_updates_to():
 def test_kl_ratio_is_a_median_over_updates_with_a_surrogate():
     assert kl_ratio([1, 8, 3, 9], [1, 2, 1, 0]) == 3
     assert np.isnan(kl_ratio([1, 2], [0, 0]))
+
+
+def test_the_law_is_that_of_the_first_updates():
+    assert law([0, 1, 2, 3, 4, 50, 60]) == 2
+    assert law([3.0]) == 3
 
 
 # -- Rules --------------------------------------------------------------------------------------
@@ -321,6 +332,37 @@ def test_block_rl_cures_kl():
         ({"reward": around(0.7, 0.21)}, "inconclusive"),
     ):
         assert block(**{"ratio": around(-1, 0.9)} | changes).verdict == expected, changes
+
+
+@pytest.mark.parametrize("rule", [kl_law_predicts, stability_needs_steps])
+def test_correlations_are_negative(rule):
+    found = rule(around(-0.5, 0.4))
+    assert found.verdict == "reproduced"
+    assert (found.estimate, found.low, found.high) == pytest.approx((-0.5, -0.9, -0.1))
+    assert rule(around(-0.5, 0.6)).verdict == "inconclusive"
+    assert rule(around(0.5, 0.6)).verdict == "inconclusive"
+    assert rule(around(0.5, 0.4)).verdict == "contradicted"
+
+
+def cured(loss=3.0, kl=3.0, norm=3.0, share=1.0, half=0.1):
+    """Logarithms of the ratios (log 10 is 2.303), and the MDM's share of AR's G / headroom."""
+    spread = (around(x, half) for x in (loss, kl, norm))
+    return kl_is_cured(*spread, around(share, half), 2 * ONES, 1.5 * ONES, 3 * ONES)
+
+
+def test_kl_is_cured():
+    found = cured()
+    assert found.verdict == "reproduced"
+    assert (found.estimate, found.low, found.high) == pytest.approx((1, 0.9, 1.1))
+    assert "20.1 [18.2, 22.2] (loss)" in found.measured
+    for name in ("loss", "kl", "norm"):
+        assert cured(**{name: 2.41}).verdict == "reproduced"
+        assert cured(**{name: 2.39}).verdict == "inconclusive"
+        assert cured(**{name: 2.21}).verdict == "inconclusive"
+        assert cured(**{name: 2.19}).verdict == "contradicted"
+    assert cured(share=0.91).verdict == "reproduced"
+    assert cured(share=0.89).verdict == "inconclusive"
+    assert cured(share=0.69).verdict == "contradicted"
 
 
 def test_a_seed_without_a_finite_number_decides_nothing():

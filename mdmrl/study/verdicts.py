@@ -1,8 +1,8 @@
 """The verdict rules of the claims that rest on training, written before the runs.
 
-A rule is a function of plain numbers, one value a seed in every column, the same seed at the same
-place. Intervals are 95 % t-intervals over seeds. With fewer than five seeds, or where a seed gave
-no finite number, the verdict is always "inconclusive".
+A rule is a function of plain numbers (most of them from `mdmrl.study.quantities`), one value a seed
+in every column, the same seed at the same place. Intervals are 95 % t-intervals over seeds. With
+fewer than five seeds, or where a seed gave no finite number, the verdict is always "inconclusive".
 """
 
 from __future__ import annotations
@@ -36,72 +36,6 @@ class Verdict:
     low: float | None
     high: float | None
     measured: str
-
-
-# -- Quantities of one run ----------------------------------------------------------------------
-
-
-def gain(curve: Sequence[float]) -> float:
-    """G: mean reward of the last tenth of training minus that of the first tenth."""
-    first, last = _tenths(curve)
-    return last - first
-
-
-def headroom(curve: Sequence[float], ceiling: float) -> float:
-    """Ceiling minus start, the start being the mean reward of the first tenth of training."""
-    first, _ = _tenths(curve)
-    require(first < ceiling, f"training starts at {first:.4g}, not below its ceiling {ceiling:.4g}")
-    return ceiling - first
-
-
-def updates_to(curve: Sequence[float], share: float = 0.9, window: int = 5) -> int:
-    """Updates until the running mean reward has made `share` of its way.
-
-    The way leads from the mean of the first tenth to that of the last, the running mean is over
-    the `window` latest updates. A run that gains nothing, or never gets there, counts in full.
-    """
-    first, last = _tenths(curve)
-    window = min(window, len(curve))
-    running = np.convolve(curve, np.full(window, 1 / window), mode="valid")
-    arrived = np.flatnonzero(running >= first + share * (last - first))
-    return int(arrived[0]) + window if last > first and len(arrived) else len(curve)
-
-
-def kl_ratio(kl_norms: Sequence[float], surrogate_norms: Sequence[float]) -> float:
-    """Median over training of |grad beta KL| / |grad surrogate|, from both norms of every update.
-
-    Updates without a surrogate gradient (every group of equal rewards) have no ratio and are left
-    out; nan where none is left.
-    """
-    kl, surrogate = np.asarray(kl_norms, float), np.asarray(surrogate_norms, float)
-    rewarded = surrogate > 0
-    return float(np.median(kl[rewarded] / surrogate[rewarded])) if rewarded.any() else math.nan
-
-
-def kl_at(reward: float, rewards: Sequence[float], kls: Sequence[float]) -> float:
-    """The KL a run has spent where its reward first reaches `reward`, linear between the looks at
-    it; nan where it never does, or had it from the start."""
-    rewards, kls = np.asarray(rewards, float), np.asarray(kls, float)
-    reached = np.flatnonzero(rewards >= reward)
-    if not len(reached) or reached[0] == 0:
-        return math.nan
-    k = reached[0]
-    share = (reward - rewards[k - 1]) / (rewards[k] - rewards[k - 1])
-    return float(kls[k - 1] + share * (kls[k] - kls[k - 1]))
-
-
-def collapsed(curve: Sequence[float]) -> bool:
-    """Whether reward in the last tenth of training is lower than in the first by more than 5 % of
-    what it was."""
-    first, last = _tenths(curve)
-    return last < first - 0.05 * abs(first)
-
-
-def _tenths(curve: Sequence[float]) -> tuple[float, float]:
-    """Means over the first and the last tenth of a curve, at least one update each."""
-    require(len(curve) >= 2, f"a curve of {len(curve)} updates: expected at least 2")
-    tenth = max(1, len(curve) // 10)
-    return float(np.mean(curve[:tenth])), float(np.mean(curve[-tenth:]))
 
 
 # -- Rules --------------------------------------------------------------------------------------
@@ -329,6 +263,74 @@ def diffusion_samples_faster(steps: Sequence[int], log_cost_ratio: np.ndarray) -
     )
 
 
+def kl_law_predicts(correlation: Seeds) -> Verdict:
+    """log mean exp(-d) before training has gone far predicts what the KL term then does.
+
+    Args:
+        correlation: Spearman's, over all arms with a KL term, of `law` in the run with the same
+            estimator and steps but beta 0, and the arm's G / headroom.
+
+    Reproduced iff the upper end is below 0; contradicted iff the lower end is above 0.
+    """
+    return _negative(correlation, "Spearman's correlation of the law with G/headroom")
+
+
+def stability_needs_steps(correlation: Seeds) -> Verdict:
+    """The more denoising steps, the steadier the KL.
+
+    Args:
+        correlation: Spearman's, over step counts, of the count and the log standard deviation of
+            the KL over training.
+
+    Reproduced iff the upper end is below 0; contradicted iff the lower end is above 0.
+    """
+    return _negative(correlation, "Spearman's correlation of steps with the spread of the KL")
+
+
+def kl_is_cured(
+    log_ratio_loss: Seeds,
+    log_ratio_kl: Seeds,
+    log_ratio_norm: Seeds,
+    gain_mdm: Seeds,
+    headroom_mdm: Seeds,
+    gain_ar: Seeds,
+    headroom_ar: Seeds,
+) -> Verdict:
+    """The recommended configuration is steady, and learns as the AR model does.
+
+    Args:
+        log_ratio_loss, log_ratio_kl, log_ratio_norm: log(unstable/recommended) of the standard
+            deviations over training of the loss, of the KL (without beta) and of the gradient norm.
+
+    Reproduced iff the lower ends of all three are at least log 10, and that of the MDM's mean
+    G/headroom over the AR model's (Fieller's interval) is at least 0.8; contradicted iff one of the
+    upper ends is below. The interval given is that of the share of AR's.
+    """
+    loss, kl, norm, gain_mdm, headroom_mdm, gain_ar, headroom_ar = _columns(
+        log_ratio_loss=log_ratio_loss,
+        log_ratio_kl=log_ratio_kl,
+        log_ratio_norm=log_ratio_norm,
+        gain_mdm=gain_mdm,
+        headroom_mdm=headroom_mdm,
+        gain_ar=gain_ar,
+        headroom_ar=headroom_ar,
+    )
+    ratios = [_interval(column) for column in (loss, kl, norm)]
+    share = _interval(gain_mdm / headroom_mdm, gain_ar / headroom_ar)
+    asked = [*((interval, math.log(10)) for interval in ratios), (share, 0.8)]
+    factors = [Interval(*np.exp(interval).tolist()) for interval in ratios]
+    return _verdict(
+        share,
+        len(loss),
+        reproduced=all(interval.low >= least for interval, least in asked),
+        contradicted=any(interval.high < least for interval, least in asked),
+        measured="the standard deviations are smaller by factors of {} (loss), {} (KL) and {} "
+        "(gradient norm); the share of the headroom closed is {} times AR's".format(
+            *map(_shown, factors), _shown(share)
+        ),
+    )
+
+
 def block_rl_cures_kl(
     log_kl_ratio: Seeds,
     reward_block: Seeds,
@@ -412,6 +414,18 @@ def _interval(
     if per is None:
         return t_interval(values, confidence)
     return ratio_interval(values, per, confidence)
+
+
+def _negative(values: Seeds, what: str) -> Verdict:
+    (values,) = _columns(values=values)
+    interval = _interval(values)
+    return _verdict(
+        interval,
+        len(values),
+        reproduced=interval.high < 0,
+        contradicted=interval.low > 0,
+        measured=f"{what} is {_shown(interval)}",
+    )
 
 
 def _geometric(ratios: np.ndarray) -> Interval:

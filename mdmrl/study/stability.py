@@ -1,0 +1,52 @@
+"""How steady training was: one row a run, and what goes along with what."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+from scipy.stats import spearmanr
+
+from mdmrl.study import quantities
+from mdmrl.study.training import REWARD_CEILING
+
+SPREAD = ("loss", "kl", "grad_norm")
+
+
+def table(runs: pd.DataFrame) -> pd.DataFrame:
+    """One row an arm and seed of `runs`: how far it came and how evenly.
+
+    Returns:
+        columns arm and seed; `gain` and `headroom` of the reward, `closed`, their ratio, and
+        `collapsed`; the standard deviations over training of loss, KL (without beta) and gradient
+        norm before clipping, `loss/std` and so on; the largest KL of a token, `kl/max`.
+    """
+    rows = []
+    for (arm, seed), run in runs.groupby(["arm", "seed"], sort=False):
+        updates = run.sort_values("step").dropna(subset=["loss"])
+        reward = updates.reward.to_numpy()
+        gain = quantities.gain(reward)
+        room = quantities.headroom(reward, REWARD_CEILING)
+        rows.append(
+            {
+                "arm": arm,
+                "seed": seed,
+                "gain": gain,
+                "headroom": room,
+                "closed": gain / room,
+                "collapsed": quantities.collapsed(reward),
+                **{f"{name}/std": updates[name].std() for name in SPREAD},
+                "kl/max": updates["kl/max"].max(),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def correlations(frame: pd.DataFrame, one: str, other: str) -> list[float]:
+    """Spearman's correlation of two columns over the rows of each seed; nan where one of them is
+    constant."""
+    return [
+        float(spearmanr(rows[one], rows[other]).statistic)
+        if rows[one].nunique() > 1 and rows[other].nunique() > 1
+        else np.nan
+        for _, rows in frame.groupby("seed")
+    ]
