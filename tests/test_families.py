@@ -485,6 +485,11 @@ def test_config_and_tokenizer_must_agree_on_the_mask(tmp_path):
         (ROWS, rf"{ROWS} lies outside the embedding of {ROWS} rows"),
         (-1, rf"-1 lies outside the embedding of {ROWS} rows"),
         (ROWS - 1, rf"{ROWS - 1} is none of the tokenizer's 272 tokens"),
+        (
+            77,
+            r"mask token id 77 is '.+', a piece of ordinary text: expected one of the tokens "
+            r"added for a purpose, \[0, 1, ",
+        ),
         (1, r"mask token id 1 equals one of the end and padding tokens \[0, 1, 271\]"),
         (271, r"mask token id 271 equals one of the end"),  # <|eot_id|>, an end of the family
         (None, "neither config.mask_token_id nor the tokenizer"),

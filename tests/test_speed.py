@@ -47,7 +47,8 @@ def test_every_prompt_is_completed_by_every_sampler_with_every_seed(mdm):
     )
     rows = [{"prompt": f"question {n}", "n": n} for n in range(5)]
     configs = speed.samplers(4, [1, 2], block_length=2, thresholds=[])
-    found = speed.passes(mdm, task, rows, configs, seeds=[3, 4], batch_size=2)
+    both = {key: (mdm, config) for key, config in configs.items()}
+    found = speed.passes(both, task, rows, seeds=[3, 4], batch_size=2)
     assert len(found) == 5 * len(configs) * 2
     assert not found.duplicated(["sampler", "setting", "seed", "prompt"]).any()
     assert (found.batch == found.prompt // 2).all()

@@ -27,6 +27,11 @@ def as_messages(text: Prompt, role: str) -> list[dict]:
     return [{"role": role, "content": text}] if isinstance(text, str) else text
 
 
+def refuse_bare_string(texts: Sequence) -> None:
+    """A string is a sequence too, of one prompt a character."""
+    require(not isinstance(texts, str), f"{texts!r} is one string: expected a list of them")
+
+
 @contextlib.contextmanager
 def no_progress_bars():
     """Load or save without transformers' progress bars: they end up in logs and notebooks."""
@@ -118,6 +123,7 @@ class Policy:
             ValueError: an empty batch, messages without a chat template, a prompt of no tokens or
                 one that leaves no room for `max_new_tokens`.
         """
+        refuse_bare_string(prompts)
         require(len(prompts) > 0, "no prompts given: expected at least one")
         begun = [""] * len(prompts) if begun is None else begun
         if self.tokenizer.chat_template is None:
@@ -389,6 +395,12 @@ class MaskedDiffusionPolicy(Policy):
                 f"mask token id {mask} is none of the tokenizer's {len(tokenizer)} tokens: "
                 "set tokenizer.mask_token before saving the checkpoint",
             )
+            added = tokenizer.added_tokens_decoder
+            require(
+                mask in added,
+                f"mask token id {mask} is {token!r}, a piece of ordinary text: expected one of the "
+                f"tokens added for a purpose, {sorted(added)}",
+            )
             tokenizer.add_special_tokens({"mask_token": token})
         self.mask_token_id = model.config.mask_token_id = mask
         self.logit_shift = model.config.logit_shift = logit_shift
@@ -403,6 +415,16 @@ class BlockDiffusionPolicy(MaskedDiffusionPolicy):
     """
 
     kind = "bd"
+
+    def __init__(
+        self, model, tokenizer, mask_token_id: int | None = None, logit_shift: bool = False
+    ):
+        require(
+            not logit_shift,
+            "logit_shift=True: the first position of a block would be predicted from the block "
+            "before, which does not see it; expected a checkpoint that predicts in place",
+        )
+        super().__init__(model, tokenizer, mask_token_id)
 
     @property
     def block_length(self) -> int:

@@ -10,6 +10,7 @@ takes a softmax everywhere; all exact, and asserted so in the tests:
  * the head, the noise and the ranking run at open positions of the active block alone;
  * a maximum and a logsumexp in place of a softmax;
  * rows without open positions in the active block are dropped, and steps without any skipped;
+ * on a processor, rows go through the network in parts that fit its cache (without a key cache);
  * a row is done once its first end token and all before it are revealed: what is still open cannot
    change its text.
 """
@@ -57,14 +58,15 @@ def denoise(
     starts = range(width, width + length, block_length)
     ends = torch.tensor(policy.end_token_ids, device=device)
     network = Guided(policy, canvas, attention, width, config)
-    canvas, open_ = network.canvas, open_.clone()
+    canvas, asked, open_ = network.canvas, open_, open_.clone()
     logprobs = torch.zeros(canvas.shape, device=device)
     dropped, ended, trajectory = False, False, []
 
     for a, steps in zip(starts, evenly(config.denoising_steps, len(starts)), strict=True):
         b = a + block_length
-        asked = open_[:, a:b].clone()
-        targets = torch.stack(evenly(asked.sum(1), steps)).cumsum(0)  # (steps, B), revealed by then
+        targets = torch.stack(evenly(asked[:, a:b].sum(1), steps)).cumsum(
+            0
+        )  # (steps, B), revealed by then
         for step in itertools.count():
             rows = open_[:, a:b].any(1).nonzero()[:, 0]  # (R,)
             if not len(rows):
@@ -72,7 +74,7 @@ def denoise(
             dropped |= len(rows) < len(canvas)
             revised = rows.new_zeros(2, 0)
             if config.revise and step:
-                revealed = asked[rows] & ~open_[rows, a:b]
+                revealed = asked[rows, a:b] & ~open_[rows, a:b]
                 row, column = least_sure(logprobs[rows, a:b], revealed, config.revise)
                 revised = torch.stack([rows[row], a + column])
                 network.write(*revised, policy.mask_token_id)
@@ -90,7 +92,7 @@ def denoise(
                 likeliest(logits, ends) & config.end_last,
                 entropy(logits) if config.entropy_bound is not None else None,
                 todo,
-                targets[step, rows] - (asked[rows] & ~todo).sum(1),
+                targets[step, rows] - (asked[rows, a:b] & ~todo).sum(1),
                 config,
             )
             row, column, tokens, logprob = (x[chosen] for x in (row, column, tokens, logprob))
@@ -111,6 +113,8 @@ def denoise(
     completion = canvas[:, width:]
     mask = policy.completion_mask(completion)
     optimisations = {"head at open positions": EXACT, "no softmax": EXACT}
+    if config.parallel:
+        optimisations["parallel decoding"] = APPROXIMATE
     if dropped:
         optimisations["finished rows dropped"] = EXACT
     if ended:
@@ -129,6 +133,7 @@ def denoise(
         nfe=network.window.nfe,
         token_forwards=network.window.token_forwards,
         trajectory=trajectory if record else None,
+        asked=asked[:, width:],
         optimisations=optimisations,
     )
 

@@ -9,7 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mdmrl.config import require
-from mdmrl.policies.base import MaskedDiffusionPolicy, Policy, Prompt, Prompts
+from mdmrl.policies.base import (
+    MaskedDiffusionPolicy,
+    Policy,
+    Prompt,
+    Prompts,
+    refuse_bare_string,
+)
 from mdmrl.runs import generator_for
 from mdmrl.sampling.autoregressive import sample_autoregressive
 from mdmrl.sampling.config import SamplerConfig
@@ -71,11 +77,13 @@ def infill(
 ) -> SamplerOutput:
     """Fill in the mask tokens of `texts`, wherever they stand; one mask token is one token.
 
-    Of `config`, `max_new_tokens` goes unused and `steps` None means half of the most mask tokens
-    of a text. The output has no prompt: its completions are the whole texts.
+    Of `config`, `max_new_tokens` and `stop_at_end` go unused (an end token in a text ends nothing)
+    and `steps` None means half of the most mask tokens of a text. The output has no prompt: its
+    completions are the whole texts.
 
     Raises:
-        ValueError: a policy that does not see both sides, a text without a mask token, or blocks.
+        ValueError: a policy that does not see both sides, no text or one without a mask token, or
+            blocks, a cache or guidance.
 
     >>> policy = load_policy("tiny-mdm")
     >>> infill(policy, ["The answer is <|mask|><|mask|>."]).completions
@@ -88,10 +96,12 @@ def infill(
         "expected a masked diffusion policy",
     )
     require(
-        config.block_length is None and not config.cfg_scale,
-        f"block_length={config.block_length}, cfg_scale={config.cfg_scale}: gaps have no order of "
-        "blocks and no prompt; leave both out",
+        config.block_length is None and config.cache is None and not config.cfg_scale,
+        f"block_length={config.block_length}, cache={config.cache}, cfg_scale={config.cfg_scale}: "
+        "gaps have no order of blocks and no prompt; leave these out",
     )
+    refuse_bare_string(texts)
+    require(len(texts) > 0, "no texts given: expected at least one")
     mask = policy.tokenizer.mask_token
     for index, text in enumerate(texts):
         require(mask in text, f"text {index} has no {mask} to fill in: {text!r}")
@@ -105,7 +115,7 @@ def infill(
         not (policy.logit_shift and first.any()),
         "a text starts with a mask token, and this policy predicts every token from the one before",
     )
-    config = config.replace(max_new_tokens=int(open_.sum(1).max()))
+    config = config.replace(max_new_tokens=int(open_.sum(1).max()), stop_at_end=False)
     output = denoise(policy, canvas, attention, open_, 1, config, generator, record)
     output.completion_mask = encoded.attention_mask
     output.completions = policy.decode(output.completion_ids, encoded.attention_mask)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 EXACT, APPROXIMATE = "exact", "approximate"
@@ -35,8 +34,10 @@ class SamplerOutput:
         completions: texts up to the first end token.
         completion_ids: (B, L); completion_mask: True up to and including the first end token.
         logprobs: log-probability each token was drawn with, (B, L).
-        nfe: forward passes; token_forwards: positions pushed through the network.
+        nfe: forward passes, one a step (even where a processor takes the rows in parts);
+            token_forwards: positions pushed through the network.
         trajectory: one `Step` a denoising step when recorded, else None.
+        asked: positions that were [MASK] at the start, (B, L), where denoised.
         optimisations: what was saved against the plain loop, each `"exact"` (the same tokens at
             temperature 0, the same distribution otherwise) or `"approximate"`.
     """
@@ -50,6 +51,7 @@ class SamplerOutput:
     nfe: int
     token_forwards: int
     trajectory: list[Step] | None = None
+    asked: Tensor | None = None
     optimisations: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -63,14 +65,8 @@ class SamplerOutput:
         return [ids[mask].tolist() for ids, mask in pairs]
 
     def replay(self, mask_token_id: int) -> Iterator[tuple[Tensor, Step]]:
-        """The recorded trajectory again: the completion each step saw, (B, L), and the step.
-
-        What `infill` was given counts as revealed from the start.
-        """
-        revealed = torch.zeros_like(self.completion_mask)
-        for step in self.trajectory:
-            revealed[step.rows, step.positions] = True
-        completion = self.completion_ids.masked_fill(revealed, mask_token_id)
+        """The recorded trajectory again: the completion each step saw, (B, L), and the step."""
+        completion = self.completion_ids.masked_fill(self.asked, mask_token_id)
         for step in self.trajectory:
             completion[tuple(step.remasked)] = mask_token_id
             yield completion.clone(), step

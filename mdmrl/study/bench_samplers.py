@@ -90,6 +90,10 @@ def bench_samplers(
             of ar, mdm and bd, SHAPE one of `SHAPES`.
         prompt_length: tokens of the longest prompt of a batch; the others are shorter.
         samplers: only these, beside their plain loop, by their names in the table; none means all.
+    Raises:
+        ValueError: more steps than tokens, blocks that do not divide them or outnumber the steps,
+            an unknown sampler.
+
     Returns:
         `rows`, one a sampler with medians over `repeats` after one run to warm up: seconds,
         samples and tokens a second, forward passes, positions pushed through the network, peak
@@ -98,15 +102,22 @@ def bench_samplers(
     """
     require(repeats >= 1, f"repeats={repeats}: expected at least 1")
     loaded = bench_policy(policy, block_length)
+    sizes = [
+        {"batch": batch, "length": length, "steps": count}
+        for length in lengths
+        for batch in batches
+        for count in (steps if loaded.kind != "ar" else [length])
+    ]
+    # All of them before the first is timed, so that bad input costs nothing.
+    groups = [
+        _chosen(_samplers(loaded, size["length"], size["steps"], block_length), samplers)
+        for size in sizes
+    ]
     rows = []
-    for length in lengths:
-        for batch in batches:
-            prompts = _prompts(loaded, batch, prompt_length)
-            for count in steps if loaded.kind != "ar" else [length]:
-                size = {"batch": batch, "length": length, "steps": count}
-                groups = _samplers(loaded, length, count, block_length)
-                for group in _chosen(groups, samplers):
-                    rows += _compared(loaded, prompts, group, size, repeats)
+    for size, group in zip(sizes, groups, strict=True):
+        prompts = _prompts(loaded, size["batch"], prompt_length)
+        for sampler in group:
+            rows += _compared(loaded, prompts, sampler, size, repeats)
     asked = {"policy": policy, "prompt_length": prompt_length, "repeats": repeats}
     return {**asked, "rows": rows, **environment()}
 
@@ -143,9 +154,10 @@ def bench_markdown(folder: Path) -> str:
 
 def bench_policy(name: str, block_length: int) -> Policy:
     """A policy by name, or one with random weights; see `bench_samplers`."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     kind, colon, shape = name.partition(":")
     if not colon:
-        return load_policy(name)
+        return load_policy(name, device=device)
     kind = kind.removeprefix("random-")
     require(
         kind in FAMILIES and shape in SHAPES,
@@ -164,7 +176,6 @@ def bench_policy(name: str, block_length: int) -> Policy:
     config.is_causal = kind == "ar"
     if kind == "bd":
         config.block_length = block_length
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     with torch.random.fork_rng(), torch.device(device):
         torch.manual_seed(0)
         model = Qwen2ForCausalLM(config)
@@ -175,8 +186,9 @@ def bench_policy(name: str, block_length: int) -> Policy:
 
 def _prompts(policy: Policy, batch: int, longest: int) -> list[str]:
     """Prompts of unequal lengths, the first of `longest` tokens with the chat template."""
-    frame = policy.encode(["1"]).input_ids.shape[1] - 1
-    return ["1" * max(1, longest - frame - 7 * row) for row in range(batch)]
+    room = longest - policy.encode(["1"]).input_ids.shape[1] + 1
+    require(room >= 1, f"prompt_length={longest}: expected more than the chat template's tokens")
+    return ["1" * (room - room // 2 * row // batch) for row in range(batch)]
 
 
 def _samplers(
@@ -190,8 +202,6 @@ def _samplers(
     if policy.kind == "bd":
         return [(plain_denoising, base, {"block cache": base})]
     whole = [(plain_denoising, base, {"exact": base})]
-    if length % block_length or steps < length // block_length:
-        return whole
     blocks = base.replace(block_length=block_length)
     compared = {
         f"exact, blocks of {block_length}": blocks,

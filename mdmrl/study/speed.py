@@ -52,27 +52,30 @@ def block_samplers(
 
 
 def passes(
-    policy: Policy,
+    samplers: dict[tuple[str, float], tuple[Policy, SamplerConfig]],
     task: Task,
     rows: Sequence[dict],
-    configs: dict[tuple[str, float], SamplerConfig],
     seeds: Sequence[int] = (0,),
     batch_size: int = 16,
 ) -> pd.DataFrame:
-    """Complete every row with every sampler and seed, in turns; one line a completion.
+    """Complete every row with every sampler and seed; one line a completion.
 
+    Samplers take turns batch by batch, so that a slow moment of the machine hits all of them.
+
+    Args:
+        samplers: a policy and how it samples, by name and setting.
     Returns:
         columns sampler, setting, seed, batch and prompt (their numbers), right, reward, and the
         prompt's share of its batch's seconds, nfe and token_forwards. Seconds count sampling
         alone, from texts to texts; each sampler has warmed up on one batch before.
     """
-    for config in configs.values():
+    for policy, config in samplers.values():
         generate(policy, [row["prompt"] for row in rows[:batch_size]], config)
     lines = []
     for seed in seeds:
         for start in range(0, len(rows), batch_size):
             part = rows[start : start + batch_size]
-            for (name, setting), config in configs.items():
+            for (name, setting), (policy, config) in samplers.items():
                 where = {"sampler": name, "setting": setting, "seed": seed}
                 where["batch"] = start // batch_size
                 for prompt, line in enumerate(_one_batch(policy, task, part, config, seed, start)):
