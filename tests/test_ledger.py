@@ -120,6 +120,12 @@ def test_the_table_gives_number_interval_and_condition():
 # ------------------------------------------------------------------ the README
 
 
+def test_a_sentence_with_its_interval_is_left_as_it_is():
+    said = "G is 0.413 [0.32, 0.5] (5 seeds)"
+    assert f"| {said} |" in render([claim(measured=said)])
+    assert f"| {said}: 0.413 [0.32, 0.51] |" in render([claim(measured=said, high=0.51)])
+
+
 def test_the_readme_gets_full_claims_only_and_again_the_same(tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text(f"# Title\n\n{START}\nold\n{END}\n\nThe end.\n")

@@ -90,7 +90,7 @@ def models_markdown(path: str | Path) -> str:
         "|---" * 7 + "|",
     ]
     lines += [
-        f"| {row.policy} | {row.sampler} | {row.steps if row.kind != 'ar' else '-'} "
+        f"| {row.policy} | {row.sampler or 'default'} | {row.steps if row.kind != 'ar' else '-'} "
         f"| {row.temperature:g} | {row.accuracy:.1%} [{row.low:.1%}, {row.high:.1%}] "
         f"| {row.reward:.2f} | {row.format_rate:.0%} |"
         for row in frame.itertuples()

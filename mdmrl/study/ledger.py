@@ -103,10 +103,11 @@ def cells(claim: Claim) -> tuple[str, ...]:
     """The claim as plain text, one entry for each of `COLUMNS`."""
     measured = claim.measured
     if claim.estimate is not None:
-        measured += f": {_number(claim.estimate)}"
+        number = _number(claim.estimate)
         if claim.low is not None:
-            measured += f" [{_number(claim.low)}, {_number(claim.high)}]"
-        measured += f" {claim.unit}".rstrip()
+            number += f" [{_number(claim.low)}, {_number(claim.high)}]"
+        if number not in measured or claim.low is None:  # a verdict's sentence holds its interval
+            measured += f": {number} {claim.unit}".rstrip()
     verdict = claim.verdict
     if claim.conditional:
         verdict += ", conditional on these checkpoints"
