@@ -492,6 +492,11 @@ def test_left_to_right_sampling_refuses_denoising_options(ar, changes):
         run(ar, PROMPTS, **changes)
 
 
+def test_left_to_right_sampling_has_no_trajectory(ar):
+    with pytest.raises(ValueError, match="record=True: an autoregressive policy has no"):
+        run(ar, PROMPTS)
+
+
 def test_block_diffusion_keeps_its_own_blocks_and_cache(bd):
     with pytest.raises(
         ValueError, match="block_length=6: this policy was trained with blocks of 4"

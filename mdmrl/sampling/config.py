@@ -9,7 +9,14 @@ from mdmrl.config import Config, require, unknown
 
 REMASKING = ("low_confidence", "state_confidence", "margin", "entropy", "sequential", "random")
 CACHES = ("prefix", "dual")
-DENOISING_ONLY = ("block_length", "threshold", "entropy_bound", "revise", "cfg_scale", "cache")
+DENOISING_ONLY = (
+    "block_length",
+    "threshold",
+    "entropy_bound",
+    "revise",
+    "cfg_scale",
+    "cache",
+)
 
 
 @dataclass
@@ -160,7 +167,7 @@ class SamplerConfig(Config):
         for name in DENOISING_ONLY:
             value = getattr(self, name)
             require(
-                not value,
+                value == getattr(SamplerConfig, name),
                 f"{name}={value}: an autoregressive policy reveals one token after the other and "
                 "keeps an exact cache of its own; leave it out",
             )

@@ -47,6 +47,7 @@ def generate(
     generator = generator or generator_for(0, "generate", device=policy.device)
     if policy.kind == "ar":
         config.refuse_denoising_options()
+        require(not record, "record=True: an autoregressive policy has no denoising trajectory")
         encoded = policy.encode(prompts, config.max_new_tokens)
         return sample_autoregressive(policy, encoded, config, generator)
     if policy.kind == "bd":
