@@ -9,14 +9,7 @@ from mdmrl.config import Config, require, unknown
 
 REMASKING = ("low_confidence", "state_confidence", "margin", "entropy", "sequential", "random")
 CACHES = ("prefix", "dual")
-DENOISING_ONLY = (
-    "block_length",
-    "threshold",
-    "entropy_bound",
-    "revise",
-    "cfg_scale",
-    "cache",
-)
+DENOISING_ONLY = ("block_length", "threshold", "entropy_bound", "revise", "cfg_scale", "cache")
 
 
 @dataclass
@@ -167,7 +160,7 @@ class SamplerConfig(Config):
         for name in DENOISING_ONLY:
             value = getattr(self, name)
             require(
-                value == getattr(SamplerConfig, name),
+                not value,
                 f"{name}={value}: an autoregressive policy reveals one token after the other and "
                 "keeps an exact cache of its own; leave it out",
             )

@@ -10,7 +10,7 @@ takes a softmax everywhere; all exact, and asserted so in the tests:
  * the head, the noise and the ranking run at open positions of the active block alone;
  * a maximum and a logsumexp in place of a softmax;
  * rows without open positions in the active block are dropped, and steps without any skipped;
- * on a processor, rows go through the network in parts that fit its cache (without a key cache);
+ * on a CPU without a key cache, rows go through the network in parts that fit the CPU's own;
  * a row is done once its first end token and all before it are revealed: what is still open cannot
    change its text.
 """
@@ -64,9 +64,8 @@ def denoise(
 
     for a, steps in zip(starts, evenly(config.denoising_steps, len(starts)), strict=True):
         b = a + block_length
-        targets = torch.stack(evenly(asked[:, a:b].sum(1), steps)).cumsum(
-            0
-        )  # (steps, B), revealed by then
+        quotas = evenly(asked[:, a:b].sum(1), steps)
+        targets = torch.stack(quotas).cumsum(0)  # (steps, B), revealed by then
         for step in itertools.count():
             rows = open_[:, a:b].any(1).nonzero()[:, 0]  # (R,)
             if not len(rows):

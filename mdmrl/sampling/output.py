@@ -34,7 +34,7 @@ class SamplerOutput:
         completions: texts up to the first end token.
         completion_ids: (B, L); completion_mask: True up to and including the first end token.
         logprobs: log-probability each token was drawn with, (B, L).
-        nfe: forward passes, one a step (even where a processor takes the rows in parts);
+        nfe: forward passes, one a step (even where a CPU takes the rows in parts);
             token_forwards: positions pushed through the network.
         trajectory: one `Step` a denoising step when recorded, else None.
         asked: positions that were [MASK] at the start, (B, L), where denoised.

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from mdmrl.policies.base import Policy
 
-# The activations of so many positions stay in a processor's cache. A GPU wants all at once.
+# Activations of about so many positions stay in a CPU's cache. A GPU wants all at once.
 POSITIONS_AT_ONCE = 1536
 
 

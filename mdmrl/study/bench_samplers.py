@@ -90,15 +90,15 @@ def bench_samplers(
             of ar, mdm and bd, SHAPE one of `SHAPES`.
         prompt_length: tokens of the longest prompt of a batch; the others are shorter.
         samplers: only these, beside their plain loop, by their names in the table; none means all.
-    Raises:
-        ValueError: more steps than tokens, blocks that do not divide them or outnumber the steps,
-            an unknown sampler.
-
     Returns:
         `rows`, one a sampler with medians over `repeats` after one run to warm up: seconds,
         samples and tokens a second, forward passes, positions pushed through the network, peak
         memory above what was held before; `speedup` over the plain loop with the same blocks, and
         the `agreement` with it, the share of equal tokens. And the machine.
+
+    Raises:
+        ValueError: more steps than tokens, blocks that do not divide them or outnumber the steps,
+            an unknown sampler.
     """
     require(repeats >= 1, f"repeats={repeats}: expected at least 1")
     loaded = bench_policy(policy, block_length)
