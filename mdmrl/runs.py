@@ -67,6 +67,11 @@ def environment() -> dict:
     }
 
 
+def best_device() -> str:
+    """The card where there is one, else the processor."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def machine() -> str:
     """The processor's name and core count, or the card's name where there is one."""
     if torch.cuda.is_available():

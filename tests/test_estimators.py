@@ -11,6 +11,7 @@ from scipy import stats
 from mdmrl import load_policy, load_task
 from mdmrl.diffusion import SCHEDULES, limit_loss
 from mdmrl.diffusion_exact import chain_log_likelihood, exact_masked_nll
+from mdmrl.rl import estimators
 from mdmrl.rl.config import GRPOConfig
 from mdmrl.rl.grpo import grpo_loss, train_grpo, update
 from mdmrl.rl.logprobs import ESTIMATORS, draw_noise, estimator
@@ -735,10 +736,29 @@ def test_an_estimator_costs_what_it_says(toys, family, name):
     rollout = Rollout.of(out, torch.zeros(6), torch.ones(6).bool(), config)
     costs = COSTS if family == "mdm" else COSTS | {"L": BLOCK, "S": 2}
     name += "-3" if ESTIMATORS[name].samples else ""
-    handle = policy.model.get_input_embeddings().register_forward_hook(lambda *_: passes.append(1))
+    handle = policy.model.get_input_embeddings().register_forward_hook(
+        lambda module, given, _: passes.append(len(given[0]) / len(rollout))
+    )
     values(policy, name, rollout)
     handle.remove()
-    assert len(passes) == costs[ESTIMATORS[name.split("-")[0]].cost], own
+    assert sum(passes) == costs[ESTIMATORS[name.split("-")[0]].cost], own
+    if name == "trajectory":
+        assert len(passes) == 1
+
+
+@torch.no_grad()
+@each_family
+@pytest.mark.parametrize("at_once", [1, 7, 12])
+@pytest.mark.parametrize("name", ["trajectory", "trajectory-positions"])
+def test_a_trajectory_in_packed_passes(toys, monkeypatch, family, name, at_once):
+    """However many of its states a pass takes, the values are the same."""
+    policy = toys[family]
+    config = sampler(steps=3 if family == "mdm" else 4)
+    out = generate(policy, [PROMPT] * 6, config, generator_for(0, "x"), record=True)
+    rollout = Rollout.of(out, torch.zeros(6), torch.ones(6).bool(), config)
+    packed = values(policy, name, rollout)
+    monkeypatch.setattr(estimators, "STATES_AT_ONCE", at_once)
+    torch.testing.assert_close(values(policy, name, rollout), packed, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()

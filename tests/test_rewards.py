@@ -22,6 +22,7 @@ from mdmrl.rewards import (
     strip_tags,
 )
 from mdmrl.rewards.medical import REFERENCES_KEPT, SentenceEncoder
+from mdmrl.runs import best_device
 
 FULL = "<reasoning>Hot joint.\n\nUrate.</reasoning>\n\n<answer>Gout</answer>"
 
@@ -209,7 +210,7 @@ def test_encoding_leaves_global_state_alone():
     threads = torch.get_num_threads()
     encoder = SentenceEncoder()
     encoder.embed(["a", "b"])
-    assert str(encoder.model.device) == "cpu"
+    assert encoder.model.device.type == best_device()
     assert torch.equal(before[0], torch.get_rng_state())
     assert before[1] == random.getstate()
     assert (before[2] == np.random.get_state()[1]).all()

@@ -33,7 +33,7 @@ class SentenceEncoder:
     Args:
         name: "minilm" (all-MiniLM-L6-v2 from its package, offline), or a model name of the hub
             or a folder, e.g. "sentence-transformers/stsb-roberta-base-v2".
-        device: where it runs.
+        device: where it runs; by default the card, where there is one.
 
     Attributes:
         truncated: how many texts so far were longer than the encoder's window and were cut.
@@ -42,7 +42,7 @@ class SentenceEncoder:
         OSError: at the first text, the model cannot be loaded.
     """
 
-    def __init__(self, name: str = PACKAGED_ENCODER, device: str = "cpu"):
+    def __init__(self, name: str = PACKAGED_ENCODER, device: str | None = None):
         self.name = name
         self.device = device
         self.truncated = 0
@@ -112,7 +112,10 @@ class Accuracy:
     """
 
     def __init__(
-        self, encoder: str = PACKAGED_ENCODER, answer_only: bool = False, device: str = "cpu"
+        self,
+        encoder: str = PACKAGED_ENCODER,
+        answer_only: bool = False,
+        device: str | None = None,
     ):
         self.encoder = shared_encoder(encoder, device)
         self.column = "Answer" if answer_only else "Response"
@@ -177,7 +180,7 @@ def medical_rewards(
     faithful: bool = True,
     encoder: str = PACKAGED_ENCODER,
     answer_only: bool = False,
-    device: str = "cpu",
+    device: str | None = None,
 ) -> list[Callable]:
     """The reward functions `accuracy`, `depth` and `format`, to be summed.
 

@@ -28,6 +28,8 @@ from mdmrl.policies.base import Policy
 from mdmrl.rl.rollout import Rollout
 from mdmrl.sampling.choose import POSTPONED
 
+STATES_AT_ONCE = 64  # of a trajectory, in one forward pass
+
 
 @dataclass
 class Noise:
@@ -213,20 +215,23 @@ def trajectory(policy: Policy, rollout: Rollout, noise: Noise, positions: bool =
     positions it chose, (B,): together that of the whole trajectory. See `_log_choice`.
     """
     rollout = rollout.whole()
-    mask, n = rollout.completion_mask, _block_length(policy, rollout)
+    mask, n, batch = rollout.completion_mask, _block_length(policy, rollout), len(rollout)
     # No block sees a later one: the first steps of all blocks are one pass, and so on.
     never = torch.iinfo(torch.long).max
     when = torch.where(mask, rollout.revealed_at, never).unflatten(1, (-1, n))
     when = (when - when.amin(-1, keepdim=True)).flatten(1)
-    tokens, choices = 0.0, 0.0
-    for step in range(int(when[mask].max()) + 1):
-        masked, chosen = when >= step, mask & (when == step)
+    steps, total = torch.arange(int(when[mask].max()) + 1, device=mask.device), 0.0
+    for now in steps.split(max(1, STATES_AT_ONCE // batch)):
+        rows = torch.arange(batch, device=mask.device).repeat_interleave(len(now))  # a row a state
+        states, step = rollout.rows(rows), now.repeat(batch)[:, None]
+        masked, chosen = when[rows] >= step, mask[rows] & (when[rows] == step)
         scored = masked if positions else chosen
-        logits = _masked_logits(policy, rollout, masked, scored)
-        tokens = tokens + _of_tokens(rollout, logits, scored).masked_fill(~chosen, 0)
+        logits = _masked_logits(policy, states, masked, scored)
+        found = _of_tokens(states, logits, scored).masked_fill(~chosen, 0)
         if positions:
-            choices = choices + _log_choice(policy, rollout, logits, masked, chosen)
-    return tokens.sum(1) + choices if positions else tokens
+            found = found.sum(1) + _log_choice(policy, states, logits, masked, chosen)
+        total = total + found.unflatten(0, (batch, -1)).sum(1)
+    return total
 
 
 def _log_choice(

@@ -46,7 +46,8 @@ class Estimator:
         target: what the values of a text, summed over tokens, estimate.
         bias: how far the expectation is from it.
         cost: forward passes of a call, by the number of samples k, the length L and the denoising
-            steps S (for block diffusion, those of one block).
+            steps S (for block diffusion, those of one block); those of a trajectory are packed,
+            `STATES_AT_ONCE` in one.
         samples: k, where it draws any; noise has as many.
         shared: the reference policy is scored with the same noise (Zhu et al. 2025, LLaDA 1.5).
         records: it needs the rollout's trajectory, all of which counts.

@@ -26,7 +26,7 @@ from mdmrl.config import require, unknown
 from mdmrl.policies import Policy, load_policy
 from mdmrl.policies.load import load_tokenizer
 from mdmrl.rl.pretrain import FAMILIES
-from mdmrl.runs import environment
+from mdmrl.runs import best_device, environment
 from mdmrl.sampling import SamplerConfig, generate
 from mdmrl.sampling.denoise import evenly
 
@@ -154,7 +154,7 @@ def bench_markdown(folder: Path) -> str:
 
 def bench_policy(name: str, block_length: int) -> Policy:
     """A policy by name, or one with random weights; see `bench_samplers`."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = best_device()
     kind, colon, shape = name.partition(":")
     if not colon:
         return load_policy(name, device=device)

@@ -4,9 +4,10 @@ A run is named by a readable slug and a hash of everything that decides its resu
 weights, rows, the version of the algorithm. Settings at their defaults are left out of it, so that
 an option that is added leaves old runs as they are; who changes a default raises the version.
 
-Its rows are kept as one CSV, beside it a JSON with one group of completions of its last update, in
-`figures/data/runs` for the `full` profile (committed) and in `runs/<profile>/runs` for any other; a
-run whose CSV is there is not trained again.
+Its rows are kept as one CSV, beside it a JSON with one group of completions of its last update and
+the machine, in `figures/data/runs` for the `full` profile (committed) and in `runs/<profile>/runs`
+for any other; a run whose CSV is there is not trained again. It takes the card where there is one,
+which draws other random numbers than a processor.
 """
 
 from __future__ import annotations
@@ -25,7 +26,14 @@ from mdmrl.evaluation.divergence import path_kl
 from mdmrl.policies import Policy, add_lora, load_policy
 from mdmrl.rl import grpo, ppo
 from mdmrl.rl.config import GRPOConfig, PPOConfig
-from mdmrl.runs import config_hash, generator_for, read_rows, write_atomically
+from mdmrl.runs import (
+    best_device,
+    config_hash,
+    generator_for,
+    machine,
+    read_rows,
+    write_atomically,
+)
 from mdmrl.sampling import SamplerConfig
 from mdmrl.study.outputs import figures_folder, project_root
 from mdmrl.tasks import load_task
@@ -85,7 +93,7 @@ def train_arms(arms: Sequence[Arm], seeds: Sequence[int], profile: str) -> pd.Da
 
 def train_arm(arm: Arm, seed: int, profile: str) -> pd.DataFrame:
     """Train one arm with one seed, or read what an earlier run of the same hash left."""
-    policy = load_policy(arm.policy, dtype=arm.dtype)
+    policy = load_policy(arm.policy, dtype=arm.dtype, device=best_device())
     if arm.lora:
         add_lora(policy, **arm.lora, seed=seed)
     settings, _, version = ALGORITHMS[arm.algorithm]
@@ -106,7 +114,7 @@ def train_arm(arm: Arm, seed: int, profile: str) -> pd.DataFrame:
     if not kept.exists():
         folder = project_root() / "runs" / profile / arm.algorithm / kept.stem
         frame = _train(policy, arm, config.replace(output_dir=str(folder)))
-        last = read_rows(folder / "samples.jsonl")[-1]
+        last = {**read_rows(folder / "samples.jsonl")[-1], "machine": machine()}
         write_atomically(kept.with_suffix(".json"), json.dumps(last, indent=1) + "\n")
         write_atomically(kept, frame.to_csv(index=False, float_format="%.6g"))
     frame = pd.read_csv(kept)
@@ -149,7 +157,8 @@ def _train(policy: Policy, arm: Arm, config: GRPOConfig | PPOConfig) -> pd.DataF
 def _probe(arm: Arm, config: GRPOConfig | PPOConfig, held_out: Sequence[dict]) -> Callable | None:
     if not arm.path_kl:
         return None
-    start, prompts = load_policy(arm.policy, dtype=arm.dtype), [row["prompt"] for row in held_out]
+    start = load_policy(arm.policy, dtype=arm.dtype, device=best_device())
+    prompts = [row["prompt"] for row in held_out]
     sampler = SamplerConfig(
         max_new_tokens=config.max_completion_length,
         remasking="state_confidence",
