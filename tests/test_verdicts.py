@@ -8,6 +8,7 @@ import pytest
 from scipy import stats
 
 from mdmrl.study.quantities import (
+    auroc,
     collapsed,
     gain,
     headroom,
@@ -21,15 +22,19 @@ from mdmrl.study.verdicts import (
     appc_failures,
     block_rl_cures_kl,
     diffusion_samples_faster,
+    few_steps_pay,
     fig41_ar_rises,
     fig41_mdm_does_not_converge,
     fig42_kl_is_the_cause,
     fig43_longer_is_steadier,
     fig44_crossing,
     fig44_less_accurate,
+    hierarchy_is_faster,
     kl_is_cured,
     kl_law_predicts,
     stability_needs_steps,
+    value_guides,
+    value_judges,
 )
 
 # Five seeds around 0 whose mean has a 95 % t-interval of exactly -1 to 1.
@@ -363,6 +368,67 @@ def test_kl_is_cured():
     assert cured(share=0.91).verdict == "reproduced"
     assert cured(share=0.89).verdict == "inconclusive"
     assert cured(share=0.69).verdict == "contradicted"
+
+
+def test_auroc():
+    scores, outcomes = np.random.default_rng(0).normal(size=(2, 40)).round(1)
+    wins = [
+        0.5 * (a == b) + (a > b)
+        for a, x in zip(scores, outcomes, strict=True)
+        for b, y in zip(scores, outcomes, strict=True)
+        if x > y
+    ]
+    assert auroc(scores, outcomes) == pytest.approx(np.mean(wins))
+    good = outcomes > 0
+    u = stats.mannwhitneyu(scores[good], scores[~good]).statistic
+    assert auroc(scores, good) == pytest.approx(u / good.sum() / (~good).sum())
+    assert np.isnan(auroc([1, 2], [3, 3]))
+
+
+@pytest.mark.parametrize(
+    ("value", "logprob", "verdict"),
+    [
+        (0.75, 0.6, "reproduced"),
+        (0.69, 0.5, "inconclusive"),
+        (0.75, 0.7, "inconclusive"),
+        (0.49, 0.3, "contradicted"),
+        (0.75, 0.9, "contradicted"),
+    ],
+)
+def test_value_judges(value, logprob, verdict):
+    found = value_judges(around(value, 0.1), logprob * ONES)
+    assert found.verdict == verdict
+    assert (found.low, found.high) == pytest.approx((value - 0.1, value + 0.1))
+
+
+def test_value_guides_is_paired_over_prompts():
+    better = around(3, 1)  # the same prompts, hard and easy ones
+    assert value_guides(better + around(0.2, 0.1), better).verdict == "reproduced"
+    assert value_guides(better + around(0.05, 0.1), better).verdict == "inconclusive"
+    assert value_guides(better - around(0.2, 0.1), better).verdict == "contradicted"
+
+
+def test_few_steps_pay():
+    found = few_steps_pay(around(2.0, 0.1), 1.8 * ONES, 2.3 * ONES)
+    assert found.verdict == "reproduced"
+    assert "gained 0.2 [0.1, 0.3], and is -0.3 [-0.4, -0.2] ahead" in found.measured
+    assert few_steps_pay(around(1.85, 0.1), 1.8 * ONES, ONES).verdict == "inconclusive"
+    assert few_steps_pay(around(1.6, 0.1), 1.8 * ONES, ONES).verdict == "contradicted"
+
+
+@pytest.mark.parametrize(
+    ("ratio", "difference", "verdict"),
+    [
+        (0.39, 0.0, "reproduced"),
+        (0.45, 0.0, "inconclusive"),
+        (0.61, 0.0, "contradicted"),
+        (0.39, -0.03, "inconclusive"),
+        (0.39, -0.3, "contradicted"),
+    ],
+)
+def test_hierarchy_is_faster(ratio, difference, verdict):
+    found = hierarchy_is_faster(around(ratio, 0.1), around(difference, 0.01), 0.5 * ONES)
+    assert found.verdict == verdict
 
 
 def test_a_seed_without_a_finite_number_decides_nothing():

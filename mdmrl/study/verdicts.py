@@ -373,6 +373,93 @@ def block_rl_cures_kl(
     )
 
 
+def value_judges(auroc_value: Seeds, auroc_logprob: Seeds) -> Verdict:
+    """A value function judges half-denoised text.
+
+    Args: areas under the ROC curve within prompts, of states at half the steps: of V, and of the
+    mean log-probability of what is revealed.
+
+    Reproduced iff the lower end of V's is above 0.6 and that of the difference above 0;
+    contradicted iff either upper end is below. The interval given is V's.
+    """
+    value, logprob = _columns(auroc_value=auroc_value, auroc_logprob=auroc_logprob)
+    area, more = _interval(value), _interval(value - logprob)
+    return _verdict(
+        area,
+        len(value),
+        reproduced=area.low > 0.6 and more.low > 0,
+        contradicted=area.high < 0.6 or more.high < 0,
+        measured=f"V's area is {_shown(area)}, {_shown(more)} above that of the mean "
+        "log-probability",
+    )
+
+
+def value_guides(guided: Seeds, best_of_n: Seeds) -> Verdict:
+    """Value-guided sampling beats choosing among finished texts by the same V, at equal cost.
+
+    Args: mean rewards, the same prompt at the same place. Reproduced iff the lower end of the mean
+    difference is above 0; contradicted iff its upper end is below.
+    """
+    guided, best_of_n = _columns(guided=guided, best_of_n=best_of_n)
+    more = _interval(guided - best_of_n)
+    return _verdict(
+        more,
+        len(guided),
+        reproduced=more.low > 0,
+        contradicted=more.high < 0,
+        measured=f"the reward is {_shown(more)} higher than that of best of n",
+        unit="prompt",
+    )
+
+
+def few_steps_pay(tuned_few: Seeds, base: Seeds, tuned_many: Seeds) -> Verdict:
+    """RL at few denoising steps still pays when the steps are raised at inference.
+
+    Args: rewards with many steps, of the model tuned with few, of the base, and of the model tuned
+    with many at the same token-forwards.
+
+    Reproduced iff the lower end of tuned_few - base is above 0; contradicted iff its upper end is
+    below. How it compares with tuned_many is said beside.
+    """
+    few, base, many = _columns(tuned_few=tuned_few, base=base, tuned_many=tuned_many)
+    gained, ahead = _interval(few - base), _interval(few - many)
+    return _verdict(
+        gained,
+        len(few),
+        reproduced=gained.low > 0,
+        contradicted=gained.high < 0,
+        measured=f"with many steps, RL with few has gained {_shown(gained)}, and is "
+        f"{_shown(ahead)} ahead of RL with many at the same token-forwards",
+    )
+
+
+def hierarchy_is_faster(
+    nfe_ratio: Seeds, reward_difference: Seeds, headroom_flat: Seeds
+) -> Verdict:
+    """The hierarchy is faster than writing flat, and not worse.
+
+    Args:
+        nfe_ratio: forward passes on the critical path, hierarchy / flat.
+        reward_difference: hierarchy minus flat; headroom_flat: ceiling minus flat.
+
+    Reproduced iff the upper end of the ratio is at most 1/2 and the lower end of the difference
+    over the headroom above -0.05; contradicted iff the ratio's lower end is above 1/2 or the
+    difference's upper end below -0.05. The interval given is the ratio's.
+    """
+    ratio, difference, room = _columns(
+        nfe_ratio=nfe_ratio, reward_difference=reward_difference, headroom_flat=headroom_flat
+    )
+    passes, worse = _interval(ratio), _interval(difference / room)
+    return _verdict(
+        passes,
+        len(ratio),
+        reproduced=passes.high <= 0.5 and worse.low > -0.05,
+        contradicted=passes.low > 0.5 or worse.high < -0.05,
+        measured=f"its critical path has {_shown(passes)} of flat's forward passes; its reward is "
+        f"{_shown(worse)} of the headroom higher",
+    )
+
+
 # -- Shared parts -------------------------------------------------------------------------------
 
 
