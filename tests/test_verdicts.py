@@ -8,7 +8,6 @@ import pytest
 from scipy import stats
 
 from mdmrl.study.quantities import (
-    auroc,
     collapsed,
     gain,
     headroom,
@@ -368,21 +367,6 @@ def test_kl_is_cured():
     assert cured(share=0.91).verdict == "reproduced"
     assert cured(share=0.89).verdict == "inconclusive"
     assert cured(share=0.69).verdict == "contradicted"
-
-
-def test_auroc():
-    scores, outcomes = np.random.default_rng(0).normal(size=(2, 40)).round(1)
-    wins = [
-        0.5 * (a == b) + (a > b)
-        for a, x in zip(scores, outcomes, strict=True)
-        for b, y in zip(scores, outcomes, strict=True)
-        if x > y
-    ]
-    assert auroc(scores, outcomes) == pytest.approx(np.mean(wins))
-    good = outcomes > 0
-    u = stats.mannwhitneyu(scores[good], scores[~good]).statistic
-    assert auroc(scores, good) == pytest.approx(u / good.sum() / (~good).sum())
-    assert np.isnan(auroc([1, 2], [3, 3]))
 
 
 @pytest.mark.parametrize(

@@ -68,18 +68,6 @@ def kl_at(reward: float, rewards: Sequence[float], kls: Sequence[float]) -> floa
     return float(kls[k - 1] + share * (kls[k] - kls[k - 1]))
 
 
-def auroc(scores: Sequence[float], outcomes: Sequence[float]) -> float:
-    """The share of pairs of unequal outcome of which the better one has the higher score, equal
-    scores counting a half: for outcomes 0 and 1 the area under the ROC curve. nan without such a
-    pair."""
-    scores, outcomes = np.asarray(scores, float), np.asarray(outcomes, float)
-    better = outcomes[:, None] > outcomes
-    if not better.any():
-        return math.nan
-    ahead = np.sign(scores[:, None] - scores)[better]
-    return float((1 + ahead.mean()) / 2)
-
-
 def collapsed(curve: Sequence[float]) -> bool:
     """Whether reward in the last tenth of training is lower than in the first by more than 5 % of
     what it was."""
