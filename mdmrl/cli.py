@@ -167,7 +167,7 @@ def train(
 
 @app.command()
 def bench(
-    what: Annotated[str, typer.Argument(help="samplers, update or import.")],
+    what: Annotated[str, typer.Argument(help="samplers, update, estimators or import.")],
     policy: Annotated[
         str, typer.Option(help="A name, a folder, or for samplers random-KIND:SHAPE.")
     ] = "tiny-mdm",
@@ -182,11 +182,12 @@ def bench(
     ] = None,
     json: Annotated[Path | None, typer.Option(help="Write the numbers to this file.")] = None,
 ) -> None:
-    """Time samplers, one GRPO update, or the import of the package; run it on an idle machine."""
+    """Time samplers, one GRPO update, its scoring by estimator, or the import of the package; run
+    it on an idle machine."""
     from json import dumps
 
     from mdmrl.config import unknown
-    from mdmrl.study.bench import bench_import, bench_update
+    from mdmrl.study.bench import bench_estimators, bench_import, bench_update
     from mdmrl.study.bench_samplers import bench_samplers, print_bench
 
     benches = {
@@ -201,6 +202,7 @@ def bench(
             sampler or [],
         ),
         "update": lambda: bench_update(policy),
+        "estimators": lambda: bench_estimators(repeats),
         "import": bench_import,
     }
     if what not in benches:

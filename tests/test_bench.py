@@ -6,6 +6,7 @@ import pytest
 from test_sampling import double
 
 from mdmrl.study import bench_samplers as bench
+from mdmrl.study.bench import bench_estimators
 
 
 def rows_of(policy, monkeypatch, **options):
@@ -86,3 +87,15 @@ def test_the_readme_shows_what_was_measured(mdm, monkeypatch, tmp_path):
     assert len(table) == 4
     assert table[2].startswith("| bench_samplers_a | dual cache | 3 | 12 | 6 | 414 |")
     assert table[3].endswith("| 2.35 | 50.0% | M, 2 threads |")
+
+
+def test_estimators_are_timed_against_the_twin():
+    numbers = bench_estimators(repeats=1, length=4)
+    json.dumps(numbers)
+    rows = {row["estimator"]: row for row in numbers["rows"]}
+    assert list(rows) == ["exact", "one_step", "complementary", "coupled"]
+    assert rows["exact"]["ratio_to_ar"] == 1
+    one, two = (rows[name]["seconds"] for name in ("one_step", "coupled"))
+    assert rows["coupled"]["ratio_to_ar"] / rows["one_step"]["ratio_to_ar"] == pytest.approx(
+        two / one
+    )

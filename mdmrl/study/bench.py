@@ -7,12 +7,18 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
-from mdmrl.policies import load_policy
+import torch
+
+from mdmrl.policies import Policy, load_policy
 from mdmrl.rl.config import GRPOConfig
-from mdmrl.rl.grpo import train_grpo
-from mdmrl.runs import environment, read_rows
+from mdmrl.rl.estimators import draw_noise
+from mdmrl.rl.grpo import train_grpo, update
+from mdmrl.rl.logprobs import estimator
+from mdmrl.rl.rollout import Rollout
+from mdmrl.runs import environment, generator_for, read_rows
 from mdmrl.tasks import load_task
 
 
@@ -37,6 +43,56 @@ def bench_update(policy: str = "tiny-mdm", repeats: int = 5) -> dict:
     columns = ("step_time", "rollout_time", "reward_time")
     medians = {name: statistics.median(row[name] for row in rows) for name in columns}
     return {"policy": policy, "repeats": repeats, **medians, **environment()}
+
+
+def bench_estimators(repeats: int = 5, length: int = 128) -> dict:
+    """Seconds of one GRPO update without its sampling, by estimator, on the same 2 x 6 completions
+    of `length` tokens, which all count: policy, reference and both backward passes.
+
+    Returns:
+        rows of estimator, median seconds, and median ratio to the autoregressive twin's update,
+        which takes turns with it; and the machine.
+    """
+    task, runs = load_task("medcot"), {}
+    prompts = [row["prompt"] for row in task.rows("rl", 2) for _ in range(6)]
+    for name in ("exact", "one_step", "complementary", "coupled"):
+        policy = load_policy("tiny-ar" if name == "exact" else "tiny-mdm")
+        policy.sync_reference()
+        config, scorer = GRPOConfig(logp_estimator=name), estimator(name, policy)
+        rollout = _some_rollout(policy, prompts, length, config)
+        noise = draw_noise(rollout, 0.0, generator_for(0, "noise"), scorer.samples)
+        parameters = policy.trainable_parameters()
+        runs[name] = partial(update, policy, rollout, scorer, noise, None, parameters, config)
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(repeats + 1):  # the first to warm up
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - start)
+    rows = []
+    for name, taken in seconds.items():
+        ratios = [one / twin for one, twin in zip(taken, seconds["exact"], strict=True)]
+        median = {"seconds": taken, "ratio_to_ar": ratios}
+        median = {key: statistics.median(values[1:]) for key, values in median.items()}
+        rows.append({"estimator": name, **median})
+    return {"rows": rows, "repeats": repeats, "length": length, **environment()}
+
+
+def _some_rollout(policy: Policy, prompts: list[str], length: int, config: GRPOConfig) -> Rollout:
+    """Completions of random tokens, the same for policies that share a tokenizer."""
+    encoded, draw = policy.encode(prompts, length), generator_for(0, "tokens")
+    first = max(policy.tokenizer.all_special_ids) + 1
+    shape, rows = (len(prompts), length), len(prompts)
+    tokens = torch.randint(first, len(policy.tokenizer), shape, generator=draw)
+    return Rollout(
+        prompt_ids=encoded.input_ids,
+        prompt_mask=encoded.attention_mask,
+        completion_ids=tokens,
+        completion_mask=torch.ones(shape, dtype=torch.bool),
+        advantages=torch.linspace(-1, 1, rows),
+        counted=torch.ones(rows, dtype=torch.bool),
+        sampler=config.sampler(),
+    )
 
 
 def bench_import(repeats: int = 7) -> dict:
