@@ -7,9 +7,11 @@ import pytest
 import torch
 from test_sampling import PROMPTS, double
 
-from mdmrl.runs import generator_for
+from mdmrl.rl.config import GRPOConfig
+from mdmrl.rl.grpo import train_grpo
+from mdmrl.runs import generator_for, read_rows
 from mdmrl.sampling import SamplerConfig
-from mdmrl.sampling.hierarchy import Unit, generate_hierarchy
+from mdmrl.sampling.hierarchy import Hierarchical, Unit, generate_hierarchy
 from mdmrl.tasks import load_task, medcot
 from mdmrl.tasks.medcot import PARAGRAPHS, combinations, question_row
 from mdmrl.tasks.medcot_sections import SECTIONS
@@ -188,3 +190,69 @@ def test_sections_are_the_generators_own_parts():
         reasoning = "\n\n".join(parts)
         assert whole == f"<reasoning>{reasoning}</reasoning>\n\n<answer>{row['Answer']}</answer>"
         assert task.metric(whole, row)
+
+
+# -- as a sampler for RL ---------------------------------------------------------------------------
+
+
+def drawn(policy, max_new_tokens=128, **changes):
+    draw = Hierarchical(UNITS, description_tokens=4, unit_tokens=8, length=64, gap=3)
+    steps = None if policy.kind == "ar" else max_new_tokens // 2
+    config = SamplerConfig(max_new_tokens=max_new_tokens, steps=steps, temperature=1.0)
+    return draw(policy, PROMPTS[:2], config, generator_for(0, "x"), **changes)
+
+
+@pytest.mark.parametrize("family", ["ar", "mdm"])
+def test_wholes_are_completions(family, request):
+    policy = request.getfixturevalue(family)
+    output = drawn(policy)
+    unit = {"steps": None} if family == "ar" else {"steps": 4}
+    description = {"steps": None} if family == "ar" else {"steps": 2}
+    plain = run(
+        policy,
+        description=DESCRIPTION.replace(temperature=1.0, **description),
+        unit=UNIT.replace(temperature=1.0, **unit),
+        generator=generator_for(0, "x"),
+    )
+    assert output.completions == plain.completions
+    assert (output.nfe, output.token_forwards) == (plain.nfe, plain.token_forwards)
+    assert output.completion_ids.shape == (2, 128)
+    for text, ids in zip(output.completions, output.token_lists(), strict=True):
+        assert ids[-1] == policy.tokenizer.eos_token_id
+        assert policy.tokenizer.decode(ids[:-1], skip_special_tokens=False) == text
+    assert output.logprobs.isnan().all()
+
+
+def test_a_whole_must_fit(mdm):
+    with pytest.raises(ValueError, match="exceeds max_new_tokens=20: raise it"):
+        drawn(mdm, max_new_tokens=20)
+    with pytest.raises(ValueError, match="no one trajectory"):
+        drawn(mdm, record=True)
+
+
+@pytest.mark.parametrize("family", ["ar", "mdm"])
+def test_rl_on_the_hierarchy(family, request, tmp_path):
+    """Rewards see the assembled wholes, and what is rewarded becomes likelier."""
+    policy, seen = request.getfixturevalue(family), []
+
+    def reward(prompts, completions, **columns):
+        seen.extend(completions)
+        return [float(len(text)) for text in completions]
+
+    config = GRPOConfig(
+        output_dir=str(tmp_path / "run"),
+        max_steps=2,
+        per_device_train_batch_size=4,
+        num_generations=4,
+        max_completion_length=128,
+        logp_estimator="exact" if family == "ar" else "one_step",
+    )
+    rows = [{"prompt": prompt} for prompt in PROMPTS]
+    draw = Hierarchical(UNITS, description_tokens=4, unit_tokens=8, length=64, gap=3)
+    before = policy.fingerprint()
+    folder = train_grpo(policy, [reward], rows, config, draw=draw)
+    assert all(text.startswith("one:") and "four:" in text for text in seen)
+    assert policy.fingerprint() != before
+    assert [row["step"] for row in read_rows(folder / "metrics.jsonl")] == [0, 1, 2]
+    with pytest.raises(FileExistsError, match=r"another run \(draw .Hierarchical"):
+        train_grpo(policy, [reward], rows, config)

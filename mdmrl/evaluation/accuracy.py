@@ -20,9 +20,12 @@ def evaluate(
     prefix: str = "",
     batch_size: int = 64,
     seed: int = 0,
+    draw: Callable = generate,
 ) -> dict[str, float]:
     """Complete every row's prompt and average what `rewards` and `metric` say.
 
+    Args:
+        draw: what completes the prompts, called as `generate` is.
     Returns:
         `reward`, `rewards/<name>/mean`, `accuracy` (the share of rows `metric` accepts) and the
         monitors of `mdmrl.rl.monitors`, each behind `prefix`.
@@ -32,7 +35,7 @@ def evaluate(
         part = rows[start : start + batch_size]
         prompts = [row["prompt"] for row in part]
         generator = generator_for(seed, "evaluate", index=start, device=policy.device)
-        output = generate(policy, prompts, config, generator)
+        output = draw(policy, prompts, config, generator)
         found = completion_metrics(policy, output)
         if rewards:
             values = score(rewards, prompts, output.completions, output.token_lists(), part)

@@ -23,14 +23,17 @@ def begin(
     config: Config,
     algorithm: str,
     accelerator,
+    **more,
 ) -> Run:
-    """Check a run's input, open its folder, and make the policy its own reference."""
+    """Check a run's input, open its folder, and make the policy its own reference; `more` is as in
+    `open_run`."""
     names = [reward_name(reward) for reward in rewards]
     require(len(rows) > 0, "no training rows given")
     require(len(names) > 0, "no reward functions given")
     require(len(set(names)) == len(names), f"two rewards share a name: {names}")
     policy.encode([row["prompt"] for row in rows], config.max_completion_length)  # they all fit
-    run = open_run(policy, [*rows, *eval_rows], config, algorithm, accelerator, rewards=names)
+    judged = [*rows, *eval_rows]
+    run = open_run(policy, judged, config, algorithm, accelerator, rewards=names, **more)
     if not policy.uses_lora:
         policy.sync_reference()
     return run

@@ -45,6 +45,7 @@ from mdmrl.rl.logprobs import Noise, draw_noise, estimator
 from mdmrl.rl.objectives import charge, divisor, grpo_loss, of_tokens, sandwiched, wd1_weights
 from mdmrl.rl.rollout import Rollout, collect, draw_rows, group_advantages
 from mdmrl.runs import generator_for
+from mdmrl.sampling import generate
 
 ALGORITHM = "grpo-1"  # part of a run's hash: raise it when its law changes
 MAX_SKIPPED = 5
@@ -61,6 +62,7 @@ def train_grpo(
     eval_rows: Sequence[dict] = (),
     metric: Callable[[str, dict], bool] | None = None,
     probe: Callable[[Policy], dict[str, float]] | None = None,
+    draw: Callable = generate,
 ) -> Path:
     """Train `policy` in place; returns the run's folder.
 
@@ -73,6 +75,7 @@ def train_grpo(
         rows: training rows with `prompt` and the columns that rewards take.
         eval_rows, metric: held-out rows and the true metric, `metric(completion, row) -> bool`.
         probe: what else to measure of the policy whenever `eval_rows` are completed.
+        draw: what completes prompts, called as `generate` is, such as `Hierarchical`.
 
     Each row of `metrics.jsonl` holds the reward and its components; `loss` and its parts
     `loss/surrogate` and `loss/kl` (beta KL), their gradient norms, `grad_norm` before clipping;
@@ -95,7 +98,8 @@ def train_grpo(
     plain = estimator(config.logp_estimator, policy)
     scorer = sandwiched(plain, config) if config.loss_type == "spg" else plain
     sampler = config.sampler().replace(stop_at_end=not scorer.reads_on)
-    run = begin(policy, rewards, rows, eval_rows, config, ALGORITHM, accelerator)
+    drawn = {} if draw is generate else {"draw": repr(draw)}
+    run = begin(policy, rewards, rows, eval_rows, config, ALGORITHM, accelerator, **drawn)
     parameters = policy.trainable_parameters()
     optimizer = torch.optim.AdamW(parameters.values(), lr=config.learning_rate, weight_decay=0.0)
     first, skipped = restore(run, policy, optimizer), 0
@@ -109,11 +113,12 @@ def train_grpo(
         return generator_for(config.seed, purpose, step, index * processes + rank, policy.device)
 
     def noise_for(rollout: Rollout, purpose: str, step: int, index: int = 0) -> Noise:
-        draw = generator(purpose, step, index)
-        return draw_noise(rollout, config.p_mask_prompt, draw, scorer.samples, scorer.shared)
+        random = generator(purpose, step, index)
+        return draw_noise(rollout, config.p_mask_prompt, random, scorer.samples, scorer.shared)
 
     def held_out() -> dict[str, float]:
-        found = evaluate(policy, eval_rows, config.sampler(0.0), rewards, metric, "eval/")
+        greedy = config.sampler(0.0)
+        found = evaluate(policy, eval_rows, greedy, rewards, metric, "eval/", draw=draw)
         return found | {f"eval/{k}": v for k, v in (probe(policy) if probe else {}).items()}
 
     for step in range(first, config.max_steps):
@@ -122,14 +127,9 @@ def train_grpo(
             metrics |= held_out()
         start = time.perf_counter()
         batch = draw_rows(rows, config.prompts_per_process, step, rank, processes, config.seed)
+        random, group = generator("rollout", step), config.num_generations
         rollout, seen, sample = collect(
-            policy,
-            batch,
-            rewards,
-            config.num_generations,
-            sampler,
-            generator("rollout", step),
-            scorer.records,
+            policy, batch, rewards, group, sampler, random, scorer.records, draw
         )
         if scorer.records:
             rollout = rollout.whole()

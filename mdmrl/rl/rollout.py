@@ -143,18 +143,19 @@ def collect(
     config: SamplerConfig,
     generator: torch.Generator,
     record: bool = False,
+    draw: Callable = generate,
 ) -> tuple[Rollout, dict[str, float], dict]:
     """Draw and score one group of completions for each row of `batch`.
 
     Args:
-        record: keep the denoising trajectory.
+        record: keep the denoising trajectory; draw: what completes the prompts.
     Returns:
         the rollout, the round's metrics, and the first group's texts and rewards to look at.
     """
     start = time.perf_counter()
     rows = [row for row in batch for _ in range(num_generations)]
     prompts = [row["prompt"] for row in rows]
-    output = generate(policy, prompts, config, generator, record)
+    output = draw(policy, prompts, config, generator, record)
     drawn = time.perf_counter()
     values = score(rewards, prompts, output.completions, output.token_lists(), rows)
     total = values.sum(1)  # NaN where any component left the sample out

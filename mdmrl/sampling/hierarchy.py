@@ -29,6 +29,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from mdmrl.config import require
 from mdmrl.policies.base import Policy, Prompt
@@ -156,6 +157,69 @@ def generate_hierarchy(
         token_forwards=token_forwards,
         seconds=(middle - start, time.perf_counter() - middle),
     )
+
+
+@dataclass(frozen=True)
+class Hierarchical:
+    """`generate` by descriptions and units, for `train_grpo` and `evaluate`.
+
+    The wholes are the completions, openings and closings included, which the policy did not write.
+    No probability belongs to a whole: its `logprobs` are nan, and it has no trajectory. RL on it
+    raises the flat policy's own log p of wholes that do well, as an estimator scores them, and is
+    thus no exact policy gradient of the hierarchy.
+
+    Attributes:
+        units: to be written. description_tokens, unit_tokens: of one description, and of the rest
+            of one unit, at as many tokens a step as the sampler asked for.
+        length, gap: see `generate_hierarchy`.
+    """
+
+    units: tuple[Unit, ...]
+    description_tokens: int = 8
+    unit_tokens: int = 20
+    length: int = 128
+    gap: int = 8
+
+    def __call__(
+        self,
+        policy: Policy,
+        prompts: Sequence[Prompt],
+        config: SamplerConfig,
+        generator: torch.Generator | None = None,
+        record: bool = False,
+    ) -> SamplerOutput:
+        """Complete `prompts`; raises as `generate_hierarchy`, and for a whole that is longer than
+        `config.max_new_tokens`."""
+        require(not record, "record=True: the hierarchy's completions have no one trajectory")
+        phases = [self._phase(config, n) for n in (self.description_tokens, self.unit_tokens)]
+        options = {"length": self.length, "gap": self.gap, "generator": generator}
+        found = generate_hierarchy(policy, prompts, self.units, *phases, **options)
+        wholes = policy.tokenizer(found.completions, add_special_tokens=False).input_ids
+        ids = [torch.tensor([*whole, policy.tokenizer.eos_token_id]) for whole in wholes]
+        longest, asked = max(map(len, ids)), config.max_new_tokens
+        require(
+            longest <= asked,
+            f"a whole of {longest} tokens with its end exceeds max_new_tokens={asked}: raise it, "
+            "or lower description_tokens or unit_tokens",
+        )
+        ids = pad_sequence([*ids, torch.zeros(asked)], True, policy.pad_token_id)[:-1].long()
+        ids, encoded = ids.to(policy.device), policy.encode(prompts)
+        return SamplerOutput(
+            sequences=torch.cat([encoded.input_ids, ids], 1),
+            prompt_mask=encoded.attention_mask,
+            completion_ids=ids,
+            completion_mask=policy.completion_mask(ids),
+            completions=found.completions,
+            logprobs=torch.full(ids.shape, torch.nan, device=policy.device),
+            nfe=found.nfe,
+            token_forwards=found.token_forwards,
+        )
+
+    @staticmethod
+    def _phase(config: SamplerConfig, tokens: int) -> SamplerConfig:
+        """`config` for fewer tokens, at the same number of tokens a step."""
+        steps = config.steps and max(1, round(config.steps * tokens / config.max_new_tokens))
+        return config.replace(max_new_tokens=tokens, steps=steps)
 
 
 def continue_texts(

@@ -35,6 +35,7 @@ from mdmrl.runs import (
     write_atomically,
 )
 from mdmrl.sampling import SamplerConfig
+from mdmrl.sampling.hierarchy import Hierarchical
 from mdmrl.study.outputs import figures_folder, project_root
 from mdmrl.tasks import load_task
 from mdmrl.tasks.medcot import SYSTEM_PROMPT
@@ -66,6 +67,8 @@ class Arm(Config):
         path_kl: of a masked or block diffusion policy, steps and block length of the
             `state_confidence` sampler whose `path_kl` from the starting policy is measured on the
             held-out prompts (column `eval/path_kl`); empty for none.
+        hierarchy: settings of `Hierarchical`, which then draws all completions (grpo alone); empty
+            for flat ones.
     """
 
     name: str
@@ -78,6 +81,7 @@ class Arm(Config):
     eval_prompts: int = 48
     final_steps: list[int] = field(default_factory=list)
     path_kl: dict = field(default_factory=dict)
+    hierarchy: dict = field(default_factory=dict)
 
     def validate(self) -> None:
         if self.algorithm not in ALGORITHMS:
@@ -132,12 +136,13 @@ def runs_folder(profile: str) -> Path:
 
 
 def _train(policy: Policy, arm: Arm, config: GRPOConfig | PPOConfig) -> pd.DataFrame:
-    task = load_task("medcot")
+    task = load_task("medcot-sections")  # the rows and rewards of medcot, and units
     system = SYSTEM_PROMPT if arm.instruct else None
+    drawn = {"draw": Hierarchical(tuple(task.units), **arm.hierarchy)} if arm.hierarchy else {}
     held_out = task.rows("validation", arm.eval_prompts, system) if arm.eval_prompts else []
     _, train, _ = ALGORITHMS[arm.algorithm]
     rows, probe = task.rows("rl", system=system), _probe(arm, config, held_out)
-    folder = train(policy, task.rewards, rows, config, held_out, task.metric, probe)
+    folder = train(policy, task.rewards, rows, config, held_out, task.metric, probe, **drawn)
     frame = pd.DataFrame(read_rows(folder / "metrics.jsonl"))
     for steps in arm.final_steps:
         sampler = SamplerConfig(
@@ -147,7 +152,14 @@ def _train(policy: Policy, arm: Arm, config: GRPOConfig | PPOConfig) -> pd.DataF
             suppress_mask=False,
         )
         final = evaluate(
-            policy, held_out, sampler, task.rewards, task.metric, f"final{steps}/", seed=config.seed
+            policy,
+            held_out,
+            sampler,
+            task.rewards,
+            task.metric,
+            f"final{steps}/",
+            seed=config.seed,
+            **drawn,
         )
         for column, value in final.items():
             frame.loc[frame.index[-1], column] = value
