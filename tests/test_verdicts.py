@@ -387,9 +387,12 @@ def test_value_judges(value, logprob, verdict):
 
 def test_value_guides_is_paired_over_prompts():
     better = around(3, 1)  # the same prompts, hard and easy ones
-    assert value_guides(better + around(0.2, 0.1), better).verdict == "reproduced"
-    assert value_guides(better + around(0.05, 0.1), better).verdict == "inconclusive"
-    assert value_guides(better - around(0.2, 0.1), better).verdict == "contradicted"
+    assert value_guides(better + around(0.2, 0.1), better, 1.0).verdict == "reproduced"
+    assert value_guides(better + around(0.05, 0.1), better, 1.0).verdict == "inconclusive"
+    assert value_guides(better - around(0.2, 0.1), better, 0.95).verdict == "contradicted"
+    cheap = value_guides(better - around(0.2, 0.1), better, 0.94)
+    assert cheap.verdict == "inconclusive"
+    assert "for 94% of its cost" in cheap.measured
 
 
 def test_few_steps_pay():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Sequence
 
@@ -65,6 +66,12 @@ def curves(
         axes.set_yscale("log")
     axes.set_xlabel("update")
     sns.despine(ax=axes)
+
+
+def interval(values: pd.Series) -> tuple[float, float]:
+    """The 95 % t-interval of the mean, for seaborn's `errorbar`; none of a single value."""
+    _, low, high = t_interval(values) if len(values) > 1 else (math.nan,) * 3
+    return low, high
 
 
 def panels(count: int, height: float = 2.4, columns: int = 2) -> tuple[Figure, np.ndarray]:

@@ -66,7 +66,9 @@ class Arm(Config):
             with each of these numbers of denoising steps (columns `final<steps>/...`).
         path_kl: of a masked or block diffusion policy, steps and block length of the
             `state_confidence` sampler whose `path_kl` from the starting policy is measured on the
-            held-out prompts (column `eval/path_kl`); empty for none.
+            held-out prompts (column `eval/path_kl`), and which completes them greedily too
+            (`eval/path/reward` and so on), whatever sampler the arm was trained with; empty for
+            none.
         hierarchy: settings of `Hierarchical`, which then draws all completions (grpo alone); empty
             for flat ones.
     """
@@ -169,7 +171,10 @@ def _train(policy: Policy, arm: Arm, config: GRPOConfig | PPOConfig) -> pd.DataF
 def _probe(arm: Arm, config: GRPOConfig | PPOConfig, held_out: Sequence[dict]) -> Callable | None:
     if not arm.path_kl:
         return None
-    start = load_policy(arm.policy, dtype=arm.dtype, device=best_device())
+    start, task = (
+        load_policy(arm.policy, dtype=arm.dtype, device=best_device()),
+        load_task("medcot"),
+    )
     prompts = [row["prompt"] for row in held_out]
     sampler = SamplerConfig(
         max_new_tokens=config.max_completion_length,
@@ -182,7 +187,10 @@ def _probe(arm: Arm, config: GRPOConfig | PPOConfig, held_out: Sequence[dict]) -
 
     def probe(policy: Policy) -> dict[str, float]:
         generator = generator_for(config.seed, "path_kl", device=policy.device)
-        return {"path_kl": path_kl(policy, start, prompts, sampler, generator).mean().item()}
+        moved = path_kl(policy, start, prompts, sampler, generator).mean().item()
+        greedy = sampler.replace(temperature=0.0)
+        found = evaluate(policy, held_out, greedy, task.rewards, task.metric, "path/")
+        return {"path_kl": moved, **found}
 
     return probe
 

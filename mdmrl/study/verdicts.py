@@ -394,11 +394,15 @@ def value_judges(auroc_value: Seeds, auroc_logprob: Seeds) -> Verdict:
     )
 
 
-def value_guides(guided: Seeds, best_of_n: Seeds) -> Verdict:
+def value_guides(guided: Seeds, best_of_n: Seeds, spent: float) -> Verdict:
     """Value-guided sampling beats choosing among finished texts by the same V, at equal cost.
 
-    Args: mean rewards, the same prompt at the same place. Reproduced iff the lower end of the mean
-    difference is above 0; contradicted iff its upper end is below.
+    Args:
+        guided, best_of_n: mean rewards, the same prompt at the same place.
+        spent: what guided sampling spent of its budget, which is all that best of n costs.
+
+    Reproduced iff the lower end of the mean difference is above 0; contradicted iff its upper end
+    is below and at least 95 % of the budget was spent: with less it had another price.
     """
     guided, best_of_n = _columns(guided=guided, best_of_n=best_of_n)
     more = _interval(guided - best_of_n)
@@ -406,8 +410,9 @@ def value_guides(guided: Seeds, best_of_n: Seeds) -> Verdict:
         more,
         len(guided),
         reproduced=more.low > 0,
-        contradicted=more.high < 0,
-        measured=f"the reward is {_shown(more)} higher than that of best of n",
+        contradicted=more.high < 0 and spent >= 0.95,
+        measured=f"the reward is {_shown(more)} higher than that of best of n, for {spent:.0%} of "
+        "its cost",
         unit="prompt",
     )
 
@@ -436,11 +441,12 @@ def few_steps_pay(tuned_few: Seeds, base: Seeds, tuned_many: Seeds) -> Verdict:
 def hierarchy_is_faster(
     nfe_ratio: Seeds, reward_difference: Seeds, headroom_flat: Seeds
 ) -> Verdict:
-    """The hierarchy is faster than writing flat, and not worse.
+    """The hierarchy needs fewer sequential forward passes than flat text, and is not worse.
 
     Args:
         nfe_ratio: forward passes on the critical path, hierarchy / flat.
-        reward_difference: hierarchy minus flat; headroom_flat: ceiling minus flat.
+        reward_difference: hierarchy minus flat, of the part of the reward that the hierarchy is
+            not given; headroom_flat: the ceiling of that part minus flat.
 
     Reproduced iff the upper end of the ratio is at most 1/2 and the lower end of the difference
     over the headroom above -0.05; contradicted iff the ratio's lower end is above 1/2 or the
