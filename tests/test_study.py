@@ -139,3 +139,16 @@ def test_every_algorithm_trains_an_arm_of_its_own(arm):
         arm.replace(algorithm="pp")
     with pytest.raises(ValueError, match="unknown PPOConfig key 'logp_estimator'"):
         training.train_arm(ppo.replace(settings={"logp_estimator": "elbo"}), 0, "quick")
+
+
+def test_a_cold_start_comes_before_rl(arm):
+    """The policy that RL starts from is the fine-tuned one, which is its reference too."""
+    plain = training.train_arm(arm, 0, "quick")
+    sft = {"max_steps": 2, "per_device_train_batch_size": 2}
+    cold = training.train_arm(arm.replace(sft=sft), 0, "quick")
+    assert cold.run[0] != plain.run[0]
+    folder = training.project_root() / "runs" / "quick" / "grpo" / f"{cold.run[0]}-sft"
+    learnt = read_rows(folder / "metrics.jsonl")
+    assert [row["step"] for row in learnt] == [0, 1, 2]
+    assert cold["kl/sum"][0] == 0
+    assert cold["eval/entropy"][0] != plain["eval/entropy"][0]

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict
+from functools import partial
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from mdmrl.study.verdicts import (
     Verdict,
     appc_failures,
     block_rl_cures_kl,
+    cold_start_helps,
     diffusion_samples_faster,
     few_steps_pay,
     fig41_ar_rises,
@@ -383,6 +385,21 @@ def test_value_judges(value, logprob, verdict):
     found = value_judges(around(value, 0.1), logprob * ONES)
     assert found.verdict == verdict
     assert (found.low, found.high) == pytest.approx((value - 0.1, value + 0.1))
+
+
+def test_cold_start_helps():
+    nothing, one = 0 * ONES, np.eye(5)[0]
+    found = cold_start_helps(around(0.3, 0.1), 0.1 * ONES, around(0.5, 0.1), nothing, one)
+    assert found.verdict == "reproduced"
+    assert "G is 0.2 [0.1, 0.3] higher" in found.measured
+    assert "final reward 0.5 [0.4, 0.6]; 0 and 1 runs" in found.measured
+    rule = partial(cold_start_helps, gain_none=nothing, final_difference=ONES)
+    assert rule(around(0.05, 0.1), collapsed_sft=nothing, collapsed_none=one).verdict == (
+        "inconclusive"
+    )
+    for gained, fell in ((-0.2, nothing), (0.2, one)):
+        found = rule(around(gained, 0.1), collapsed_sft=fell, collapsed_none=nothing)
+        assert found.verdict == "contradicted"
 
 
 def test_value_guides_is_paired_over_prompts():

@@ -24,8 +24,10 @@ from mdmrl.config import Config, unknown
 from mdmrl.evaluation.accuracy import evaluate
 from mdmrl.evaluation.divergence import path_kl
 from mdmrl.policies import Policy, add_lora, load_policy
+from mdmrl.rewards.text import TAGS
 from mdmrl.rl import grpo, ppo
-from mdmrl.rl.config import GRPOConfig, PPOConfig
+from mdmrl.rl.config import GRPOConfig, PPOConfig, SFTConfig
+from mdmrl.rl.sft import train_sft
 from mdmrl.runs import (
     best_device,
     config_hash,
@@ -69,6 +71,8 @@ class Arm(Config):
             held-out prompts (column `eval/path_kl`), and which completes them greedily too
             (`eval/path/reward` and so on), whatever sampler the arm was trained with; empty for
             none.
+        sft: settings of `SFTConfig` of a cold start before RL, on those texts of the RL questions
+            that have all four tags; empty for none.
         hierarchy: settings of `Hierarchical`, which then draws all completions (grpo alone); empty
             for flat ones.
     """
@@ -83,6 +87,7 @@ class Arm(Config):
     eval_prompts: int = 48
     final_steps: list[int] = field(default_factory=list)
     path_kl: dict = field(default_factory=dict)
+    sft: dict = field(default_factory=dict)
     hierarchy: dict = field(default_factory=dict)
 
     def validate(self) -> None:
@@ -144,6 +149,10 @@ def _train(policy: Policy, arm: Arm, config: GRPOConfig | PPOConfig) -> pd.DataF
     held_out = task.rows("validation", arm.eval_prompts, system) if arm.eval_prompts else []
     _, train, _ = ALGORITHMS[arm.algorithm]
     rows, probe = task.rows("rl", system=system), _probe(arm, config, held_out)
+    if arm.sft:
+        shown = [row for row in rows if all(tag in row["completion"] for tag in TAGS)]
+        own = {"output_dir": f"{config.output_dir}-sft", "seed": config.seed}
+        train_sft(policy, shown, SFTConfig.from_dict(arm.sft | own))
     folder = train(policy, task.rewards, rows, config, held_out, task.metric, probe, **drawn)
     frame = pd.DataFrame(read_rows(folder / "metrics.jsonl"))
     for steps in arm.final_steps:

@@ -373,6 +373,42 @@ def block_rl_cures_kl(
     )
 
 
+def cold_start_helps(
+    gain_sft: Seeds,
+    gain_none: Seeds,
+    final_difference: Seeds,
+    collapsed_sft: Seeds,
+    collapsed_none: Seeds,
+) -> Verdict:
+    """RL gains more after fine-tuning on demonstrations than without.
+
+    Args:
+        final_difference: reward in the last tenth of training, with a cold start minus without.
+        collapsed_sft, collapsed_none: 1 where a run `collapsed`.
+
+    Reproduced iff the lower end of the difference of G, with a cold start minus without, is above 0
+    and not more runs collapsed; contradicted iff its upper end is below 0 or more did. A start that
+    is higher leaves less to gain: the final reward is said beside.
+    """
+    with_start, without, final, fell, fell_without = _columns(
+        gain_sft=gain_sft,
+        gain_none=gain_none,
+        final_difference=final_difference,
+        collapsed_sft=collapsed_sft,
+        collapsed_none=collapsed_none,
+    )
+    more, end = _interval(with_start - without), _interval(final)
+    worse = fell.sum() > fell_without.sum()
+    return _verdict(
+        more,
+        len(final),
+        reproduced=more.low > 0 and not worse,
+        contradicted=bool(more.high < 0 or worse),
+        measured=f"G is {_shown(more)} higher with a cold start, and the final reward "
+        f"{_shown(end)}; {fell.sum():.0f} and {fell_without.sum():.0f} runs collapsed",
+    )
+
+
 def value_judges(auroc_value: Seeds, auroc_logprob: Seeds) -> Verdict:
     """A value function judges half-denoised text.
 
