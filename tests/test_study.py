@@ -152,3 +152,8 @@ def test_a_cold_start_comes_before_rl(arm):
     assert [row["step"] for row in learnt] == [0, 1, 2]
     assert cold["kl/sum"][0] == 0
     assert cold["eval/entropy"][0] != plain["eval/entropy"][0]
+
+
+def test_the_hierarchy_is_for_grpo(arm):
+    with pytest.raises(ValueError, match="algorithm='ppo': expected 'grpo'"):
+        arm.replace(algorithm="ppo", settings={}, hierarchy={"gap": 4})

@@ -29,7 +29,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
+import torch.nn.functional as F
 
 from mdmrl.config import require
 from mdmrl.policies.base import Policy, Prompt
@@ -202,8 +202,8 @@ class Hierarchical:
             f"a whole of {longest} tokens with its end exceeds max_new_tokens={asked}: raise it, "
             "or lower description_tokens or unit_tokens",
         )
-        ids = pad_sequence([*ids, torch.zeros(asked)], True, policy.pad_token_id)[:-1].long()
-        ids, encoded = ids.to(policy.device), policy.encode(prompts)
+        padded = [F.pad(row, (0, asked - len(row)), value=policy.pad_token_id) for row in ids]
+        ids, encoded = torch.stack(padded).to(policy.device), policy.encode(prompts)
         return SamplerOutput(
             sequences=torch.cat([encoded.input_ids, ids], 1),
             prompt_mask=encoded.attention_mask,

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from mdmrl.config import Config, unknown
+from mdmrl.config import Config, require, unknown
 from mdmrl.evaluation.accuracy import evaluate
 from mdmrl.evaluation.divergence import path_kl
 from mdmrl.policies import Policy, add_lora, load_policy
@@ -93,6 +93,11 @@ class Arm(Config):
     def validate(self) -> None:
         if self.algorithm not in ALGORITHMS:
             raise unknown("algorithm", self.algorithm, ALGORITHMS)
+        require(
+            not self.hierarchy or self.algorithm == "grpo",
+            f"hierarchy={self.hierarchy} with algorithm={self.algorithm!r}: expected 'grpo', since "
+            "the hierarchy's completions have no denoising states",
+        )
 
 
 def train_arms(arms: Sequence[Arm], seeds: Sequence[int], profile: str) -> pd.DataFrame:
@@ -180,10 +185,8 @@ def _train(policy: Policy, arm: Arm, config: GRPOConfig | PPOConfig) -> pd.DataF
 def _probe(arm: Arm, config: GRPOConfig | PPOConfig, held_out: Sequence[dict]) -> Callable | None:
     if not arm.path_kl:
         return None
-    start, task = (
-        load_policy(arm.policy, dtype=arm.dtype, device=best_device()),
-        load_task("medcot"),
-    )
+    task = load_task("medcot")
+    start = load_policy(arm.policy, dtype=arm.dtype, device=best_device())
     prompts = [row["prompt"] for row in held_out]
     sampler = SamplerConfig(
         max_new_tokens=config.max_completion_length,
