@@ -51,7 +51,6 @@ def settings(folder="unused", **changes):
         "learning_rate": 1e-3,
         "max_grad_norm": 1e6,
         "value_batches": 2,
-        "value_epochs": 10,
     }
     return PPOConfig.from_dict(small | changes)
 
@@ -570,33 +569,58 @@ def test_the_two_parts_add_up(denoiser):
 # -- the value function ----------------------------------------------------------------------------
 
 
-def test_a_value_head_is_saved_and_loaded(tmp_path, rng_untouched):
-    values = ValueHead(32, width=16, seed=3)
+def test_a_value_head_is_saved_and_loaded(tmp_path):
+    values = ValueHead(32)
     assert values(torch.ones(66)) == 0
-    torch.nn.init.ones_(values.layers[-1].weight)
+    x = torch.randn(4, 5, 66, generator=generator_for(0, "x"))
+    for number, tensor in enumerate(values.state_dict().values()):
+        tensor.copy_(torch.randn(tensor.shape, generator=generator_for(number, "w")).abs() + 0.1)
+    z = (x - values.mean) / values.std
+    weights, along = values.weight.split(66)
+    expected = values.bias + z @ weights + x[..., -1] * (z @ along)
+    torch.testing.assert_close(values(x), expected)
     values.save_pretrained(tmp_path / "values")
     assert {p.name for p in (tmp_path / "values").iterdir()} == {"config.json", "model.safetensors"}
-    loaded = ValueHead.from_pretrained(tmp_path / "values")
-    x = torch.randn(4, 5, 66, generator=generator_for(0, "x"))
-    assert torch.equal(loaded(x), values(x))
-    assert loaded(x).shape == (4, 5)
-    again, other = (ValueHead(32, 16, seed=seed).layers[0].weight for seed in (3, 4))
-    assert torch.equal(again, values.layers[0].weight)
-    assert not torch.equal(other, again)
+    assert torch.equal(ValueHead.from_pretrained(tmp_path / "values")(x), values(x))
+
+
+def ends(prompts, completions, completion_ids, **columns):
+    """The text's length, which is decided once its first end token is revealed."""
+    return [8 - len(ids) for ids in completion_ids]
 
 
 def test_the_first_fit_finds_what_states_say_of_the_outcome(denoiser):
-    """The text's length, which is decided once its first end token is revealed."""
-
-    def ends(prompts, completions, completion_ids, **columns):
-        return [8 - len(ids) for ids in completion_ids]
-
     base = [scored(denoiser, a_rollout(denoiser, ends, seed)) for seed in range(16)]
-    explained = [
-        fit(ValueHead(32), base, 0.0, settings(value_epochs=epochs), Accelerator(cpu=True))
-        for epochs in (1, 300)
-    ]
-    assert explained[0] < 0.1 < 0.3 < explained[1]
+    values = ValueHead(32)
+    explained = fit(values, base, 0.0, settings(), Accelerator(cpu=True))
+    others = [scored(denoiser, a_rollout(denoiser, ends, seed)) for seed in range(16, 24)]
+    said = torch.cat([values(old.features) for old in others])
+    outcome = torch.cat([old.rollout.rewards for old in others])[:, None].expand_as(said)
+    assert 0.3 < explained < 1
+    assert 0.3 < explained_variance(said, outcome) < 1
+
+
+def test_the_first_fit_is_ridge_regression(denoiser, monkeypatch):
+    monkeypatch.setattr("mdmrl.rl.values.PENALTIES", (0.1,))
+    base = [scored(denoiser, a_rollout(denoiser, ends, seed)) for seed in range(4)]
+    values = ValueHead(32)
+    fit(values, base, 0.0, settings(), Accelerator(cpu=True))
+    x = values.inputs(torch.cat([old.features for old in base]).flatten(0, 1)).double()
+    y = torch.cat([old.rollout.rewards for old in base]).repeat_interleave(5).double()
+    # Least squares over the states and one more equation a weight, sqrt(penalty * states) w = 0.
+    width = x.shape[1]
+    equations = torch.cat([x, math.sqrt(0.1 * len(x)) * torch.eye(width)])
+    constant = torch.cat([torch.ones(len(x), 1), torch.zeros(width, 1)])
+    solution = torch.linalg.lstsq(
+        torch.cat([equations, constant], 1).double(), torch.cat([y, torch.zeros(width)])[:, None]
+    ).solution[:, 0]
+    expected = x @ solution[:-1] + solution[-1]
+    found = values(torch.cat([old.features for old in base])).flatten().double()
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    assert values.mean.abs().max() > 0
+    z = (torch.cat([old.features for old in base]).flatten(0, 1) - values.mean) / values.std
+    varied = z.std(0) > 0.5
+    torch.testing.assert_close(z[:, varied].std(0, correction=0), torch.ones(int(varied.sum())))
 
 
 # -- runs ------------------------------------------------------------------------------------------
@@ -881,7 +905,7 @@ policy = load_policy(folder)
 rows = [{"prompt": f"What is {i}?"} for i in range(8)]
 config = PPOConfig(
     output_dir=output, max_steps=2, steps=4, max_completion_length=8, num_generations=2,
-    per_device_train_batch_size=4, value_batches=2, value_epochs=5,
+    per_device_train_batch_size=4, value_batches=2,
 )
 train_ppo(policy, [short], rows, config)
 weights = b"".join(p.detach().numpy().tobytes() for p in policy.model.parameters())

@@ -226,9 +226,7 @@ class PPOConfig(Config):
             (clip(rho) A grad log pi, the ratio as a constant; the thesis's formula).
         lam: lambda of advantages and returns.
         value_batches: batches of base rollouts that V is fitted to first, of one completion a
-            prompt, the last quarter held out (tiny-mdm on MedCoT: nothing learnt from 240
-            completions, an explained variance of 0.09 from 480, 0.2 from 1,200); value_epochs: the
-            most gradient steps of that fit.
+            prompt; what V explains grows with them (notebook 08).
         steps, block_length: the sampler's, see `SamplerConfig`. The rest of it is fixed:
             `state_confidence`, temperature 1, no [MASK], every position revealed in its own order.
         eval_steps: every so many updates (and at the end) complete the held-out prompts greedily.
@@ -248,10 +246,9 @@ class PPOConfig(Config):
     clip: str = "one_sided"
     gamma: float = 1.0
     lam: float = 0.95
-    value_learning_rate: float = 1e-3
+    value_learning_rate: float = 1e-4
     cliprange_value: float = 0.2
     value_batches: int = 40
-    value_epochs: int = 200
     ref_model_sync_steps: int = 500
     max_completion_length: int = 128
     steps: int | None = None
@@ -271,7 +268,6 @@ class PPOConfig(Config):
             "max_steps",
             "states_per_forward",
             "num_iterations",
-            "value_epochs",
             "ref_model_sync_steps",
             "eval_steps",
             "save_steps",

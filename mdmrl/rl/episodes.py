@@ -102,9 +102,14 @@ class Old:
 
 @torch.no_grad()
 def score(
-    policy: MaskedDiffusionPolicy, rollout: Rollout, block_length: int, states_per_forward: int
+    policy: MaskedDiffusionPolicy,
+    rollout: Rollout,
+    block_length: int,
+    states_per_forward: int,
+    reference: bool = True,
 ) -> Old:
-    """Look at every state of a recorded `rollout` with the policy as it is and its reference."""
+    """Look at every state of a recorded `rollout` with the policy as it is and its reference; or
+    without `reference` with the policy alone, whose KL then counts as 0."""
     batch, steps = len(rollout), len(block_starts(rollout, block_length))
     length = rollout.completion_ids.shape[1]
     rows = max(1, states_per_forward // steps)  # whole episodes if they fit
@@ -119,15 +124,16 @@ def score(
         seen = look(policy, part, now, block_length)
         at = seen.revealed
         logp = log_probabilities(policy, seen.block[at])
-        with policy.reference():
-            reference = look(policy, part, now, block_length).block[at]
-            ref = log_probabilities(policy, reference)
         drawn = logp.gather(1, seen.tokens[at][:, None])[:, 0]
         kl = torch.zeros(at.shape, device=drawn.device)
+        if reference:
+            with policy.reference():
+                references.append(look(policy, part, now, block_length).block[at])
+                ref = log_probabilities(policy, references[-1])
+            kl = kl.masked_scatter(at, kl_divergence(logp, ref))
         logps.append(drawn)
-        references.append(reference)
         features.append(seen.features(length).flatten(0, 1))
-        kls.append(kl.masked_scatter(at, kl_divergence(logp, ref)).sum(-1).flatten())
+        kls.append(kl.sum(-1).flatten())
         off = max(off, (drawn - seen.logprobs[at]).abs().max().item())
     return Old(
         rollout,

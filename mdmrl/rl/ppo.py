@@ -22,7 +22,8 @@ Deviations from the cited algorithm, and what the thesis leaves open:
    out that the policy decides which states are visited. `kl_in_reward` adds that part: step t is
    also charged beta times its state's KL, and the loss keeps the part that no reward carries, on
    the scale of the advantages; both together follow the gradient of E[r] - beta KL(paths).
- * V is a network of its own on detached features, fitted to base rollouts before the first update.
+ * V is linear in detached features and fitted to base rollouts, in closed form, before the first
+   update; then it takes gradient steps as the policy does.
  * The reference is the starting policy, replaced every `ref_model_sync_steps` updates.
  * The batch of a step is one minibatch. Dropout is off in scoring. An update whose loss or
    gradient is not finite is skipped and counted; `MAX_SKIPPED` in a row end the run.
@@ -50,7 +51,7 @@ from mdmrl.rl.rollout import collect, draw_rows
 from mdmrl.rl.values import ValueHead, explained_variance, fit, gae, normalised, value_loss
 from mdmrl.runs import derived_seed, generator_for
 
-ALGORITHM = "ppo-1"  # part of a run's hash: raise it when results change
+ALGORITHM = "ppo-2"  # part of a run's hash: raise it when results change
 
 
 def ppo_loss(
@@ -112,8 +113,7 @@ def train_ppo(
     rank, processes = accelerator.process_index, accelerator.num_processes
     sampler = config.sampler(policy)
     run = begin(policy, rewards, rows, eval_rows, config, ALGORITHM, accelerator)
-    values = ValueHead(policy.model.config.hidden_size, seed=derived_seed(config.seed, "values"))
-    values.to(policy.device)
+    values = ValueHead(policy.model.config.hidden_size).to(policy.device)
     parameters, judge = policy.trainable_parameters(), dict(values.named_parameters())
     groups = [
         {"params": [*parameters.values()], "lr": config.learning_rate},
@@ -128,7 +128,9 @@ def train_ppo(
     if accelerator.is_main_process:
         run.rewind(first)
 
-    def draw(purpose: str, step: int, seed: int, group: int) -> tuple[list[dict], Old, dict, dict]:
+    def draw(
+        purpose: str, step: int, seed: int, group: int, reference: bool = True
+    ) -> tuple[list[dict], Old, dict, dict]:
         count = config.per_device_train_batch_size // group
         batch = draw_rows(rows, count, step, rank, processes, seed)
         generator = generator_for(config.seed, purpose, step, rank, policy.device)
@@ -136,7 +138,7 @@ def train_ppo(
             policy, batch, rewards, group, sampler, generator, record=True
         )
         block_length = sampler.block_length or config.max_completion_length
-        old = score(policy, rollout, block_length, config.states_per_forward)
+        old = score(policy, rollout, block_length, config.states_per_forward, reference)
         return batch, old, seen, sample
 
     def held_out() -> dict[str, float]:
@@ -152,7 +154,10 @@ def train_ppo(
         metrics |= seen
         if step == 0:  # V first, on as many different prompts as there are completions
             seed = derived_seed(config.seed, "values")
-            base = [draw("values", i, seed, 1)[1:3] for i in range(config.value_batches)]
+            base = [
+                draw("values", i, seed, 1, reference=charge > 0)[1:3]
+                for i in range(config.value_batches)
+            ]
             found = fit(values, [old for old, _ in base], charge, config, accelerator)
             metrics["values/base_explained_variance"] = found
             metrics["token_forwards"] += sum(seen["token_forwards"] for _, seen in base)
