@@ -293,6 +293,68 @@ def test_the_samplers_law_is_the_oracles(toys, tables, family, rule, steps):
         assert p > 0.01 if other == rule else p < 1e-4
 
 
+@torch.no_grad()
+def weights_of(policy, completion, temperature):
+    """The weight of every open position of a completion, from one unpadded canvas."""
+    prompt = policy.encode([PROMPT]).input_ids
+    canvas = torch.cat([prompt, completion[None]], 1)
+    width = prompt.shape[1]
+    logits = policy.logits(canvas, pattern=policy.pattern(width, LENGTH))[0, width:].double()
+    logits[:, MASK] = -math.inf
+    best = logits.log_softmax(-1).amax(-1).exp()
+    return [w ** (1 / temperature) for w in best.tolist()]
+
+
+@torch.no_grad()
+def test_positions_are_drawn_in_plackett_and_luces_order(toys):
+    policy, temperature = toys["mdm"], 0.7
+    config = sampler(order_temperature=temperature, steps=2, stop_at_end=False)
+    output = generate(policy, [PROMPT] * 4000, config, generator_for(2, "order"), record=True)
+    positions = output.trajectory[0].positions.view(-1, 2)
+    seen = Counter(map(tuple, positions.tolist()))
+    weights = weights_of(policy, torch.full((LENGTH,), MASK), temperature)
+    total = sum(weights)
+    expected = {
+        (i, j): weights[i] / total * weights[j] / (total - weights[i])
+        for i, j in itertools.permutations(range(LENGTH), 2)
+    }
+    assert sum(expected.values()) == pytest.approx(1)
+    counts = [seen[pair] for pair in expected]
+    assert stats.chisquare(counts, [4000 * p for p in expected.values()]).pvalue > 0.01
+    uniform = [4000 / len(expected)] * len(expected)
+    assert stats.chisquare(counts, uniform).pvalue < 1e-4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("family", "block"), [("mdm", None), ("mdm", BLOCK), ("bd", None)])
+def test_the_probability_of_an_order_is_that_of_drawing_it_step_by_step(toys, family, block):
+    policy, temperature = toys[family], 0.7
+    config = sampler(order_temperature=temperature, steps=2, block_length=block, stop_at_end=False)
+    output = generate(policy, [PROMPT] * 6, config, generator_for(3, "order"), record=True)
+    rollout = Rollout.of(output, torch.zeros(6), torch.ones(6, dtype=torch.bool), config)
+    found = values(policy, "trajectory-positions", rollout) - values(policy, "trajectory", rollout)
+    expected = torch.zeros(6)
+    size = BLOCK if family == "bd" else block or LENGTH
+    for canvas, step in output.replay(MASK):
+        for row in range(6):
+            chosen = step.positions[step.rows == row].tolist()
+            weights = weights_of(policy, canvas[row], temperature)
+            start = chosen[0] // size * size
+            left = [i for i in range(start, start + size) if canvas[row, i] == MASK]
+            for position in chosen:
+                expected[row] += math.log(weights[position] / sum(weights[i] for i in left))
+                left.remove(position)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_cold_order_is_the_surest_first(toys):
+    policy, plain = toys["mdm"], sampler(steps=2, stop_at_end=False, temperature=0.0)
+    cold = generate(policy, [PROMPT], plain.replace(order_temperature=1e-5), record=True)
+    surest = generate(policy, [PROMPT], plain, record=True)
+    for one, other in zip(cold.trajectory, surest.trajectory, strict=True):
+        assert sorted(one.positions.tolist()) == sorted(other.positions.tolist())
+
+
 # -- estimators against their targets --------------------------------------------------------------
 
 UNBIASED = [name for name in TARGETS if name.split("-")[0] in NOISY]

@@ -239,7 +239,8 @@ def _log_choice(
 ) -> Tensor:
     """The log-probability that a step reveals just `chosen`, given the tokens there, (B,).
 
-    0 where the state alone decides; uniform for `random`; for `low_confidence`, which ranks drawn
+    0 where the state alone decides; uniform for `random`; Plackett and Luce's law of the order in
+    which they were chosen with an `order_temperature`; for `low_confidence`, which ranks drawn
     tokens, that all others drawn are less probable than the least probable one revealed. The last
     jumps where tokens change places, so that its gradient does not tell all.
 
@@ -252,9 +253,19 @@ def _log_choice(
         f"threshold={sampler.threshold}, entropy_bound={sampler.entropy_bound}: the probability of "
         "positions is known only for samplers that reveal a given number a step",
     )
+    blocks = (-1, policy.block_length or sampler.block_length or masked.shape[1])
+    if sampler.order_temperature:
+        confidence = logits.amax(-1) - logits.logsumexp(-1)
+        score = confidence.new_full(masked.shape, -math.inf).masked_scatter(masked, confidence)
+        score = score.unflatten(1, blocks) / sampler.order_temperature  # (B, blocks, K)
+        taken, place = (x.unflatten(1, blocks) for x in (chosen, rollout.place))
+        # Row i of the last two axes: what is left when i is chosen, i included.
+        gone = taken[..., None, :] & (place[..., None, :] < place[..., None])
+        left = score[..., None, :].masked_fill(gone, -math.inf)
+        left = left.masked_fill(~taken[..., None], 0.0).logsumexp(-1)
+        return torch.where(taken, score - left, 0.0).flatten(1).sum(1)
     if sampler.remasking not in ("random", "low_confidence"):
         return torch.zeros(len(masked), device=device)
-    blocks = (-1, policy.block_length or sampler.block_length or masked.shape[1])
     ends = torch.tensor(policy.end_token_ids, device=device)
     last = torch.isin(logits.argmax(-1), ends) & sampler.end_last
     if sampler.remasking == "random":

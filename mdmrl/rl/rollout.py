@@ -26,7 +26,8 @@ class Rollout:
     advantages: (B,). counted: (B,), False for samples that a reward left out of their group.
     sampler: what drew them; scoring applies its temperature. rewards: (B,), NaN where left out.
     logprobs: (B, L), as the tokens were drawn. revealed_at: (B, L), the denoising step that
-    revealed each position, -1 where none did; None unless the trajectory was recorded.
+    revealed each position, -1 where none did; place: (B, L), its place among those of that step, in
+    the order drawn; both None unless the trajectory was recorded.
     """
 
     prompt_ids: Tensor
@@ -39,6 +40,7 @@ class Rollout:
     rewards: Tensor | None = None
     logprobs: Tensor | None = None
     revealed_at: Tensor | None = None
+    place: Tensor | None = None
 
     @classmethod
     def of(
@@ -55,16 +57,20 @@ class Rollout:
             ValueError: a recorded trajectory that masks tokens again.
         """
         width = output.sequences.shape[1] - output.completion_ids.shape[1]
-        revealed_at = None
+        revealed_at = place = None
         if output.trajectory is not None:
             require(
                 not sampler.revise,
                 f"revise={sampler.revise}: expected 0, since learning from a trajectory takes one "
                 "that reveals every token once",
             )
-            revealed_at = torch.full_like(output.completion_ids, -1)
+            revealed_at, place = torch.full((2, *output.completion_ids.shape), -1).to(
+                output.completion_ids
+            )
             for index, step in enumerate(output.trajectory):
                 revealed_at[step.rows, step.positions] = index
+                before = torch.searchsorted(step.rows, step.rows)  # rows are sorted
+                place[step.rows, step.positions] = torch.arange(len(before)).to(before) - before
         return cls(
             output.sequences[:, :width],
             output.prompt_mask,
@@ -76,6 +82,7 @@ class Rollout:
             rewards,
             output.logprobs,
             revealed_at,
+            place,
         )
 
     @property

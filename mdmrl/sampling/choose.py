@@ -116,7 +116,11 @@ def commit_score(
         case "low_confidence":
             return _at(logits, tokens) - logits.logsumexp(-1)
         case "state_confidence":
-            return logits.max(-1).values - logits.logsumexp(-1)
+            confidence = logits.max(-1).values - logits.logsumexp(-1)
+            if not config.order_temperature:
+                return confidence
+            uniform = torch.rand(tokens.shape, generator=generator, device=tokens.device)
+            return confidence / config.order_temperature - (-uniform.log()).log()  # + Gumbel noise
         case "margin":
             first, second = (logits.topk(2).values - logits.logsumexp(-1, keepdim=True)).exp().T
             return first - second

@@ -9,7 +9,15 @@ from mdmrl.config import Config, require, unknown
 
 REMASKING = ("low_confidence", "state_confidence", "margin", "entropy", "sequential", "random")
 CACHES = ("prefix", "dual")
-DENOISING_ONLY = ("block_length", "threshold", "entropy_bound", "revise", "cfg_scale", "cache")
+DENOISING_ONLY = (
+    "block_length",
+    "order_temperature",
+    "threshold",
+    "entropy_bound",
+    "revise",
+    "cfg_scale",
+    "cache",
+)
 
 
 @dataclass
@@ -29,6 +37,9 @@ class SamplerConfig(Config):
             `"state_confidence"` (the largest probability), `"margin"` (the largest minus the
             second, Dream's topk_margin), `"entropy"` (the smallest), `"sequential"` (left to
             right), `"random"`. All are taken from the untempered, unfiltered distribution.
+        order_temperature: above 0, `"state_confidence"` draws the positions of a step one after the
+            other, each in proportion to its confidence to the power of 1/order_temperature (the law
+            of Plackett and Luce, by Gumbel noise: Kool et al. 2019); 0 takes the surest.
         threshold: reveal every position whose confidence reaches this probability, and always the
             surest (parallel decoding, Wu et al. 2025, Fast-dLLM); needs one of the two confidences.
         entropy_bound: reveal the longest run of best-ranked positions whose entropies sum to at
@@ -60,6 +71,7 @@ class SamplerConfig(Config):
     steps: int | None = None
     block_length: int | None = None
     remasking: str = "low_confidence"
+    order_temperature: float = 0.0
     threshold: float | None = None
     entropy_bound: float | None = None
     revise: int = 0
@@ -104,6 +116,16 @@ class SamplerConfig(Config):
         require(self.top_k is None or self.top_k >= 1, f"top_k={self.top_k}: expected at least 1")
         require(0 <= self.cfg_scale < infinity, f"cfg_scale={self.cfg_scale}: expected 0 or more")
         require(self.revise >= 0, f"revise={self.revise}: expected 0 or more")
+        require(
+            0 <= self.order_temperature < infinity,
+            f"order_temperature={self.order_temperature}: expected 0 (the surest first) or more",
+        )
+        require(
+            not self.order_temperature
+            or (self.remasking == "state_confidence" and not (self.parallel or self.end_last)),
+            f"order_temperature={self.order_temperature} with {self.described()}: expected "
+            "remasking='state_confidence', end_last=False and a given number of positions a step",
+        )
         require(
             self.cache_refresh is None or (self.cache is not None and self.cache_refresh >= 1),
             f"cache_refresh={self.cache_refresh} with cache={self.cache}: expected at least 1 "

@@ -86,14 +86,18 @@ def denoise(
             if config.suppress_mask:
                 logits[:, policy.mask_token_id] = -torch.inf
             tokens, logprob = draw(logits, config, generator)
+            score = commit_score(logits, tokens, logprob, column, config, generator)
             chosen = choose(
-                commit_score(logits, tokens, logprob, column, config, generator),
+                score,
                 likeliest(logits, ends) & config.end_last,
                 entropy(logits) if config.entropy_bound is not None else None,
                 todo,
                 targets[step, rows] - (asked[rows, a:b] & ~todo).sum(1),
                 config,
-            )
+            ).nonzero()[:, 0]
+            if config.order_temperature:  # in the order drawn, within each row
+                chosen = chosen[score[chosen].argsort(descending=True)]
+                chosen = chosen[row[chosen].argsort(stable=True)]
             row, column, tokens, logprob = (x[chosen] for x in (row, column, tokens, logprob))
             network.write(row, column, tokens)
             logprobs[row, column] = logprob

@@ -14,8 +14,9 @@ EXACT, APPROXIMATE = "exact", "approximate"
 class Step:
     """What one denoising step did, as flat lists: N tokens revealed, and M masked again before.
 
-    rows, positions: (N,) in the completion. tokens: (N,). logprobs: (N,), of the probability each
-    was drawn with. remasked: rows and positions, (2, M).
+    rows, positions: (N,) in the completion, a row's in the order in which they were chosen where
+    that is drawn (`order_temperature`). tokens: (N,). logprobs: (N,), of the probability each was
+    drawn with. remasked: rows and positions, (2, M).
     """
 
     rows: Tensor
