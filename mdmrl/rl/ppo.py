@@ -96,8 +96,8 @@ def train_ppo(
     in the last checkpoint, `checkpoints/step-NNNNNN/values`, for `ValueHead.from_pretrained`.
 
     Beyond GRPO's, each row of `metrics.jsonl` holds `values/explained_variance` of V on states it
-    has not seen (before the update; `values/base_explained_variance` on the base rollouts that the
-    first fit held out), `values/loss`, `values/mean`, `advantages/std` before normalisation,
+    has not seen (before the update; `values/base_explained_variance` on base rollouts, in the first
+    fit's cross-validation), `values/loss`, `values/mean`, `advantages/std` before normalisation,
     `off_sampler`: the largest difference between a log-probability and the sampler's own,
     `selection_drift`: the share of states where the policy would now reveal other positions, at
     the last inner step. The first row's `token_forwards` count V's first fit too.

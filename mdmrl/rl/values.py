@@ -20,6 +20,7 @@ from mdmrl.rl.rollout import collect, draw_rows
 from mdmrl.runs import derived_seed, generator_for
 
 PENALTIES = tuple(10.0**k for k in range(-3, 7))  # on squared weights; at the last V is constant
+FOLDS = 4
 
 
 class ValueHead(nn.Module):
@@ -116,53 +117,62 @@ def value_loss(
     return error[counted].sum() / 2 / max(1, error[counted].numel())
 
 
+@torch.no_grad()
 def fit(
     values: ValueHead, base: Sequence[Old], charge: float, config: PPOConfig, accelerator
 ) -> float:
     """Fit V to the returns of rollouts of the starting policy by ridge regression, with the penalty
-    that does best on the last quarter of them when it is held out.
+    that does best in cross-validation over rollouts.
 
     In closed form: with as many features as rollouts, gradient steps that stop in time find less.
 
     Args:
         charge: see `Old.rewards`.
     Returns:
-        the explained variance on the states held out of what was fitted to the others alone.
+        the explained variance of what each fold said of states that it had not seen.
     """
     features = torch.cat([old.features for old in base])
     rewards = torch.cat([old.rewards(charge) for old in base])
     outcome = gae(rewards, torch.zeros_like(rewards), config.gamma, 1.0)
     counted = torch.cat([old.rollout.counted for old in base])
-    held_out = torch.arange(len(counted), device=counted.device) >= 3 * len(counted) // 4
-    seen, unseen = counted & ~held_out, counted & held_out
+    fold = torch.arange(len(counted), device=counted.device) % FOLDS
+    said = torch.zeros(len(PENALTIES), *outcome.shape, device=outcome.device)
+    for k in range(FOLDS):
+        solve = least_squares(values, features, outcome, counted & (fold != k), accelerator)
+        for penalty, predicted in zip(PENALTIES, said, strict=True):
+            solve(penalty)
+            predicted[fold == k] = values(features[fold == k])
+    errors = [average((v - outcome)[counted].square(), accelerator) for v in said]
+    best = min(range(len(PENALTIES)), key=errors.__getitem__)
+    least_squares(values, features, outcome, counted, accelerator)(PENALTIES[best])
+    return explained_variance(said[best][counted], outcome[counted])
 
-    @torch.no_grad()
-    def solve(rows: Tensor, penalty: float) -> None:
-        x, y = features[rows].flatten(0, 1), outcome[rows].flatten().double()
-        values.mean.copy_(averages(x, accelerator))
-        std = averages((x - values.mean).square(), accelerator).sqrt()
-        values.std.copy_(std.where(std > 1e-6, 1.0))  # where nothing varies
-        x = values.inputs(x).double()
-        centre, level = averages(x, accelerator), averages(y, accelerator)
-        x, y = x - centre, y - level
-        count = accelerator.reduce(y.new_tensor(len(y)), "sum").clamp(min=1)
-        moments, slopes = (accelerator.reduce(x.T @ other, "sum") / count for other in (x, y))
-        moments.diagonal().add_(penalty)
-        weight = torch.linalg.solve(moments, slopes)
+
+def least_squares(
+    values: ValueHead, features: Tensor, outcome: Tensor, rows: Tensor, accelerator
+) -> Callable[[float], None]:
+    """Standardise V's features by some rollouts; returns what sets its weights to those with the
+    least mean squared error there plus a penalty times their squares.
+
+    Args:
+        features, outcome: of all states, (N, T, F) and (N, T); rows: the rollouts, (N,) bool.
+    """
+    x, y = features[rows].flatten(0, 1), outcome[rows].flatten().double()
+    values.mean.copy_(averages(x, accelerator))
+    std = averages((x - values.mean).square(), accelerator).sqrt()
+    values.std.copy_(std.where(std > 1e-6, 1.0))  # where nothing varies
+    x = values.inputs(x).double()
+    centre, level = averages(x, accelerator), averages(y, accelerator)
+    x, y = x - centre, y - level
+    count = accelerator.reduce(y.new_tensor(len(y)), "sum").clamp(min=1)
+    moments, slopes = (accelerator.reduce(x.T @ other, "sum") / count for other in (x, y))
+
+    def solve(penalty: float) -> None:
+        weight = torch.linalg.solve(moments + penalty * torch.eye(len(slopes)).to(moments), slopes)
         values.weight.copy_(weight)
         values.bias.copy_(level - weight @ centre)
 
-    @torch.no_grad()
-    def error(penalty: float) -> float:
-        solve(seen, penalty)
-        return average((values(features[unseen]) - outcome[unseen]).square(), accelerator)
-
-    penalty = min(PENALTIES, key=error)
-    solve(seen, penalty)
-    with torch.no_grad():
-        found = explained_variance(values(features[unseen]), outcome[unseen])
-    solve(counted, penalty)
-    return found
+    return solve
 
 
 def fit_to_base(
@@ -176,7 +186,7 @@ def fit_to_base(
     Args:
         config: of its settings, those of sampler, seed and V count.
     Returns:
-        V, and its explained variance on the states held out.
+        V, and its explained variance in cross-validation, see `fit`.
     """
     from accelerate import Accelerator
 
