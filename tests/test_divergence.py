@@ -79,6 +79,7 @@ def test_it_is_the_expected_log_ratio_of_paths(family, a_step):
     [
         {"remasking": "low_confidence"},
         {"stop_at_end": True},
+        {"order_temperature": 1.0},
         {"steps": None, "threshold": 0.9},
         {"temperature": 0.5},
         {"temperature": 0.0},

@@ -332,8 +332,8 @@ def test_the_probability_of_an_order_is_that_of_drawing_it_step_by_step(toys, fa
     config = sampler(order_temperature=temperature, steps=2, block_length=block, stop_at_end=False)
     output = generate(policy, [PROMPT] * 6, config, generator_for(3, "order"), record=True)
     rollout = Rollout.of(output, torch.zeros(6), torch.ones(6, dtype=torch.bool), config)
-    found = values(policy, "trajectory-positions", rollout) - values(policy, "trajectory", rollout)
-    expected = torch.zeros(6)
+    found = values(policy, "trajectory-positions", rollout)
+    expected = output.logprobs.sum(1)
     size = BLOCK if family == "bd" else block or LENGTH
     for canvas, step in output.replay(MASK):
         for row in range(6):
@@ -345,6 +345,25 @@ def test_the_probability_of_an_order_is_that_of_drawing_it_step_by_step(toys, fa
                 expected[row] += math.log(weights[position] / sum(weights[i] for i in left))
                 left.remove(position)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_drawn_order_is_learnt_from_with_its_probability_alone(toys, tmp_path):
+    policy = toy()
+    config = settings(
+        output_dir=str(tmp_path / "run"),
+        remasking="state_confidence",
+        end_last=False,
+        order_temperature=0.7,
+        logp_estimator="trajectory",
+    )
+    rows = [{"prompt": PROMPT}]
+    with pytest.raises(ValueError, match="expected 'trajectory-positions'"):
+        train_grpo(policy, [even], rows, config)
+    config = config.replace(
+        output_dir=str(tmp_path / "other"), logp_estimator="trajectory-positions"
+    )
+    folder = train_grpo(policy, [even], rows, config, rows, lambda text, row: True)
+    assert read_rows(folder / "metrics.jsonl")[0]["grad_norm/surrogate"] > 0
 
 
 def test_a_cold_order_is_the_surest_first(toys):

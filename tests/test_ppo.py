@@ -12,6 +12,7 @@ import sys
 import pytest
 import torch
 from accelerate import Accelerator
+from scipy import stats
 from test_sampling import ender
 
 import mdmrl.rl.ppo as ppo
@@ -64,11 +65,11 @@ def denoiser(request, shared_policies):
     return ender(policy, 4)
 
 
-def a_rollout(policy, reward=parity, seed=0, **changes):
+def a_rollout(policy, reward=parity, seed=0, rows=ROWS[:2], **changes):
     """Two groups of six with prompts of different lengths: 5 steps, 3 in the first block of 4."""
     config = settings(**changes)
     rollout, *_ = collect(
-        policy, ROWS[:2], [reward], 6, config.sampler(policy), generator_for(seed, "x"), record=True
+        policy, rows, [reward], 6, config.sampler(policy), generator_for(seed, "x"), record=True
     )
     assert not rollout.prompt_mask.all()
     assert not rollout.completion_mask.all()
@@ -589,38 +590,81 @@ def ends(prompts, completions, completion_ids, **columns):
     return [8 - len(ids) for ids in completion_ids]
 
 
+def base_rollouts(policy, reward, count):
+    """Of two prompts each, all of them different."""
+    prompts = (f"A patient has {x} {n}. Why?" for n in range(count) for x in ("fever", "a rash"))
+    rows = [{"prompt": prompt} for prompt in prompts]
+    return [
+        scored(policy, a_rollout(policy, reward, n, rows[2 * n : 2 * n + 2])) for n in range(count)
+    ]
+
+
 def test_the_first_fit_finds_what_states_say_of_the_outcome(denoiser):
-    base = [scored(denoiser, a_rollout(denoiser, ends, seed)) for seed in range(16)]
+    base = base_rollouts(denoiser, ends, 48)
     values = ValueHead(32)
-    explained = fit(values, base, 0.0, settings(), Accelerator(cpu=True))
-    others = [scored(denoiser, a_rollout(denoiser, ends, seed)) for seed in range(16, 24)]
-    said = torch.cat([values(old.features) for old in others])
-    outcome = torch.cat([old.rollout.rewards for old in others])[:, None].expand_as(said)
-    assert 0.3 < explained < 1
-    assert 0.3 < explained_variance(said, outcome) < 1
+    explained = fit(values, base[:40], 0.0, settings(), Accelerator(cpu=True))
+    said = torch.cat([values(old.features) for old in base[40:]])
+    outcome = torch.cat([old.rollout.rewards for old in base[40:]])
+    assert 0 < explained < explained_variance(said[:, 3], outcome)  # the first states say less
+    found = stats.pearsonr(said[:, 3].detach(), outcome)
+    assert found.statistic > 0 and found.pvalue < 1e-3
 
 
-def test_the_first_fit_is_ridge_regression(denoiser, monkeypatch):
+def test_of_what_states_say_nothing_the_first_fit_says_the_mean(denoiser):
+    count = iter(range(1000))
+
+    def noise(prompts, completions, **columns):
+        return torch.randn(len(prompts), generator=generator_for(next(count), "noise")).tolist()
+
+    base = base_rollouts(denoiser, noise, 16)
+    values = ValueHead(32)
+    assert fit(values, base, 0.0, settings(), Accelerator(cpu=True)) < 0.05
+    mean = torch.cat([old.rollout.rewards for old in base]).mean().item()
+    said = torch.cat([values(old.features) for old in base])
+    assert said.mean().item() == pytest.approx(mean, abs=0.05)
+    assert said.std() < 0.3  # of outcomes whose standard deviation is 1
+
+
+def test_the_first_fit_is_ridge_regression_of_the_samples_that_count(denoiser, monkeypatch):
     monkeypatch.setattr("mdmrl.rl.values.PENALTIES", (0.1,))
-    base = [scored(denoiser, a_rollout(denoiser, ends, seed)) for seed in range(4)]
+
+    def some(prompts, completions, completion_ids, **columns):
+        lengths = ends(prompts, completions, completion_ids)
+        return [None if i % 5 == 0 else x for i, x in enumerate(lengths)]
+
+    base = [scored(denoiser, a_rollout(denoiser, some, seed)) for seed in range(4)]
     values = ValueHead(32)
     fit(values, base, 0.0, settings(), Accelerator(cpu=True))
-    x = values.inputs(torch.cat([old.features for old in base]).flatten(0, 1)).double()
-    y = torch.cat([old.rollout.rewards for old in base]).repeat_interleave(5).double()
+    counted = torch.cat([old.rollout.counted for old in base])
+    x = torch.cat([old.features for old in base])[counted].flatten(0, 1).double()
+    y = torch.cat([old.rollout.rewards for old in base])[counted].repeat_interleave(5)
+    mean, std = x.mean(0), x.std(0, correction=0)
+    std[std < 1e-6] = 1
+    torch.testing.assert_close(values.mean.double(), mean)
+    torch.testing.assert_close(values.std.double(), std)
+    z = (x - mean) / std
+    z = torch.cat([z, x[:, -1:] * z], 1)
     # Least squares over the states and one more equation a weight, sqrt(penalty * states) w = 0.
-    width = x.shape[1]
-    equations = torch.cat([x, math.sqrt(0.1 * len(x)) * torch.eye(width)])
-    constant = torch.cat([torch.ones(len(x), 1), torch.zeros(width, 1)])
-    solution = torch.linalg.lstsq(
-        torch.cat([equations, constant], 1).double(), torch.cat([y, torch.zeros(width)])[:, None]
-    ).solution[:, 0]
-    expected = x @ solution[:-1] + solution[-1]
-    found = values(torch.cat([old.features for old in base])).flatten().double()
+    states, width = z.shape
+    equations = torch.cat([z, math.sqrt(0.1 * states) * torch.eye(width)])
+    constant = torch.cat([torch.ones(states, 1), torch.zeros(width, 1)])
+    targets = torch.cat([y, torch.zeros(width)])[:, None]
+    *weights, bias = torch.linalg.lstsq(torch.cat([equations, constant], 1), targets).solution[:, 0]
+    expected = z @ torch.stack(weights) + bias
+    found = values(x.float()).double()
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
-    assert values.mean.abs().max() > 0
-    z = (torch.cat([old.features for old in base]).flatten(0, 1) - values.mean) / values.std
-    varied = z.std(0) > 0.5
-    torch.testing.assert_close(z[:, varied].std(0, correction=0), torch.ones(int(varied.sum())))
+
+
+def test_without_the_reference_states_are_looked_at_once(denoiser):
+    rollout = a_rollout(denoiser)
+    start = denoiser.pushed
+    both = scored(denoiser, rollout)
+    middle = denoiser.pushed
+    alone = score(denoiser, rollout, 4, 30, reference=False)
+    assert denoiser.pushed - middle == (middle - start) / 2
+    assert torch.equal(alone.features, both.features)
+    assert all(torch.equal(*pair) for pair in zip(alone.logp, both.logp, strict=True))
+    assert (alone.kl == 0).all()
 
 
 # -- runs ------------------------------------------------------------------------------------------
@@ -893,9 +937,10 @@ def test_block_diffusion_takes_its_own_blocks_and_masked_diffusion_may_have_one(
 
 # -- several processes -----------------------------------------------------------------------------
 
-TWO_PROCESSES = """
-import hashlib, sys
+TWO_PROCESSES = r"""
+import hashlib, os, sys
 from mdmrl import PPOConfig, load_policy, train_ppo
+from mdmrl.rl.values import fit_to_base
 
 def short(prompts, completions, **columns):
     return [-float(len(text)) for text in completions]
@@ -907,9 +952,12 @@ config = PPOConfig(
     output_dir=output, max_steps=2, steps=4, max_completion_length=8, num_generations=2,
     per_device_train_batch_size=4, value_batches=2,
 )
+values, _ = fit_to_base(policy, [short], rows[int(os.environ["RANK"]) :: 2], config)
+state = b"".join(x.numpy().tobytes() for x in values.state_dict().values())
+sys.stdout.write(f"V {hashlib.sha256(state).hexdigest()}\n")
 train_ppo(policy, [short], rows, config)
 weights = b"".join(p.detach().numpy().tobytes() for p in policy.model.parameters())
-print("weights", hashlib.sha256(weights).hexdigest())
+sys.stdout.write(f"weights {hashlib.sha256(weights).hexdigest()}\n")
 """
 
 
@@ -925,6 +973,7 @@ def test_two_processes_share_the_prompts_and_keep_the_same_weights(bd, tmp_path)
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
-    digests = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("weights")]
-    assert len(digests) == 2 and len(set(digests)) == 1
+    for name in ("weights", "V"):  # V of other prompts on each
+        said = [line for line in done.stdout.splitlines() if line.startswith(name)]
+        assert len(said) == 2 and len(set(said)) == 1
     assert [row["step"] for row in rows_of(tmp_path / "run")] == [0, 1, 2]

@@ -95,8 +95,8 @@ class GRPOConfig(Config):
             instead of putting the KL in the loss.
         logp_estimator: `exact` (autoregressive), `one_step` or another of `mdmrl.rl.logprobs`.
         p_mask_prompt: share of prompt tokens that `one_step` masks.
-        steps, block_length, remasking, end_last, temperature, suppress_mask: the sampler's, see
-            `SamplerConfig`.
+        steps, block_length, remasking, order_temperature, end_last, temperature, suppress_mask: the
+            sampler's, see `SamplerConfig`.
         eval_steps: every so many updates (and at the end) complete the held-out prompts greedily.
     """
 
@@ -125,6 +125,7 @@ class GRPOConfig(Config):
     steps: int | None = None
     block_length: int | None = None
     remasking: str = "low_confidence"
+    order_temperature: float = 0.0
     end_last: bool = True
     temperature: float = 1.0
     suppress_mask: bool = True
@@ -199,14 +200,16 @@ class GRPOConfig(Config):
         batch = self.per_device_train_batch_size * self.gradient_accumulation_steps
         return batch // self.num_generations
 
-    def sampler(self, temperature: float | None = None) -> SamplerConfig:
+    def sampler(self, greedy: bool = False) -> SamplerConfig:
+        """What draws completions; `greedy` takes the most probable tokens and surest positions."""
         return SamplerConfig(
             max_new_tokens=self.max_completion_length,
             steps=self.steps,
             block_length=self.block_length,
             remasking=self.remasking,
             end_last=self.end_last,
-            temperature=self.temperature if temperature is None else temperature,
+            order_temperature=0.0 if greedy else self.order_temperature,
+            temperature=0.0 if greedy else self.temperature,
             suppress_mask=self.suppress_mask,
         )
 

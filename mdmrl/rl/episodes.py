@@ -9,8 +9,8 @@ T steps; block and number of positions of a step are the same for every episode.
     policy  log pi(a_t | s_t) = sum over i in U_t of log p_i(x_i | s_t)
 
 The sampler is that of `remasking="state_confidence"`: U_t are the positions surest in s_t, chosen
-before a token is drawn and without a probability of their own. (A sampled choice, Gumbel-top-q,
-would add its Plackett-Luce log-probability; the samplers have none.) The sum over steps is thus
+before a token is drawn and without a probability of their own. (With an `order_temperature` they
+would have one, which `trajectory-positions` knows; episodes do without.) The sum over steps is thus
 the exact log-probability with which the sampler writes the completion, and every position counts,
 those behind the end token too.
 

@@ -214,6 +214,12 @@ def trajectory(policy: Policy, rollout: Rollout, noise: Noise, positions: bool =
     With `positions`, the sum of these plus the log-probability that the sampler's rule chooses the
     positions it chose, (B,): together that of the whole trajectory. See `_log_choice`.
     """
+    drawn = rollout.sampler.order_temperature
+    require(
+        positions or not drawn,
+        f"order_temperature={drawn} with logp_estimator='trajectory': which positions are revealed "
+        "is drawn too; expected 'trajectory-positions'",
+    )
     rollout = rollout.whole()
     mask, n, batch = rollout.completion_mask, _block_length(policy, rollout), len(rollout)
     # No block sees a later one: the first steps of all blocks are one pass, and so on.

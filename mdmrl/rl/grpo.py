@@ -117,7 +117,7 @@ def train_grpo(
         return draw_noise(rollout, config.p_mask_prompt, random, scorer.samples, scorer.shared)
 
     def held_out() -> dict[str, float]:
-        greedy = config.sampler(0.0)
+        greedy = config.sampler(greedy=True)
         found = evaluate(policy, eval_rows, greedy, rewards, metric, "eval/", draw=draw)
         return found | {f"eval/{k}": v for k, v in (probe(policy) if probe else {}).items()}
 

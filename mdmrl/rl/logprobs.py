@@ -9,8 +9,9 @@ which of them each one estimates, how far off and in how many forward passes. Th
                        that reveals one position a step, each as likely as any other
     ELBO               E sum_k log p(x_k | those before x_k), below it
     trajectory         log of the probability that the sampler's own steps revealed these tokens.
-                       Where positions are ranked before tokens are drawn (`state_confidence`) every
-                       text has one trajectory, and this is log p of that sampler
+                       Where positions are ranked before tokens are drawn (`state_confidence`, its
+                       `order_temperature` 0) every text has one trajectory, and this is log p of
+                       that sampler
 
 A name may carry settings, after hyphens (it ends up in file names and notebook parameters, which
 can have no ":" or "="): `elbo-4` averages 4 samples; `elbo-4-unshared` draws the reference policy's

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mdmrl.policies.base import Policy
 from mdmrl.rl.config import PPOConfig
 from mdmrl.rl.episodes import Old, score
-from mdmrl.rl.rollout import collect, draw_rows
+from mdmrl.rl.rollout import Rollout, collect, draw_rows
 from mdmrl.runs import derived_seed, generator_for
 
 PENALTIES = tuple(10.0**k for k in range(-3, 7))  # on squared weights; at the last V is constant
@@ -122,37 +122,46 @@ def fit(
     values: ValueHead, base: Sequence[Old], charge: float, config: PPOConfig, accelerator
 ) -> float:
     """Fit V to the returns of rollouts of the starting policy by ridge regression, with the penalty
-    that does best in cross-validation over rollouts.
+    that does best in cross-validation over prompts.
 
     In closed form: with as many features as rollouts, gradient steps that stop in time find less.
 
     Args:
         charge: see `Old.rewards`.
     Returns:
-        the explained variance of what each fold said of states that it had not seen.
+        the explained variance of what V says of prompts when it has not seen them.
     """
     features = torch.cat([old.features for old in base])
     rewards = torch.cat([old.rewards(charge) for old in base])
     outcome = gae(rewards, torch.zeros_like(rewards), config.gamma, 1.0)
     counted = torch.cat([old.rollout.counted for old in base])
-    fold = torch.arange(len(counted), device=counted.device) % FOLDS
+    number: dict[tuple[int, ...], int] = {}  # of each prompt, in order of appearance
+    prompts = [prompt for old in base for prompt in _prompts(old.rollout)]
+    fold = torch.tensor([number.setdefault(prompt, len(number)) % FOLDS for prompt in prompts])
+    fold = fold.to(counted.device)
     said = torch.zeros(len(PENALTIES), *outcome.shape, device=outcome.device)
     for k in range(FOLDS):
-        solve = least_squares(values, features, outcome, counted & (fold != k), accelerator)
+        solve = ridge(values, features, outcome, counted & (fold != k), accelerator)
         for penalty, predicted in zip(PENALTIES, said, strict=True):
             solve(penalty)
             predicted[fold == k] = values(features[fold == k])
     errors = [average((v - outcome)[counted].square(), accelerator) for v in said]
-    best = min(range(len(PENALTIES)), key=errors.__getitem__)
-    least_squares(values, features, outcome, counted, accelerator)(PENALTIES[best])
+    best = min(reversed(range(len(PENALTIES))), key=errors.__getitem__)  # of equals the largest
+    ridge(values, features, outcome, counted, accelerator)(PENALTIES[best])
     return explained_variance(said[best][counted], outcome[counted])
 
 
-def least_squares(
+def _prompts(rollout: Rollout) -> list[tuple[int, ...]]:
+    """The tokens of each row's prompt."""
+    rows = zip(rollout.prompt_ids, rollout.prompt_mask, strict=True)
+    return [tuple(ids[real].tolist()) for ids, real in rows]
+
+
+def ridge(
     values: ValueHead, features: Tensor, outcome: Tensor, rows: Tensor, accelerator
 ) -> Callable[[float], None]:
-    """Standardise V's features by some rollouts; returns what sets its weights to those with the
-    least mean squared error there plus a penalty times their squares.
+    """Standardise V's features by some rollouts, and return what gives V the weights with the least
+    mean squared error there plus a penalty times their squares.
 
     Args:
         features, outcome: of all states, (N, T, F) and (N, T); rows: the rollouts, (N,) bool.
@@ -166,9 +175,10 @@ def least_squares(
     x, y = x - centre, y - level
     count = accelerator.reduce(y.new_tensor(len(y)), "sum").clamp(min=1)
     moments, slopes = (accelerator.reduce(x.T @ other, "sum") / count for other in (x, y))
+    scales, axes = torch.linalg.eigh(moments)
 
     def solve(penalty: float) -> None:
-        weight = torch.linalg.solve(moments + penalty * torch.eye(len(slopes)).to(moments), slopes)
+        weight = axes @ (axes.T @ slopes / (scales + penalty))
         values.weight.copy_(weight)
         values.bias.copy_(level - weight @ centre)
 

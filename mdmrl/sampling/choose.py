@@ -18,6 +18,7 @@ from mdmrl.sampling.config import SamplerConfig
 # Log-probabilities, probabilities, uniforms and positions all stay far below.
 POSTPONED = 1e6
 CHUNK = 64
+TINY = torch.finfo(torch.float32).tiny  # a uniform number may be 0
 
 
 def draw(
@@ -120,7 +121,8 @@ def commit_score(
             if not config.order_temperature:
                 return confidence
             uniform = torch.rand(tokens.shape, generator=generator, device=tokens.device)
-            return confidence / config.order_temperature - (-uniform.log()).log()  # + Gumbel noise
+            gumbel = -(-uniform.clamp(min=TINY).log()).log()
+            return confidence / config.order_temperature + gumbel
         case "margin":
             first, second = (logits.topk(2).values - logits.logsumexp(-1, keepdim=True)).exp().T
             return first - second

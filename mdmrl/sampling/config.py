@@ -123,8 +123,8 @@ class SamplerConfig(Config):
         require(
             not self.order_temperature
             or (self.remasking == "state_confidence" and not (self.parallel or self.end_last)),
-            f"order_temperature={self.order_temperature} with {self.described()}: expected "
-            "remasking='state_confidence', end_last=False and a given number of positions a step",
+            f"order_temperature={self.order_temperature}: expected remasking='state_confidence', "
+            "end_last=False and no threshold or entropy_bound beside it",
         )
         require(
             self.cache_refresh is None or (self.cache is not None and self.cache_refresh >= 1),

@@ -168,7 +168,7 @@ def checked(
     if thresholds is None:
         return config
     require(
-        config.temperature > 0 or config.remasking == "random",
+        config.temperature > 0 or config.order_temperature > 0 or config.remasking == "random",
         f"temperature={config.temperature}: a block drawn again would be the same; expected more "
         "than 0",
     )
