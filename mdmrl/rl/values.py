@@ -124,7 +124,7 @@ def fit(
     """Fit V to the returns of rollouts of the starting policy by ridge regression, with the penalty
     that does best in cross-validation over prompts.
 
-    In closed form: with as many features as rollouts, gradient steps that stop in time find less.
+    In closed form, so that there is neither a learning rate nor a stopping time to choose.
 
     Args:
         charge: see `Old.rewards`.
