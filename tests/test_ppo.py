@@ -28,6 +28,7 @@ from mdmrl.rl.values import (
     fit_to_base,
     gae,
     normalised,
+    states_of,
     value_loss,
 )
 from mdmrl.runs import generator_for
@@ -599,10 +600,14 @@ def base_rollouts(policy, reward, count):
     ]
 
 
+def fit_to(values, base):
+    return fit(values, [states_of(old, 0.0, 1.0) for old in base], Accelerator(cpu=True))
+
+
 def test_the_first_fit_finds_what_states_say_of_the_outcome(denoiser):
     base = base_rollouts(denoiser, ends, 48)
     values = ValueHead(32)
-    explained = fit(values, base[:40], 0.0, settings(), Accelerator(cpu=True))
+    explained = fit_to(values, base[:40])
     said = torch.cat([values(old.features) for old in base[40:]])
     outcome = torch.cat([old.rollout.rewards for old in base[40:]])
     assert 0 < explained < explained_variance(said[:, 3], outcome)  # the first states say less
@@ -618,7 +623,7 @@ def test_of_what_states_say_nothing_the_first_fit_says_the_mean(denoiser):
 
     base = base_rollouts(denoiser, noise, 16)
     values = ValueHead(32)
-    assert fit(values, base, 0.0, settings(), Accelerator(cpu=True)) < 0.05
+    assert fit_to(values, base) < 0.05
     mean = torch.cat([old.rollout.rewards for old in base]).mean().item()
     said = torch.cat([values(old.features) for old in base])
     assert said.mean().item() == pytest.approx(mean, abs=0.05)
@@ -634,7 +639,7 @@ def test_the_first_fit_is_ridge_regression_of_the_samples_that_count(denoiser, m
 
     base = [scored(denoiser, a_rollout(denoiser, some, seed)) for seed in range(4)]
     values = ValueHead(32)
-    fit(values, base, 0.0, settings(), Accelerator(cpu=True))
+    fit_to(values, base)
     counted = torch.cat([old.rollout.counted for old in base])
     x = torch.cat([old.features for old in base])[counted].flatten(0, 1).double()
     y = torch.cat([old.rollout.rewards for old in base])[counted].repeat_interleave(5)
@@ -721,10 +726,15 @@ def test_a_run_logs_what_it_promises_and_touches_nothing_global(
 
 
 def test_v_without_reinforcement_learning_is_the_v_that_it_begins_with(mdm, tmp_path):
-    config = settings(tmp_path / "run", max_steps=1)
-    _, found = fit_to_base(mdm, [parity], ROWS, config)
-    rows = rows_of(train_ppo(mdm, [parity], ROWS, config))
-    assert rows[0]["values/base_explained_variance"] == found
+    config = settings(tmp_path / "run", max_steps=1, save_steps=1, value_learning_rate=1e-12)
+    values, found = fit_to_base(mdm, [parity], ROWS, config)
+    folder = train_ppo(mdm, [parity], ROWS, config)
+    assert rows_of(folder)[0]["values/base_explained_variance"] == pytest.approx(found, abs=1e-4)
+    begun = ValueHead.from_pretrained(folder / "checkpoints" / "step-000001" / "values")
+    for name, tensor in begun.state_dict().items():
+        torch.testing.assert_close(values.state_dict()[name], tensor, atol=1e-4, rtol=1e-3)
+    with pytest.raises(ValueError, match=r"gamma=0\.9"):
+        fit_to_base(mdm, [parity], ROWS, config.replace(gamma=0.9))
 
 
 @pytest.mark.parametrize("in_reward", [False, True])

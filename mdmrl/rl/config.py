@@ -222,7 +222,8 @@ class PPOConfig(Config):
         output_dir: the run's folder; a run of the same configuration in it is resumed.
         per_device_train_batch_size: completions of an update on each process, a multiple of
             `num_generations`, which are drawn for each prompt.
-        states_per_forward: states scored in one forward pass.
+        states_per_forward: states scored in one forward pass; few fit a CPU's cache, a card wants
+            hundreds.
         num_iterations: updates on one batch of rollouts.
         kl_in_reward: charge each step for its state's KL too.
         clip: `one_sided` (PPO), `two_sided` (clip(rho) A whatever the sign of A) or `cispo`
@@ -239,7 +240,7 @@ class PPOConfig(Config):
     max_steps: int = 60
     per_device_train_batch_size: int = 12
     num_generations: int = 6
-    states_per_forward: int = 48
+    states_per_forward: int = 12
     num_iterations: int = 2
     learning_rate: float = 1e-4
     max_grad_norm: float = 1.0

@@ -48,7 +48,15 @@ from mdmrl.rl.episodes import Old, kl_divergence, log_probabilities, look, score
 from mdmrl.rl.grpo import MAX_SKIPPED, PARTS, TOLERANCE, averaged, finish_gradient
 from mdmrl.rl.objectives import clipped_gain
 from mdmrl.rl.rollout import collect, draw_rows
-from mdmrl.rl.values import ValueHead, explained_variance, fit, gae, normalised, value_loss
+from mdmrl.rl.values import (
+    ValueHead,
+    explained_variance,
+    fit,
+    gae,
+    normalised,
+    states_of,
+    value_loss,
+)
 from mdmrl.runs import derived_seed, generator_for
 
 ALGORITHM = "ppo-2"  # part of a run's hash: raise it when results change
@@ -158,8 +166,8 @@ def train_ppo(
                 draw("values", i, seed, 1, reference=charge > 0)[1:3]
                 for i in range(config.value_batches)
             ]
-            found = fit(values, [old for old, _ in base], charge, config, accelerator)
-            metrics["values/base_explained_variance"] = found
+            states = [states_of(old, charge, config.gamma) for old, _ in base]
+            metrics["values/base_explained_variance"] = fit(values, states, accelerator)
             metrics["token_forwards"] += sum(seen["token_forwards"] for _, seen in base)
 
         counted, gains = old.rollout.counted, old.rewards(charge)  # (B,), (B, T)

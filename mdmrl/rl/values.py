@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 
 import torch
@@ -13,11 +13,15 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mdmrl.policies.base import Policy
+from mdmrl.config import require
+from mdmrl.policies.base import MaskedDiffusionPolicy
 from mdmrl.rl.config import PPOConfig
-from mdmrl.rl.episodes import Old, score
+from mdmrl.rl.episodes import Old
 from mdmrl.rl.rollout import Rollout, collect, draw_rows
 from mdmrl.runs import derived_seed, generator_for
+from mdmrl.sampling.guide import GuideConfig
+from mdmrl.sampling.guided import generate_guided
+from mdmrl.sampling.selection import Beside
 
 PENALTIES = tuple(10.0**k for k in range(-3, 7))  # on squared weights; at the last V is constant
 FOLDS = 4
@@ -43,14 +47,15 @@ class ValueHead(nn.Module):
         self.weight = nn.Parameter(torch.zeros(2 * size))
         self.bias = nn.Parameter(torch.zeros(()))
 
-    def inputs(self, features: Tensor) -> Tensor:
+    @staticmethod
+    def inputs(features: Tensor, mean: Tensor, std: Tensor) -> Tensor:
         """z and index * z, (..., 4H+4)."""
-        z = (features - self.mean) / self.std
+        z = (features - mean) / std
         return torch.cat([z, features[..., -1:] * z], -1)
 
     def forward(self, features: Tensor) -> Tensor:
         """Values (...) of states with `features` (..., 2H+2)."""
-        return self.inputs(features) @ self.weight + self.bias
+        return self.inputs(features, self.mean, self.std) @ self.weight + self.bias
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `config.json` and `model.safetensors`."""
@@ -119,97 +124,120 @@ def value_loss(
 
 @torch.no_grad()
 def fit(
-    values: ValueHead, base: Sequence[Old], charge: float, config: PPOConfig, accelerator
+    values: ValueHead, base: Sequence[tuple[Tensor, Tensor, list[Hashable]]], accelerator
 ) -> float:
-    """Fit V to the returns of rollouts of the starting policy by ridge regression, with the penalty
-    that does best in cross-validation over prompts.
+    """Fit V to states of the starting policy by ridge regression, with the penalty that does best
+    in cross-validation over prompts.
 
     In closed form, so that there is neither a learning rate nor a stopping time to choose.
 
     Args:
-        charge: see `Old.rewards`.
+        base: batches of N states: their features (N, 2H+2), their returns (N,), their N prompts.
     Returns:
         the explained variance of what V says of prompts when it has not seen them.
     """
-    features = torch.cat([old.features for old in base])
-    rewards = torch.cat([old.rewards(charge) for old in base])
-    outcome = gae(rewards, torch.zeros_like(rewards), config.gamma, 1.0)
-    counted = torch.cat([old.rollout.counted for old in base])
-    number: dict[tuple[int, ...], int] = {}  # of each prompt, in order of appearance
-    prompts = [prompt for old in base for prompt in _prompts(old.rollout)]
-    fold = torch.tensor([number.setdefault(prompt, len(number)) % FOLDS for prompt in prompts])
-    fold = fold.to(counted.device)
-    said = torch.zeros(len(PENALTIES), *outcome.shape, device=outcome.device)
+    features, returns = (torch.cat(parts) for parts in list(zip(*base, strict=True))[:2])
+    number: dict[Hashable, int] = {}  # of each prompt, in order of appearance
+    fold = [number.setdefault(x, len(number)) % FOLDS for *_, prompts in base for x in prompts]
+    fold = torch.tensor(fold, device=returns.device)
+    said = returns.new_zeros(len(PENALTIES), len(returns))
     for k in range(FOLDS):
-        solve = ridge(values, features, outcome, counted & (fold != k), accelerator)
+        seen, asked = fold != k, fold == k
+        regression = Ridge(values, features[seen], returns[seen], accelerator)
         for penalty, predicted in zip(PENALTIES, said, strict=True):
-            solve(penalty)
-            predicted[fold == k] = values(features[fold == k])
-    errors = [average((v - outcome)[counted].square(), accelerator) for v in said]
+            values.load_state_dict(regression.solve(penalty))
+            predicted[asked] = values(features[asked])
+    errors = [average((v - returns).square(), accelerator) for v in said]
     best = min(reversed(range(len(PENALTIES))), key=errors.__getitem__)  # of equals the largest
-    ridge(values, features, outcome, counted, accelerator)(PENALTIES[best])
-    return explained_variance(said[best][counted], outcome[counted])
+    values.load_state_dict(Ridge(values, features, returns, accelerator).solve(PENALTIES[best]))
+    return explained_variance(said[best], returns)
 
 
-def _prompts(rollout: Rollout) -> list[tuple[int, ...]]:
+class Ridge:
+    """Ridge regression of returns (N,) on a head's inputs, for any penalty: the weights with the
+    least mean squared error plus the penalty times their squares.
+
+    Args:
+        features: of the N states on this process, (N, 2H+2); all processes' count.
+    """
+
+    def __init__(self, values: ValueHead, features: Tensor, returns: Tensor, accelerator):
+        self.mean = averages(features, accelerator)
+        std = averages((features - self.mean).square(), accelerator).sqrt()
+        self.std = std.where(std > 1e-6, 1.0)  # where nothing varies
+        x, y = values.inputs(features, self.mean, self.std).double(), returns.double()
+        self.centre, self.level = averages(x, accelerator), averages(y, accelerator)
+        x, y = x - self.centre, y - self.level
+        count = accelerator.reduce(y.new_tensor(len(y)), "sum").clamp(min=1)
+        moments, self.slopes = (accelerator.reduce(x.T @ z, "sum") / count for z in (x, y))
+        self.scales, self.axes = torch.linalg.eigh(moments)
+
+    def solve(self, penalty: float) -> dict[str, Tensor]:
+        """The state of a head with these weights."""
+        weight = self.axes @ (self.axes.T @ self.slopes / (self.scales + penalty))
+        bias = self.level - weight @ self.centre
+        return {"mean": self.mean, "std": self.std, "weight": weight, "bias": bias}
+
+
+def states_of(old: Old, charge: float, gamma: float) -> tuple[Tensor, Tensor, list[Hashable]]:
+    """A batch for `fit`: the states of the episodes that count.
+
+    Args:
+        charge: see `Old.rewards`.
+    """
+    counted, rewards = old.rollout.counted, old.rewards(charge)
+    returns = gae(rewards, torch.zeros_like(rewards), gamma, 1.0)[counted]
+    prompts = prompts_of(old.rollout.rows(counted))
+    repeated = [prompt for prompt in prompts for _ in range(returns.shape[1])]
+    return old.features[counted].flatten(0, 1), returns.flatten(), repeated
+
+
+def prompts_of(rollout: Rollout) -> list[tuple[int, ...]]:
     """The tokens of each row's prompt."""
     rows = zip(rollout.prompt_ids, rollout.prompt_mask, strict=True)
     return [tuple(ids[real].tolist()) for ids, real in rows]
 
 
-def ridge(
-    values: ValueHead, features: Tensor, outcome: Tensor, rows: Tensor, accelerator
-) -> Callable[[float], None]:
-    """Standardise V's features by some rollouts, and return what gives V the weights with the least
-    mean squared error there plus a penalty times their squares.
-
-    Args:
-        features, outcome: of all states, (N, T, F) and (N, T); rows: the rollouts, (N,) bool.
-    """
-    x, y = features[rows].flatten(0, 1), outcome[rows].flatten().double()
-    values.mean.copy_(averages(x, accelerator))
-    std = averages((x - values.mean).square(), accelerator).sqrt()
-    values.std.copy_(std.where(std > 1e-6, 1.0))  # where nothing varies
-    x = values.inputs(x).double()
-    centre, level = averages(x, accelerator), averages(y, accelerator)
-    x, y = x - centre, y - level
-    count = accelerator.reduce(y.new_tensor(len(y)), "sum").clamp(min=1)
-    moments, slopes = (accelerator.reduce(x.T @ other, "sum") / count for other in (x, y))
-    scales, axes = torch.linalg.eigh(moments)
-
-    def solve(penalty: float) -> None:
-        weight = axes @ (axes.T @ slopes / (scales + penalty))
-        values.weight.copy_(weight)
-        values.bias.copy_(level - weight @ centre)
-
-    return solve
-
-
 def fit_to_base(
-    policy: Policy, rewards: Sequence[Callable], rows: Sequence[dict], config: PPOConfig
+    policy: MaskedDiffusionPolicy,
+    rewards: Sequence[Callable],
+    rows: Sequence[dict],
+    config: PPOConfig,
 ) -> tuple[ValueHead, float]:
     """V of the policy as it is, for `mdmrl.sampling.guided` without any reinforcement learning.
 
-    Fitted as `train_ppo` fits its own before the first update: to `value_batches` batches of one
-    completion a prompt.
+    Fitted as `train_ppo` fits its own before the first update, to `value_batches` batches of one
+    completion a prompt; the passes that write them show the states, which costs no others.
 
     Args:
         config: of its settings, those of sampler, seed and V count.
     Returns:
         V, and its explained variance in cross-validation, see `fit`.
+
+    Raises:
+        ValueError: a gamma other than 1, which guidance would not know.
     """
     from accelerate import Accelerator
 
+    require(config.gamma == 1, f"gamma={config.gamma}: expected 1, no reward is discounted here")
     sampler, seed = config.sampler(policy), derived_seed(config.seed, "values")
     values = ValueHead(policy.model.config.hidden_size).to(policy.device)
     base = []
     for i in range(config.value_batches):
         batch = draw_rows(rows, config.per_device_train_batch_size, i, 0, 1, seed)
         generator = generator_for(config.seed, "values", i, 0, policy.device)
-        rollout, *_ = collect(policy, batch, rewards, 1, sampler, generator, record=True)
-        length = sampler.block_length or config.max_completion_length
-        base.append(score(policy, rollout, length, config.states_per_forward, reference=False))
-    return values, fit(values, base, 0.0, config, Accelerator(cpu=policy.device.type == "cpu"))
+        seen = Beside(lambda states: torch.zeros(len(states.rows)), lambda states: states.features)
+
+        def draw(policy, prompts, sampler, generator, record, seen=seen):
+            every = GuideConfig(checks=None)
+            return generate_guided(policy, prompts, sampler, every, seen, generator=generator)
+
+        rollout, *_ = collect(policy, batch, rewards, 1, sampler, generator, draw=draw)
+        row, features = seen.looks
+        counted, prompts = rollout.counted[row], prompts_of(rollout)
+        asked = [prompts[i] for i in row[counted].tolist()]
+        base.append((features[counted], rollout.rewards[row][counted].float(), asked))
+    return values, fit(values, base, Accelerator(cpu=policy.device.type == "cpu"))
 
 
 def explained_variance(values: Tensor, returns: Tensor) -> float:

@@ -26,7 +26,8 @@ class GuideConfig(Config):
         budget: the most positions that one completion may push through the network, with all that
             was rejected; its own ones, without the padding of its batch.
         form: `"faithful"` or `"two_gates"`, see above.
-        checks: after which shares of a block's steps V looks at it.
+        checks: after which shares of a block's steps V looks at it; None: before every step, which
+            leaves no room for thresholds.
         description_length: positions that hold the description, a multiple of the block's length;
             0: there is none.
         patience: failures of one block before it goes back (two gates).
@@ -36,7 +37,7 @@ class GuideConfig(Config):
 
     budget: int | None = None
     form: str = "two_gates"
-    checks: list[float] = field(default_factory=lambda: [0.25, 0.5])
+    checks: list[float] | None = field(default_factory=lambda: [0.25, 0.5])
     description_length: int = 0
     patience: int = 3
     low: float = 0.2
@@ -47,7 +48,8 @@ class GuideConfig(Config):
             raise unknown("form", self.form, FORMS)
         require(self.budget is None or self.budget > 0, f"budget={self.budget}: expected positive")
         require(
-            len(self.checks) > 0 and all(0 < share < 1 for share in self.checks),
+            self.checks is None
+            or (len(self.checks) > 0 and all(0 < share < 1 for share in self.checks)),
             f"checks={self.checks}: expected shares of a block's steps, inside (0, 1)",
         )
         require(self.patience >= 1, f"patience={self.patience}: expected at least 1 failure")
@@ -120,13 +122,17 @@ def steps_of_blocks(config: SamplerConfig) -> list[int]:
 
 
 def points_of_blocks(config: SamplerConfig, guide: GuideConfig) -> list[list[int]]:
-    """The steps of every block before which V looks at it.
+    """The steps of every block before which V looks at it; -1 for none, where a block has fewer
+    steps than another and V looks at all.
 
     Raises:
         ValueError: two of them coincide.
     """
+    counts = steps_of_blocks(config)
+    if guide.checks is None:
+        return [[-1] * (max(counts) - steps) + list(range(steps)) for steps in counts]
     points = []
-    for steps in steps_of_blocks(config):
+    for steps in counts:
         points.append([0, *(int(share * steps) for share in guide.checks), steps - 1])
         require(
             all(a < b for a, b in pairwise(points[-1])),
@@ -167,6 +173,7 @@ def checked(
     )
     if thresholds is None:
         return config
+    require(guide.checks is not None, "checks=None: expected shares of a block's steps")
     require(
         config.temperature > 0 or config.order_temperature > 0 or config.remasking == "random",
         f"temperature={config.temperature}: a block drawn again would be the same; expected more "

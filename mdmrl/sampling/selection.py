@@ -16,12 +16,13 @@ The last three take V's place in `generate_guided`; the last two need thresholds
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
 from torch import Tensor
 
 from mdmrl.config import require
+from mdmrl.sampling.attempts import Value
 from mdmrl.sampling.guided import GuidedOutput
 from mdmrl.sampling.states import States
 
@@ -65,6 +66,29 @@ class PromptOnly:
 
     def __call__(self, states: States) -> Tensor:
         return self.values[states.rows]
+
+
+class Beside:
+    """A judge, and what another look at the same states gives.
+
+    Args:
+        judge: takes V's place; look: of R states, (R, ...).
+    """
+
+    def __init__(self, judge: Value, look: Callable[[States], Tensor]):
+        self.judge, self.look = judge, look
+        self.rows: list[Tensor] = []
+        self.found: list[Tensor] = []
+
+    def __call__(self, states: States) -> Tensor:
+        self.rows.append(states.rows)
+        self.found.append(self.look(states))
+        return self.judge(states)
+
+    @property
+    def looks(self) -> tuple[Tensor, Tensor]:
+        """Which row each look was at, (N,), and what it gave, (N, ...), in order."""
+        return torch.cat(self.rows), torch.cat(self.found)
 
 
 class Permuted:

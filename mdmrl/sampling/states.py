@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mdmrl.policies.base import MaskedDiffusionPolicy
+from mdmrl.sampling.windows import in_parts
 
 
 @dataclass
@@ -74,7 +75,7 @@ def look_at(
         pattern = policy.pattern(width, stop - width)
         hidden = policy.forward(canvas[:, :stop], attention[:, :stop], pattern)
     else:
-        hidden = policy.hidden_states(canvas, attention)
+        hidden = in_parts(policy, canvas, attention)
     real = attention[:, : hidden.shape[1]]
     before = real & (torch.arange(real.shape[1], device=real.device) < columns[:, :1])
     context = before.to(hidden.dtype)[:, None] @ hidden / before.sum(1)[:, None, None]

@@ -27,6 +27,13 @@ from mdmrl.policies.base import Policy
 POSITIONS_AT_ONCE = 1536
 
 
+def in_parts(policy: Policy, tokens: Tensor, attention: Tensor) -> Tensor:
+    """Hidden states of rows that nothing else is known of, (R, W, H)."""
+    parts = -(-tokens.numel() // POSITIONS_AT_ONCE) if tokens.device.type == "cpu" else 1
+    pairs = zip(tokens.chunk(parts), attention.chunk(parts), strict=True)
+    return torch.cat([policy.hidden_states(*pair) for pair in pairs])
+
+
 class Window:
     """The network as denoising steps see it; counts what they cost.
 
@@ -62,9 +69,7 @@ class Window:
         tokens = canvas[rows, start:stop]
         self.nfe, self.token_forwards = self.nfe + 1, self.token_forwards + tokens.numel()
         if self.stored is None:
-            parts = -(-tokens.numel() // POSITIONS_AT_ONCE) if tokens.device.type == "cpu" else 1
-            pairs = zip(tokens.chunk(parts), self.attention[rows].chunk(parts), strict=True)
-            hidden = torch.cat([self.policy.hidden_states(*pair) for pair in pairs])
+            hidden = in_parts(self.policy, tokens, self.attention[rows])
         else:
             seen = stop if self.pattern is not None else canvas.shape[1]
             visible = self.attention[rows, None, None, :seen]  # (R, 1, 1, K)

@@ -1,18 +1,13 @@
 """Training runs that notebooks share: an arm of a figure, trained once a seed and kept.
 
-A run is named by a readable slug and a hash of everything that decides its result: settings,
-weights, rows, the version of the algorithm. Settings at their defaults are left out of it, so that
-an option that is added leaves old runs as they are; who changes a default raises the version.
-
-Its rows are kept as one CSV, beside it a JSON with one group of completions of its last update and
-the machine, in `figures/data/runs` for the `full` profile (committed) and in `runs/<profile>/runs`
-for any other; a run whose CSV is there is not trained again. It takes the card where there is one,
-which draws other random numbers than a processor.
+A run is a piece (`mdmrl.study.pieces`) whose table is its log, and whose JSON has one group of
+completions of its last update. Settings at their defaults are left out of its name, so that an
+option that is added leaves old runs as they are; who changes a default raises the version. A run
+takes the card where there is one, which draws other random numbers than a processor.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,17 +23,11 @@ from mdmrl.rewards.text import TAGS
 from mdmrl.rl import grpo, ppo
 from mdmrl.rl.config import GRPOConfig, PPOConfig, SFTConfig
 from mdmrl.rl.sft import train_sft
-from mdmrl.runs import (
-    best_device,
-    config_hash,
-    generator_for,
-    machine,
-    read_rows,
-    write_atomically,
-)
+from mdmrl.runs import best_device, config_hash, generator_for, read_rows
 from mdmrl.sampling import SamplerConfig
 from mdmrl.sampling.hierarchy import Hierarchical
-from mdmrl.study.outputs import figures_folder, project_root
+from mdmrl.study.outputs import project_root
+from mdmrl.study.pieces import facts, kept
 from mdmrl.tasks import load_task
 from mdmrl.tasks.medcot import SYSTEM_PROMPT
 
@@ -126,25 +115,16 @@ def train_arm(arm: Arm, seed: int, profile: str) -> pd.DataFrame:
     )
     kind = config.logp_estimator if arm.algorithm == "grpo" else arm.algorithm
     slug = "-".join([Path(arm.policy).name, kind, f"s{seed}"])
-    kept = runs_folder(profile) / f"{slug}-{config_hash(identity)}.csv"
-    if not kept.exists():
-        folder = project_root() / "runs" / profile / arm.algorithm / kept.stem
+
+    def compute(name: str) -> tuple[pd.DataFrame, dict]:
+        folder = project_root() / "runs" / profile / arm.algorithm / name
         frame = _train(policy, arm, config.replace(output_dir=str(folder)))
-        last = {**read_rows(folder / "samples.jsonl")[-1], "machine": machine()}
-        write_atomically(kept.with_suffix(".json"), json.dumps(last, indent=1) + "\n")
-        write_atomically(kept, frame.to_csv(index=False, float_format="%.6g"))
-    frame = pd.read_csv(kept)
-    frame["run"] = kept.stem
+        return frame, read_rows(folder / "samples.jsonl")[-1]
+
+    frame = kept(profile, slug, identity, compute)
     frame.insert(0, "seed", seed)
     frame.insert(0, "arm", arm.name)
     return frame
-
-
-def runs_folder(profile: str) -> Path:
-    """Where the CSVs of finished runs lie."""
-    if profile == "full":
-        return figures_folder(profile) / "data" / "runs"
-    return project_root() / "runs" / profile / "runs"
 
 
 def _train(policy: Policy, arm: Arm, config: GRPOConfig | PPOConfig) -> pd.DataFrame:
@@ -289,7 +269,7 @@ def final_looks(runs: pd.DataFrame, arms: dict[str, Arm], measures: Sequence[str
 def last_sample(runs: pd.DataFrame, arm: str, profile: str) -> str:
     """The first completion of the last update of an arm's first run."""
     run = runs[runs.arm == arm].run.iloc[0]
-    sample = json.loads((runs_folder(profile) / f"{run}.json").read_text())
+    sample = facts(profile, run)
     return f"{sample['prompt']}\n{sample['completions'][0]}\nreward {sample['rewards'][0]:.2f}"
 
 

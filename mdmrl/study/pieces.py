@@ -1,0 +1,49 @@
+"""Results that take long, each computed once and kept.
+
+A piece is one table. Its name is a readable slug and a hash of everything that decides the result:
+settings, weights, rows, the version of the algorithm. It lies as a CSV, beside it a JSON with what
+else is to be known of it and the machine, in `figures/data/runs` for the `full` profile (committed)
+and in `runs/<profile>/runs` for any other; a piece whose CSV is there is not computed again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+
+from mdmrl.runs import config_hash, machine, write_atomically
+from mdmrl.study.outputs import figures_folder, project_root
+
+
+def kept(
+    profile: str, slug: str, identity: dict, compute: Callable[[str], tuple[pd.DataFrame, dict]]
+) -> pd.DataFrame:
+    """The table that `compute` makes, or the one that an earlier call of the same identity left.
+
+    Args:
+        compute: takes the piece's name; returns the table, and what the JSON is to hold.
+    Returns:
+        the table as its CSV has it (six digits), with the piece's name in a column `run`.
+    """
+    path = pieces_folder(profile) / f"{slug}-{config_hash(identity)}.csv"
+    if not path.exists():
+        table, facts = compute(path.stem)
+        facts = json.dumps({**facts, "machine": machine()}, indent=1)
+        write_atomically(path.with_suffix(".json"), facts + "\n")
+        write_atomically(path, table.to_csv(index=False, float_format="%.6g"))
+    return pd.read_csv(path).assign(run=path.stem)
+
+
+def facts(profile: str, run: str) -> dict:
+    """The JSON of the piece of that name."""
+    return json.loads((pieces_folder(profile) / f"{run}.json").read_text())
+
+
+def pieces_folder(profile: str) -> Path:
+    """Where pieces lie."""
+    if profile == "full":
+        return figures_folder(profile) / "data" / "runs"
+    return project_root() / "runs" / profile / "runs"

@@ -1,0 +1,160 @@
+"""The pieces of notebooks 08 and 09 on a toy task, and how pieces are kept."""
+
+import pandas as pd
+import pytest
+import torch
+from test_sampling import double
+
+from mdmrl.rl.config import PPOConfig
+from mdmrl.rl.episodes import score
+from mdmrl.rl.rollout import Rollout
+from mdmrl.rl.values import explained_variance
+from mdmrl.runs import generator_for
+from mdmrl.sampling import generate
+from mdmrl.sampling.guide import GuideConfig
+from mdmrl.sampling.guided import calibrate, generate_guided
+from mdmrl.study import judging, pieces
+from mdmrl.tasks.base import Task
+
+PROMPTS = [{"prompt": f"A patient has {x}. Why?"} for x in ("fever", "a rash", "pain", "nothing")]
+CONFIG = PPOConfig(
+    max_completion_length=8,
+    steps=8,
+    block_length=4,
+    value_batches=4,
+    per_device_train_batch_size=4,
+    num_generations=1,
+)
+
+
+def odd(ids):
+    return sum(i % 2 for i in ids)
+
+
+@pytest.fixture
+def reward():
+    """The number of odd token ids; a test may put another function into the list."""
+    return [odd]
+
+
+@pytest.fixture
+def policy(mdm, reward, tmp_path, monkeypatch):
+    """A toy and a task of the reward, instead of those that have names."""
+
+    def judge(prompts, completions, completion_ids, **columns):
+        return [float(reward[0](ids)) for ids in completion_ids]
+
+    (tmp_path / "notebooks").mkdir()
+    monkeypatch.setenv("MDMRL_ROOT", str(tmp_path))
+    policy = double(mdm)
+    splits = dict.fromkeys(("rl", "validation"), lambda: PROMPTS)
+    task = Task("toy", splits, [judge], lambda text, row: "e" in text)
+    monkeypatch.setattr(judging, "load_policy", lambda name, device: policy)
+    monkeypatch.setattr(judging, "load_task", lambda name: task)
+    return policy
+
+
+def test_a_piece_is_computed_once_for_all_that_decides_it(tmp_path, monkeypatch):
+    (tmp_path / "notebooks").mkdir()
+    monkeypatch.setenv("MDMRL_ROOT", str(tmp_path))
+    computed = []
+
+    def compute(name):
+        computed.append(name)
+        return pd.DataFrame({"x": [1 / 3]}), {"why": "a test"}
+
+    first = pieces.kept("quick", "slug", {"a": 1}, compute)
+    pd.testing.assert_frame_equal(pieces.kept("quick", "slug", {"a": 1}, compute), first)
+    assert first.x.tolist() == [0.333333]
+    assert first.run.tolist() == computed
+    facts = pieces.facts("quick", computed[0])
+    assert facts["why"] == "a test" and facts["machine"]
+    pieces.kept("quick", "slug", {"a": 2}, compute)
+    pieces.kept("other", "slug", {"a": 1}, compute)
+    assert len(computed) == 3 and computed[0] == computed[2] != computed[1]
+    with pytest.raises(ZeroDivisionError):
+        pieces.kept("quick", "slug", {"a": 3}, lambda name: 1 / 0)
+    assert len(list(pieces.pieces_folder("quick").iterdir())) == 4  # nothing half done
+
+
+@pytest.mark.parametrize(
+    ("of", "low", "high"),
+    [
+        (lambda ids: odd(ids[:4]), 1, 1),
+        (lambda ids: odd(ids[4:]), -0.8, 0.8),
+        (odd, 0.2, 0.95),
+    ],
+    ids=["first half", "second half", "both"],
+)
+def test_how_much_the_first_half_decides(policy, reward, of, low, high):
+    reward[0] = of
+    found = judging.what_is_decided("toy", CONFIG, 4, 12, "quick")
+    assert found.seed.tolist() == [0]
+    assert low <= found.decided.item() <= high
+
+
+@pytest.fixture
+def fitted(monkeypatch):
+    """The V that a piece fits, once it has."""
+    found, fit = [], judging.fit_to_base
+
+    def watched(*arguments):
+        values, explained = fit(*arguments)
+        found.append(values)
+        return values, explained
+
+    monkeypatch.setattr(judging, "fit_to_base", watched)
+    return found
+
+
+def test_v_explains_what_it_said_it_explains(policy, fitted):
+    """What V says of the held-out completions, from the states of a run of its own."""
+    found = judging.what_v_explains("toy", CONFIG, 4, "quick")
+    assert found.step.tolist() == list(range(8))
+    sampler = CONFIG.sampler(policy)
+    prompts = [row["prompt"] for row in PROMPTS]
+    output = generate(policy, prompts, sampler, generator_for(0, "held-out"), record=True)
+    outcome = torch.tensor([float(odd(ids)) for ids in output.token_lists()])
+    rollout = Rollout.of(output, outcome, outcome.isfinite(), sampler, outcome)
+    said = fitted[0](score(policy, rollout, 4, 8, reference=False).features)
+    expected = [explained_variance(column, outcome) for column in said.T]
+    assert found.explained.tolist() == pytest.approx(expected, abs=1e-3)
+
+
+def test_guided_completions_are_those_of_the_guided_sampler(policy, fitted):
+    found = judging.guided_completions("toy", CONFIG, 2, 2, 2, 3, "quick")
+    arms = ["plain", "two gates", "permuted", "the thesis's bands"]
+    arms += ["mean log-probability", "prompt alone"]
+    counts = found.groupby(["arm", "prompt"], sort=False).size()
+    assert counts.to_dict() == {
+        (arm, i): 6 if arm == "plain" else 2 for arm in arms for i in (0, 1)
+    }
+
+    def value(states):
+        return fitted[0](states.features).detach()
+
+    sampler = CONFIG.sampler(policy)
+    asked, others = ([row["prompt"] for row in part] for part in (PROMPTS[:2], PROMPTS[2:]))
+    plain = found[found.arm == "plain"]
+    texts = [prompt for prompt in asked for _ in range(6)]
+    output = generate(policy, texts, sampler, generator_for(0, "base"))
+    assert plain.reward.tolist() == [odd(ids) for ids in output.token_lists()]
+    assert plain.accuracy.tolist() == ["e" in text for text in output.completions]
+    assert (plain["logp/00"] == 0).all()
+    written = output.logprobs[:, :4].mean(1).tolist()  # before the second block
+    assert plain["logp/04"].tolist() == pytest.approx(written, rel=1e-4)
+    assert (plain["V/07"] == plain.V).all()
+
+    drawn = (generator_for(0, purpose) for purpose in ("calibrate", "guided"))
+    guide = GuideConfig(budget=3 * int(plain.spent.max()))
+    gates = calibrate(policy, others, sampler, guide, value, next(drawn))
+    assert (plain.stopped == (plain["V/05"] < gates.high[1, 1].item())).all()
+    texts = [prompt for prompt in asked for _ in range(2)]
+    output = generate_guided(policy, texts, sampler, guide, value, gates, next(drawn))
+    guided = found[found.arm == "two gates"]
+    assert guided.reward.tolist() == [odd(ids) for ids in output.token_lists()]
+    assert guided.spent.tolist() == output.spent.tolist()
+    permuted = found[found.arm == "permuted"]
+    pairs = guided.spent.values.reshape(2, 2), permuted.spent.values.reshape(2, 2)
+    assert (pairs[0] == pairs[1][:, ::-1]).all()  # the other completion's schedule
+    assert (found.spent <= guide.budget).all()
