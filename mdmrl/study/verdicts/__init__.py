@@ -1,0 +1,54 @@
+"""The verdict rules of the claims that rest on training, written before the runs.
+
+A rule is a function of plain numbers (most of them from `mdmrl.study.quantities`), one value a seed
+in every column, the same seed at the same place. Intervals are 95 % t-intervals over seeds. With
+fewer than five seeds, or where a seed gave no finite number, the verdict is always "inconclusive".
+"""
+
+from mdmrl.study.verdicts.curves import (
+    appc_failures,
+    cold_start_helps,
+    fig41_ar_rises,
+    fig41_mdm_does_not_converge,
+    fig42_kl_is_the_cause,
+    fig43_longer_is_steadier,
+)
+from mdmrl.study.verdicts.inference import (
+    few_steps_pay,
+    hierarchy_is_faster,
+    value_guides,
+    value_judges,
+)
+from mdmrl.study.verdicts.instability import (
+    block_rl_cures_kl,
+    kl_is_cured,
+    kl_law_predicts,
+    stability_needs_steps,
+)
+from mdmrl.study.verdicts.rules import Verdict
+from mdmrl.study.verdicts.speed import (
+    diffusion_samples_faster,
+    fig44_crossing,
+    fig44_less_accurate,
+)
+
+__all__ = [
+    "Verdict",
+    "appc_failures",
+    "block_rl_cures_kl",
+    "cold_start_helps",
+    "diffusion_samples_faster",
+    "few_steps_pay",
+    "fig41_ar_rises",
+    "fig41_mdm_does_not_converge",
+    "fig42_kl_is_the_cause",
+    "fig43_longer_is_steadier",
+    "fig44_crossing",
+    "fig44_less_accurate",
+    "hierarchy_is_faster",
+    "kl_is_cured",
+    "kl_law_predicts",
+    "stability_needs_steps",
+    "value_guides",
+    "value_judges",
+]

@@ -1,0 +1,97 @@
+"""Rules on what is done at inference (notebooks 09 and 10)."""
+
+from __future__ import annotations
+
+from mdmrl.study.verdicts.rules import Seeds, Verdict, columns_of, interval_of, judged, shown
+
+
+def value_judges(auroc_value: Seeds, auroc_logprob: Seeds) -> Verdict:
+    """A value function judges half-denoised text.
+
+    Args: areas under the ROC curve within prompts, of states at half the steps: of V, and of the
+    mean log-probability of what is revealed.
+
+    Reproduced iff the lower end of V's is above 0.6 and that of the difference above 0;
+    contradicted iff either upper end is below. The interval given is V's.
+    """
+    value, logprob = columns_of(auroc_value=auroc_value, auroc_logprob=auroc_logprob)
+    area, more = interval_of(value), interval_of(value - logprob)
+    return judged(
+        area,
+        len(value),
+        reproduced=area.low > 0.6 and more.low > 0,
+        contradicted=area.high < 0.6 or more.high < 0,
+        measured=f"V's area is {shown(area)}, {shown(more)} above that of the mean log-probability",
+    )
+
+
+def value_guides(guided: Seeds, best_of_n: Seeds, spent: float) -> Verdict:
+    """Value-guided sampling beats choosing among finished texts by the same V, at equal cost.
+
+    Args:
+        guided, best_of_n: mean rewards, the same prompt at the same place.
+        spent: what guided sampling spent of its budget, which is all that best of n costs.
+
+    Reproduced iff the lower end of the mean difference is above 0; contradicted iff its upper end
+    is below and at least 95 % of the budget was spent: with less it had another price.
+    """
+    guided, best_of_n = columns_of(guided=guided, best_of_n=best_of_n)
+    more = interval_of(guided - best_of_n)
+    return judged(
+        more,
+        len(guided),
+        reproduced=more.low > 0,
+        contradicted=more.high < 0 and spent >= 0.95,
+        measured=f"the reward is {shown(more)} higher than that of best of n, for {spent:.0%} of "
+        "its cost",
+        unit="prompt",
+    )
+
+
+def few_steps_pay(tuned_few: Seeds, base: Seeds, tuned_many: Seeds) -> Verdict:
+    """RL at few denoising steps still pays when the steps are raised at inference.
+
+    Args: rewards with many steps, of the model tuned with few, of the base, and of the model tuned
+    with many at the same token-forwards.
+
+    Reproduced iff the lower end of tuned_few - base is above 0; contradicted iff its upper end is
+    below. How it compares with tuned_many is said beside.
+    """
+    few, base, many = columns_of(tuned_few=tuned_few, base=base, tuned_many=tuned_many)
+    gained, ahead = interval_of(few - base), interval_of(few - many)
+    return judged(
+        gained,
+        len(few),
+        reproduced=gained.low > 0,
+        contradicted=gained.high < 0,
+        measured=f"with many steps, RL with few has gained {shown(gained)}, and is "
+        f"{shown(ahead)} ahead of RL with many at the same token-forwards",
+    )
+
+
+def hierarchy_is_faster(
+    nfe_ratio: Seeds, reward_difference: Seeds, headroom_flat: Seeds
+) -> Verdict:
+    """The hierarchy needs fewer sequential forward passes than flat text, and is not worse.
+
+    Args:
+        nfe_ratio: forward passes on the critical path, hierarchy / flat.
+        reward_difference: hierarchy minus flat, of the part of the reward that the hierarchy is
+            not given; headroom_flat: the ceiling of that part minus flat.
+
+    Reproduced iff the upper end of the ratio is at most 1/2 and the lower end of the difference
+    over the headroom above -0.05; contradicted iff the ratio's lower end is above 1/2 or the
+    difference's upper end below -0.05. The interval given is the ratio's.
+    """
+    ratio, difference, room = columns_of(
+        nfe_ratio=nfe_ratio, reward_difference=reward_difference, headroom_flat=headroom_flat
+    )
+    passes, worse = interval_of(ratio), interval_of(difference / room)
+    return judged(
+        passes,
+        len(ratio),
+        reproduced=passes.high <= 0.5 and worse.low > -0.05,
+        contradicted=passes.low > 0.5 or worse.high < -0.05,
+        measured=f"its critical path has {shown(passes)} of flat's forward passes; what it is not "
+        f"given of the reward is {shown(worse)} of the headroom higher",
+    )
