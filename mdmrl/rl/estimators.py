@@ -25,8 +25,8 @@ from torch import Tensor
 
 from mdmrl.config import require
 from mdmrl.policies.base import Policy
+from mdmrl.rl.choice import log_choice
 from mdmrl.rl.rollout import Rollout
-from mdmrl.sampling.choose import POSTPONED
 
 STATES_AT_ONCE = 64  # of a trajectory, in one forward pass
 
@@ -212,7 +212,7 @@ def trajectory(policy: Policy, rollout: Rollout, noise: Noise, positions: bool =
     """log p(x_i | what was masked at the step that revealed it), (B, L), at all revealed positions.
 
     With `positions`, the sum of these plus the log-probability that the sampler's rule chooses the
-    positions it chose, (B,): together that of the whole trajectory. See `_log_choice`.
+    positions it chose, (B,): together that of the whole trajectory. See `log_choice`.
     """
     drawn = rollout.sampler.order_temperature
     require(
@@ -235,65 +235,9 @@ def trajectory(policy: Policy, rollout: Rollout, noise: Noise, positions: bool =
         logits = _masked_logits(policy, states, masked, scored)
         found = _of_tokens(states, logits, scored).masked_fill(~chosen, 0)
         if positions:
-            found = found.sum(1) + _log_choice(policy, states, logits, masked, chosen)
+            found = found.sum(1) + log_choice(policy, states, logits, masked, chosen)
         total = total + found.unflatten(0, (batch, -1)).sum(1)
     return total
-
-
-def _log_choice(
-    policy: Policy, rollout: Rollout, logits: Tensor, masked: Tensor, chosen: Tensor
-) -> Tensor:
-    """The log-probability that a step reveals just `chosen`, given the tokens there, (B,).
-
-    0 where the state alone decides; uniform for `random`; Plackett and Luce's law of the order in
-    which they were chosen with an `order_temperature`; for `low_confidence`, which ranks drawn
-    tokens, that all others drawn are less probable than the least probable one revealed. The last
-    jumps where tokens change places, so that its gradient does not tell all.
-
-    Args:
-        logits: (N, V) at `masked` (B, L); chosen: (B, L), some of these.
-    """
-    sampler, device = rollout.sampler, masked.device
-    require(
-        not sampler.parallel,
-        f"threshold={sampler.threshold}, entropy_bound={sampler.entropy_bound}: the probability of "
-        "positions is known only for samplers that reveal a given number a step",
-    )
-    blocks = (-1, policy.block_length or sampler.block_length or masked.shape[1])
-    if sampler.order_temperature:
-        confidence = logits.amax(-1) - logits.logsumexp(-1)
-        score = confidence.new_full(masked.shape, -math.inf).masked_scatter(masked, confidence)
-        score = score.unflatten(1, blocks) / sampler.order_temperature  # (B, blocks, K)
-        taken, place = (x.unflatten(1, blocks) for x in (chosen, rollout.place))
-        # Row i of the last two axes: what is left when i is chosen, i included.
-        gone = taken[..., None, :] & (place[..., None, :] < place[..., None])
-        left = score[..., None, :].masked_fill(gone, -math.inf)
-        left = left.masked_fill(~taken[..., None], 0.0).logsumexp(-1)
-        return torch.where(taken, score - left, 0.0).flatten(1).sum(1)
-    if sampler.remasking not in ("random", "low_confidence"):
-        return torch.zeros(len(masked), device=device)
-    ends = torch.tensor(policy.end_token_ids, device=device)
-    last = torch.isin(logits.argmax(-1), ends) & sampler.end_last
-    if sampler.remasking == "random":
-        total = torch.zeros(len(masked), device=device)
-        for turn in (~last, last):
-            open_ = torch.zeros_like(masked).masked_scatter(masked, turn)
-            size, taken = (m.unflatten(1, blocks).sum(-1) for m in (open_, open_ & chosen))
-            ways = (size + 1).lgamma() - (taken + 1).lgamma() - (size - taken + 1).lgamma()
-            total = total - ways.sum(1)
-        return total
-
-    def scatter(values: Tensor, elsewhere: float) -> Tensor:  # (N,) -> (B, L)
-        full = values.new_full(masked.shape, elsewhere)
-        return full.masked_scatter(masked, values)
-
-    rank = logits.log_softmax(-1).double() - POSTPONED * last[:, None]
-    own = rank.gather(1, rollout.completion_ids[masked][:, None])[:, 0]
-    own = scatter(own, math.inf).masked_fill(~chosen, math.inf).unflatten(1, blocks)
-    least = own.amin(-1, keepdim=True).expand(own.shape).flatten(1)[masked]  # infinite: no contest
-    less = (logits / rollout.temperature).log_softmax(-1)
-    less = less.masked_fill(rank >= least[:, None], -math.inf).logsumexp(-1)
-    return scatter(less, 0.0).masked_fill(chosen, 0.0).sum(1)
 
 
 # -- shared parts ----------------------------------------------------------------------------------
