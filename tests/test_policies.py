@@ -156,6 +156,15 @@ def test_completions_end_with_the_first_end_token(policy):
     assert policy.decode(ids, expected) == [decode([a]), decode([a, b, a]), ""]
 
 
+@pytest.mark.parametrize(
+    ("given", "others"), [(None, ()), (0, (0,)), (1, ()), ([7, 0, 1], (7, 0))], ids=str
+)
+def test_all_that_ends_a_completion(mdm, given, others):
+    mdm.model.generation_config.eos_token_id = given
+    assert mdm.tokenizer.eos_token_id == 1
+    assert mdm.end_token_ids == (1, *others)
+
+
 def test_the_tokenizer_encodes_any_text_without_loss(tokenizer):
     text = "BP 145/92, λ=0.5 \n\n\t<answer>naïve 日本 🩺</answer>  x"
     ids = tokenizer(text).input_ids

@@ -93,9 +93,9 @@ class Policy:
     @property
     def end_token_ids(self) -> tuple[int, ...]:
         """Tokens that end a completion: the tokenizer's, then those of generation_config."""
-        others = self._transformer.generation_config.eos_token_id or []
-        others = others if isinstance(others, list) else [others]
-        return tuple(dict.fromkeys([self.tokenizer.eos_token_id, *others]))
+        given = self._transformer.generation_config.eos_token_id
+        ends = [self.tokenizer.eos_token_id, *(given if isinstance(given, list) else [given])]
+        return tuple(dict.fromkeys(end for end in ends if end is not None))
 
     @property
     def pad_token_id(self) -> int:
