@@ -1,5 +1,7 @@
 """The pieces of notebooks 08 and 09 on a toy task, and how pieces are kept."""
 
+from functools import partial
+
 import pandas as pd
 import pytest
 import torch
@@ -8,15 +10,24 @@ from test_sampling import double
 from mdmrl.rl.config import PPOConfig
 from mdmrl.rl.episodes import score
 from mdmrl.rl.rollout import Rollout
-from mdmrl.rl.values import explained_variance
+from mdmrl.rl.values import explained_variance, fit_to_base
 from mdmrl.runs import generator_for
 from mdmrl.sampling import generate
 from mdmrl.sampling.guide import GuideConfig
 from mdmrl.sampling.guided import calibrate, generate_guided
+from mdmrl.sampling.selection import PromptOnly, mean_logprob
 from mdmrl.study import judging, pieces
 from mdmrl.tasks.base import Task
 
-PROMPTS = [{"prompt": f"A patient has {x}. Why?"} for x in ("fever", "a rash", "pain", "nothing")]
+FINDINGS = {
+    "rl": ("fever", "a rash", "pain", "nothing"),
+    "validation": ("chills", "itching", "an ache", "less"),
+    "test": ("sweat", "spots", "cramps", "more"),
+}
+SPLITS = {
+    split: [{"prompt": f"A patient has {x}. Why?"} for x in found]
+    for split, found in FINDINGS.items()
+}
 CONFIG = PPOConfig(
     max_completion_length=8,
     steps=8,
@@ -25,6 +36,10 @@ CONFIG = PPOConfig(
     per_device_train_batch_size=4,
     num_generations=1,
 )
+
+
+def drawn(purpose):
+    return generator_for(0, purpose)
 
 
 def odd(ids):
@@ -47,7 +62,7 @@ def policy(mdm, reward, tmp_path, monkeypatch):
     (tmp_path / "notebooks").mkdir()
     monkeypatch.setenv("MDMRL_ROOT", str(tmp_path))
     policy = double(mdm)
-    splits = dict.fromkeys(("rl", "validation"), lambda: PROMPTS)
+    splits = {split: partial(list, rows) for split, rows in SPLITS.items()}
     task = Task("toy", splits, [judge], lambda text, row: "e" in text)
     monkeypatch.setattr(judging, "load_policy", lambda name, device: policy)
     monkeypatch.setattr(judging, "load_task", lambda name: task)
@@ -61,14 +76,14 @@ def test_a_piece_is_computed_once_for_all_that_decides_it(tmp_path, monkeypatch)
 
     def compute(name):
         computed.append(name)
-        return pd.DataFrame({"x": [1 / 3]}), {"why": "a test"}
+        return pd.DataFrame({"x": [1 / 3], "said": ["n/a"]}), {"why": "a test"}
 
     first = pieces.kept("quick", "slug", {"a": 1}, compute)
     pd.testing.assert_frame_equal(pieces.kept("quick", "slug", {"a": 1}, compute), first)
-    assert first.x.tolist() == [0.333333]
+    assert first.x.tolist() == [0.333333] and first.said.tolist() == ["n/a"]
     assert first.run.tolist() == computed
     facts = pieces.facts("quick", computed[0])
-    assert facts["why"] == "a test" and facts["machine"]
+    assert facts["why"] == "a test" and facts["identity"] == {"a": 1} and facts["machine"]
     pieces.kept("quick", "slug", {"a": 2}, compute)
     pieces.kept("other", "slug", {"a": 1}, compute)
     assert len(computed) == 3 and computed[0] == computed[2] != computed[1]
@@ -93,48 +108,48 @@ def test_how_much_the_first_half_decides(policy, reward, of, low, high):
     assert low <= found.decided.item() <= high
 
 
-@pytest.fixture
-def fitted(monkeypatch):
-    """The V that a piece fits, once it has."""
-    found, fit = [], judging.fit_to_base
-
-    def watched(*arguments):
-        values, explained = fit(*arguments)
-        found.append(values)
-        return values, explained
-
-    monkeypatch.setattr(judging, "fit_to_base", watched)
-    return found
+def test_half_of_a_text_is_a_state_only_between_blocks(policy):
+    for settings in ({"block_length": 8}, {"block_length": 4, "max_completion_length": 12}):
+        odd_number = CONFIG.replace(**settings)
+        with pytest.raises(ValueError, match="an even number of blocks"):
+            judging.what_is_decided("toy", odd_number, 4, 2, "quick")
+        with pytest.raises(ValueError, match="an even number of blocks"):
+            judging.guided_completions("toy", odd_number, 2, 2, 2, 3, "quick")
 
 
-def test_v_explains_what_it_said_it_explains(policy, fitted):
+def test_v_explains_what_it_said_it_explains(policy):
     """What V says of the held-out completions, from the states of a run of its own."""
-    found = judging.what_v_explains("toy", CONFIG, 4, "quick")
-    assert found.step.tolist() == list(range(8))
+    found = judging.what_v_explains("toy", CONFIG, [2, 4], 4, "quick")
     sampler = CONFIG.sampler(policy)
-    prompts = [row["prompt"] for row in PROMPTS]
+    prompts = [row["prompt"] for row in SPLITS["validation"]]
     output = generate(policy, prompts, sampler, generator_for(0, "held-out"), record=True)
     outcome = torch.tensor([float(odd(ids)) for ids in output.token_lists()])
     rollout = Rollout.of(output, outcome, outcome.isfinite(), sampler, outcome)
-    said = fitted[0](score(policy, rollout, 4, 8, reference=False).features)
-    expected = [explained_variance(column, outcome) for column in said.T]
-    assert found.explained.tolist() == pytest.approx(expected, abs=1e-3)
+    features = score(policy, rollout, 4, 8, reference=False).features
+    for batches in (2, 4):
+        config = CONFIG.replace(value_batches=batches)
+        V, _ = fit_to_base(policy, judging.load_task("toy").rewards, SPLITS["rl"], config)
+        expected = [explained_variance(column, outcome) for column in V(features).T]
+        of_them = found[found.completions == 4 * batches]
+        assert of_them.step.tolist() == list(range(8))
+        assert of_them.explained.tolist() == pytest.approx(expected, abs=1e-3)
 
 
-def test_guided_completions_are_those_of_the_guided_sampler(policy, fitted):
+def test_guided_completions_are_those_of_the_guided_sampler(policy):
     found = judging.guided_completions("toy", CONFIG, 2, 2, 2, 3, "quick")
     arms = ["plain", "two gates", "permuted", "the thesis's bands"]
     arms += ["mean log-probability", "prompt alone"]
     counts = found.groupby(["arm", "prompt"], sort=False).size()
-    assert counts.to_dict() == {
-        (arm, i): 6 if arm == "plain" else 2 for arm in arms for i in (0, 1)
-    }
+    each = {arm: 6 if arm == "plain" else 2 for arm in arms}
+    assert counts.to_dict() == {(arm, i): each[arm] for arm in arms for i in (0, 1)}
+    V, _ = fit_to_base(policy, judging.load_task("toy").rewards, SPLITS["rl"], CONFIG)
 
     def value(states):
-        return fitted[0](states.features).detach()
+        return V(states.features).detach()
 
     sampler = CONFIG.sampler(policy)
-    asked, others = ([row["prompt"] for row in part] for part in (PROMPTS[:2], PROMPTS[2:]))
+    asked = [row["prompt"] for row in SPLITS["test"][:2]]
+    others = [row["prompt"] for row in SPLITS["validation"][:2]]
     plain = found[found.arm == "plain"]
     texts = [prompt for prompt in asked for _ in range(6)]
     output = generate(policy, texts, sampler, generator_for(0, "base"))
@@ -144,17 +159,29 @@ def test_guided_completions_are_those_of_the_guided_sampler(policy, fitted):
     written = output.logprobs[:, :4].mean(1).tolist()  # before the second block
     assert plain["logp/04"].tolist() == pytest.approx(written, rel=1e-4)
     assert (plain["V/07"] == plain.V).all()
-
-    drawn = (generator_for(0, purpose) for purpose in ("calibrate", "guided"))
-    guide = GuideConfig(budget=3 * int(plain.spent.max()))
-    gates = calibrate(policy, others, sampler, guide, value, next(drawn))
+    gates = calibrate(policy, others, sampler, GuideConfig(), value, drawn("calibrate"))
     assert (plain.stopped == (plain["V/05"] < gates.high[1, 1].item())).all()
+
+    start = plain["V/00"].values[[0, 0, 6, 6]]
+    alone = generate_guided(policy, others, sampler, GuideConfig(), value, None, drawn("calibrate"))
+    judges = {
+        "two gates": (value, value, "two_gates"),
+        "the thesis's bands": (value, value, "faithful"),
+        "mean log-probability": (mean_logprob, mean_logprob, "two_gates"),
+        "prompt alone": (
+            PromptOnly(torch.tensor(start)),
+            PromptOnly(alone.values[:, 0, 0]),
+            "two_gates",
+        ),
+    }
     texts = [prompt for prompt in asked for _ in range(2)]
-    output = generate_guided(policy, texts, sampler, guide, value, gates, next(drawn))
-    guided = found[found.arm == "two gates"]
-    assert guided.reward.tolist() == [odd(ids) for ids in output.token_lists()]
-    assert guided.spent.tolist() == output.spent.tolist()
-    permuted = found[found.arm == "permuted"]
-    pairs = guided.spent.values.reshape(2, 2), permuted.spent.values.reshape(2, 2)
-    assert (pairs[0] == pairs[1][:, ::-1]).all()  # the other completion's schedule
-    assert (found.spent <= guide.budget).all()
+    for arm, (judge, on_others, form) in judges.items():
+        guide = GuideConfig(budget=3, form=form)
+        gates = calibrate(policy, others, sampler, guide, on_others, drawn("calibrate"))
+        output = generate_guided(policy, texts, sampler, guide, judge, gates, drawn("guided"))
+        guided = found[found.arm == arm]
+        assert guided.reward.tolist() == [odd(ids) for ids in output.token_lists()]
+        assert guided.spent.tolist() == output.spent.tolist()
+    spent = found[found.arm == "two gates"].spent.values.reshape(2, 2)
+    permuted = found[found.arm == "permuted"].spent.values.reshape(2, 2)
+    assert (spent == permuted[:, ::-1]).all()  # the other completion's schedule

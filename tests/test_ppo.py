@@ -22,6 +22,7 @@ from mdmrl.rl.episodes import kl_divergence, log_probabilities, look, score
 from mdmrl.rl.ppo import check_first_inner_step, ppo_loss, train_ppo, update
 from mdmrl.rl.rollout import Rollout, collect
 from mdmrl.rl.values import (
+    Seen,
     ValueHead,
     explained_variance,
     fit,
@@ -601,7 +602,8 @@ def base_rollouts(policy, reward, count):
 
 
 def fit_to(values, base):
-    return fit(values, [states_of(old, 0.0, 1.0) for old in base], Accelerator(cpu=True))
+    states = Seen.all([states_of(old, 0.0, 1.0) for old in base])
+    return fit(values, states, Accelerator(cpu=True))
 
 
 def test_the_first_fit_finds_what_states_say_of_the_outcome(denoiser):

@@ -223,7 +223,7 @@ class PPOConfig(Config):
         per_device_train_batch_size: completions of an update on each process, a multiple of
             `num_generations`, which are drawn for each prompt.
         states_per_forward: states scored in one forward pass; few fit a CPU's cache, a card wants
-            hundreds.
+            hundreds, and block diffusion all `steps`, or it sees the text again for each part.
         num_iterations: updates on one batch of rollouts.
         kl_in_reward: charge each step for its state's KL too.
         clip: `one_sided` (PPO), `two_sided` (clip(rho) A whatever the sign of A) or `cispo`

@@ -49,6 +49,7 @@ from mdmrl.rl.grpo import MAX_SKIPPED, PARTS, TOLERANCE, averaged, finish_gradie
 from mdmrl.rl.objectives import clipped_gain
 from mdmrl.rl.rollout import collect, draw_rows
 from mdmrl.rl.values import (
+    Seen,
     ValueHead,
     explained_variance,
     fit,
@@ -166,7 +167,7 @@ def train_ppo(
                 draw("values", i, seed, 1, reference=charge > 0)[1:3]
                 for i in range(config.value_batches)
             ]
-            states = [states_of(old, charge, config.gamma) for old, _ in base]
+            states = Seen.all([states_of(old, charge, config.gamma) for old, _ in base])
             metrics["values/base_explained_variance"] = fit(values, states, accelerator)
             metrics["token_forwards"] += sum(seen["token_forwards"] for _, seen in base)
 

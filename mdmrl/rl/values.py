@@ -5,8 +5,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from functools import partial
+from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +24,7 @@ from mdmrl.rl.rollout import Rollout, collect, draw_rows
 from mdmrl.runs import derived_seed, generator_for
 from mdmrl.sampling.guide import GuideConfig
 from mdmrl.sampling.guided import generate_guided
-from mdmrl.sampling.selection import Beside
+from mdmrl.sampling.selection import Recorder
 
 PENALTIES = tuple(10.0**k for k in range(-3, 7))  # on squared weights; at the last V is constant
 FOLDS = 4
@@ -122,50 +125,59 @@ def value_loss(
     return error[counted].sum() / 2 / max(1, error[counted].numel())
 
 
+class Seen(NamedTuple):
+    """N states and what came of them: features (N, 2H+2), returns (N,), the prompt of each."""
+
+    features: Tensor
+    returns: Tensor
+    prompts: list[Hashable]
+
+    @classmethod
+    def all(cls, parts: Sequence[Seen]) -> Seen:
+        """Those of several batches."""
+        features, returns, prompts = zip(*parts, strict=True)
+        return cls(torch.cat(features), torch.cat(returns), list(chain(*prompts)))
+
+
 @torch.no_grad()
-def fit(
-    values: ValueHead, base: Sequence[tuple[Tensor, Tensor, list[Hashable]]], accelerator
-) -> float:
+def fit(values: ValueHead, base: Seen, accelerator) -> float:
     """Fit V to states of the starting policy by ridge regression, with the penalty that does best
     in cross-validation over prompts.
 
     In closed form, so that there is neither a learning rate nor a stopping time to choose.
 
-    Args:
-        base: batches of N states: their features (N, 2H+2), their returns (N,), their N prompts.
     Returns:
         the explained variance of what V says of prompts when it has not seen them.
     """
-    features, returns = (torch.cat(parts) for parts in list(zip(*base, strict=True))[:2])
+    features, returns, prompts = base
     number: dict[Hashable, int] = {}  # of each prompt, in order of appearance
-    fold = [number.setdefault(x, len(number)) % FOLDS for *_, prompts in base for x in prompts]
+    fold = [number.setdefault(prompt, len(number)) % FOLDS for prompt in prompts]
     fold = torch.tensor(fold, device=returns.device)
     said = returns.new_zeros(len(PENALTIES), len(returns))
     for k in range(FOLDS):
         seen, asked = fold != k, fold == k
-        regression = Ridge(values, features[seen], returns[seen], accelerator)
+        regression = Ridge(features[seen], returns[seen], accelerator)
         for penalty, predicted in zip(PENALTIES, said, strict=True):
             values.load_state_dict(regression.solve(penalty))
             predicted[asked] = values(features[asked])
     errors = [average((v - returns).square(), accelerator) for v in said]
     best = min(reversed(range(len(PENALTIES))), key=errors.__getitem__)  # of equals the largest
-    values.load_state_dict(Ridge(values, features, returns, accelerator).solve(PENALTIES[best]))
+    values.load_state_dict(Ridge(features, returns, accelerator).solve(PENALTIES[best]))
     return explained_variance(said[best], returns)
 
 
 class Ridge:
-    """Ridge regression of returns (N,) on a head's inputs, for any penalty: the weights with the
-    least mean squared error plus the penalty times their squares.
+    """Ridge regression of returns (N,) on the inputs that a head makes of features (N, 2H+2), for
+    any penalty: the least mean squared error plus the penalty times the squared weights.
 
-    Args:
-        features: of the N states on this process, (N, 2H+2); all processes' count.
+    The states are those on this process; all processes' count.
     """
 
-    def __init__(self, values: ValueHead, features: Tensor, returns: Tensor, accelerator):
+    def __init__(self, features: Tensor, returns: Tensor, accelerator):
         self.mean = averages(features, accelerator)
         std = averages((features - self.mean).square(), accelerator).sqrt()
         self.std = std.where(std > 1e-6, 1.0)  # where nothing varies
-        x, y = values.inputs(features, self.mean, self.std).double(), returns.double()
+        x, y = ValueHead.inputs(features, self.mean, self.std).double(), returns.double()
         self.centre, self.level = averages(x, accelerator), averages(y, accelerator)
         x, y = x - self.centre, y - self.level
         count = accelerator.reduce(y.new_tensor(len(y)), "sum").clamp(min=1)
@@ -179,8 +191,8 @@ class Ridge:
         return {"mean": self.mean, "std": self.std, "weight": weight, "bias": bias}
 
 
-def states_of(old: Old, charge: float, gamma: float) -> tuple[Tensor, Tensor, list[Hashable]]:
-    """A batch for `fit`: the states of the episodes that count.
+def states_of(old: Old, charge: float, gamma: float) -> Seen:
+    """The states of the episodes that count.
 
     Args:
         charge: see `Old.rewards`.
@@ -189,7 +201,7 @@ def states_of(old: Old, charge: float, gamma: float) -> tuple[Tensor, Tensor, li
     returns = gae(rewards, torch.zeros_like(rewards), gamma, 1.0)[counted]
     prompts = prompts_of(old.rollout.rows(counted))
     repeated = [prompt for prompt in prompts for _ in range(returns.shape[1])]
-    return old.features[counted].flatten(0, 1), returns.flatten(), repeated
+    return Seen(old.features[counted].flatten(0, 1), returns.flatten(), repeated)
 
 
 def prompts_of(rollout: Rollout) -> list[tuple[int, ...]]:
@@ -207,37 +219,51 @@ def fit_to_base(
     """V of the policy as it is, for `mdmrl.sampling.guided` without any reinforcement learning.
 
     Fitted as `train_ppo` fits its own before the first update, to `value_batches` batches of one
-    completion a prompt; the passes that write them show the states, which costs no others.
+    completion a prompt (`base_states`).
 
-    Args:
-        config: of its settings, those of sampler, seed and V count.
     Returns:
         V, and its explained variance in cross-validation, see `fit`.
-
-    Raises:
-        ValueError: a gamma other than 1, which guidance would not know.
     """
     from accelerate import Accelerator
 
-    require(config.gamma == 1, f"gamma={config.gamma}: expected 1, no reward is discounted here")
-    sampler, seed = config.sampler(policy), derived_seed(config.seed, "values")
     values = ValueHead(policy.model.config.hidden_size).to(policy.device)
-    base = []
+    base = Seen.all(list(base_states(policy, rewards, rows, config)))
+    return values, fit(values, base, Accelerator(cpu=policy.device.type == "cpu"))
+
+
+def base_states(
+    policy: MaskedDiffusionPolicy,
+    rewards: Sequence[Callable],
+    rows: Sequence[dict],
+    config: PPOConfig,
+) -> Iterator[Seen]:
+    """The batches that V is fitted to, each made when it is asked for. The passes that write the
+    completions show the states, so that these cost nothing more.
+
+    Args:
+        config: of its settings, those of sampler, seed, batch and V count.
+
+    Raises:
+        ValueError: a gamma other than 1, by which nothing is discounted here.
+    """
+    require(config.gamma == 1, f"gamma={config.gamma}: expected 1, no return is discounted here")
+    sampler, seed = config.sampler(policy), derived_seed(config.seed, "values")
     for i in range(config.value_batches):
         batch = draw_rows(rows, config.per_device_train_batch_size, i, 0, 1, seed)
         generator = generator_for(config.seed, "values", i, 0, policy.device)
-        seen = Beside(lambda states: torch.zeros(len(states.rows)), lambda states: states.features)
-
-        def draw(policy, prompts, sampler, generator, record, seen=seen):
-            every = GuideConfig(checks=None)
-            return generate_guided(policy, prompts, sampler, every, seen, generator=generator)
-
+        shown = Recorder(lambda states: states.features)
+        draw = partial(_generate_shown, shown)
         rollout, *_ = collect(policy, batch, rewards, 1, sampler, generator, draw=draw)
-        row, features = seen.looks
+        row, features = shown.looks
         counted, prompts = rollout.counted[row], prompts_of(rollout)
         asked = [prompts[i] for i in row[counted].tolist()]
-        base.append((features[counted], rollout.rewards[row][counted].float(), asked))
-    return values, fit(values, base, Accelerator(cpu=policy.device.type == "cpu"))
+        yield Seen(features[counted], rollout.rewards[row][counted].float(), asked)
+
+
+def _generate_shown(shown: Recorder, policy, prompts, config, generator, record: bool):
+    """`generate`, every state being shown."""
+    every = GuideConfig(checks=None)
+    return generate_guided(policy, prompts, config, every, shown, generator=generator)
 
 
 def explained_variance(values: Tensor, returns: Tensor) -> float:

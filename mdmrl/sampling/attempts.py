@@ -35,7 +35,8 @@ class Attempts:
     canvas, open_, logprobs: (B, P+L). values: (B, blocks, points). block, step: (B,); a row whose
     block is `blocks` is done. points: step of every point, (blocks, points). targets: how many
     positions of a block are revealed after a step, (blocks, S). cost: positions that a row computes
-    in a step of a block, to_go: in all steps from a block's first on, (B, blocks).
+    in a step of a block, to_go: in all steps from a block's first on, (B, blocks). allowed: that a
+    row may compute, (B,).
     """
 
     def __init__(
@@ -70,13 +71,7 @@ class Attempts:
             seen = self.block_length * torch.arange(1, self.blocks + 1, device=device)
         self.cost = encoded.attention_mask.sum(1, keepdim=True) + seen
         self.to_go = (self.cost * steps).flip(1).cumsum(1).flip(1)
-        if thresholds is not None:
-            dearest = int(self.to_go[:, 0].max())
-            require(
-                guide.budget >= dearest,
-                f"budget={guide.budget}: a plain completion of one of these prompts alone computes "
-                f"{dearest} positions; expected at least that",
-            )
+        self.allowed = self.to_go[:, 0] * (guide.budget if thresholds else 1)
         nothing = torch.full(self.points.shape, -torch.inf, dtype=torch.double)
         bands = (thresholds.low, thresholds.high) if thresholds else (nothing, nothing)
         self.bands = torch.stack([band.double() for band in bands])  # (2, blocks, points)
@@ -136,7 +131,7 @@ class Attempts:
             if v < high:
                 move = self.move(row, v < low)
                 start = self.behind(block) if move == "back" else block
-                if self.spent[row] + self.to_go[row, start] <= self.guide.budget:
+                if self.spent[row] + self.to_go[row, start] <= self.allowed[row]:
                     self.restart(row, start)
                 else:
                     move = "best"

@@ -23,8 +23,9 @@ class GuideConfig(Config):
     """How V guides a sampler.
 
     Attributes:
-        budget: the most positions that one completion may push through the network, with all that
-            was rejected; its own ones, without the padding of its batch.
+        budget: the most that one completion may cost, with all that was rejected, in plain
+            completions of its own prompt: positions pushed through the network, without the
+            padding of its batch.
         form: `"faithful"` or `"two_gates"`, see above.
         checks: after which shares of a block's steps V looks at it; None: before every step, which
             leaves no room for thresholds.
@@ -35,7 +36,7 @@ class GuideConfig(Config):
             (faithful), tau_y and tau_x (two gates).
     """
 
-    budget: int | None = None
+    budget: float | None = None
     form: str = "two_gates"
     checks: list[float] | None = field(default_factory=lambda: [0.25, 0.5])
     description_length: int = 0
@@ -46,7 +47,10 @@ class GuideConfig(Config):
     def validate(self) -> None:
         if self.form not in FORMS:
             raise unknown("form", self.form, FORMS)
-        require(self.budget is None or self.budget > 0, f"budget={self.budget}: expected positive")
+        require(
+            self.budget is None or self.budget >= 1,
+            f"budget={self.budget}: expected at least 1, the cost of a plain completion",
+        )
         require(
             self.checks is None
             or (len(self.checks) > 0 and all(0 < share < 1 for share in self.checks)),
@@ -192,7 +196,8 @@ def checked(
         "low <= high",
     )
     require(
-        guide.budget is not None, "budget=None: expected a number of positions, or no thresholds"
+        guide.budget is not None,
+        "budget=None: expected what a completion may cost, in plain ones, or no thresholds",
     )
     shared = [prompt for prompt in prompts if prompt in thresholds.prompts]
     require(

@@ -101,12 +101,11 @@ def generate_guided(
 
     Raises:
         ValueError: a sampler whose rows cannot be at different blocks, thresholds of another shape
-            or calibrated on one of `prompts`, a budget that a plain completion exceeds, or a V of
-            another shape or that is no number.
+            or calibrated on one of `prompts`, or a V of another shape or that is no number.
 
     >>> V = ValueHead.from_pretrained("runs/ppo/checkpoints/step-000060/values")
     >>> value, sampler = lambda states: V(states.features), SamplerConfig(temperature=1, ...)
-    >>> guide = GuideConfig(budget=20_000)
+    >>> guide = GuideConfig(budget=3)
     >>> thresholds = calibrate(policy, calibration_prompts, sampler, guide, value)
     >>> generate_guided(policy, prompts, sampler, guide, value, thresholds).completions
     """

@@ -68,22 +68,22 @@ class PromptOnly:
         return self.values[states.rows]
 
 
-class Beside:
-    """A judge, and what another look at the same states gives.
+class Recorder:
+    """Keeps something of every state that a sampler shows its judge.
 
     Args:
-        judge: takes V's place; look: of R states, (R, ...).
+        look: what to keep of R states, (R, ...); judge: takes V's place; without one V is 0.
     """
 
-    def __init__(self, judge: Value, look: Callable[[States], Tensor]):
-        self.judge, self.look = judge, look
+    def __init__(self, look: Callable[[States], Tensor], judge: Value | None = None):
+        self.look, self.judge = look, judge
         self.rows: list[Tensor] = []
         self.found: list[Tensor] = []
 
     def __call__(self, states: States) -> Tensor:
         self.rows.append(states.rows)
         self.found.append(self.look(states))
-        return self.judge(states)
+        return self.judge(states) if self.judge else torch.zeros(len(states.rows))
 
     @property
     def looks(self) -> tuple[Tensor, Tensor]:

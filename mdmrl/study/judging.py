@@ -1,8 +1,8 @@
 """What V knows of half-denoised text, and what sampling makes of it, for notebooks 08 and 09.
 
 V is fitted to base rollouts of training prompts (`fit_to_base`) and asked about held-out ones. Each
-function gives one piece (`mdmrl.study.pieces`) of one seed, that of its `PPOConfig`, of which the
-settings of sampler and V count besides.
+function gives one piece (`mdmrl.study.pieces`) of one seed, that of its `PPOConfig`, which is to
+hold nothing but settings of sampler and V.
 """
 
 from __future__ import annotations
@@ -12,20 +12,23 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
+from mdmrl.config import require
 from mdmrl.policies import Policy, load_policy
 from mdmrl.rewards.score import score
 from mdmrl.rewards.text import extract_answer
 from mdmrl.rl.config import PPOConfig
-from mdmrl.rl.values import explained_variance, fit_to_base
+from mdmrl.rl.values import Seen, ValueHead, base_states, explained_variance, fit, fit_to_base
 from mdmrl.runs import best_device, config_hash, generator_for
-from mdmrl.sampling import SamplerOutput, generate
+from mdmrl.sampling import SamplerConfig, SamplerOutput, generate
 from mdmrl.sampling.attempts import Value
 from mdmrl.sampling.denoise import denoise
 from mdmrl.sampling.guide import GuideConfig, Thresholds
 from mdmrl.sampling.guided import GuidedOutput, generate_guided
-from mdmrl.sampling.selection import Beside, Permuted, PromptOnly, mean_logprob
+from mdmrl.sampling.selection import Permuted, PromptOnly, Recorder, mean_logprob
+from mdmrl.sampling.states import States
 from mdmrl.study.pieces import kept
 from mdmrl.tasks import load_task
 from mdmrl.tasks.base import Task
@@ -33,32 +36,47 @@ from mdmrl.tasks.base import Task
 VERSION = "judging-1"  # part of a piece's hash: raise it when results change
 
 
-def what_v_explains(name: str, config: PPOConfig, prompts: int, profile: str) -> pd.DataFrame:
+def what_v_explains(
+    name: str, config: PPOConfig, batches: Sequence[int], prompts: int, profile: str
+) -> pd.DataFrame:
     """The share of the variance of held-out rewards that V explains before every denoising step.
 
     Args:
-        name: of the policy, as for `load_policy`; prompts: held-out ones, completed once each.
+        name: of the policy, as for `load_policy`; batches: how many V is fitted to, of the same
+            base rollouts, ever more; prompts: held-out ones, completed once each.
     Returns:
-        columns `seed`, `step`, `explained`.
+        columns `seed`, `completions` that V was fitted to, `step`, `explained`.
     """
 
     def compute(policy: Policy, task: Task) -> pd.DataFrame:
-        value = _fitted(policy, task, config)
         rows = task.rows("validation", prompts)
-        output = _draw(policy, rows, config, "held-out", GuideConfig(checks=None), value)
-        said = output.values.flatten(1).cpu()
-        said = said[:, ~said.isnan().all(0)]  # (B, T)
+        shown = Recorder(lambda states: states.features)
+        output = _draw(policy, rows, config, "held-out", GuideConfig(checks=None), shown)
+        row, features = shown.looks
+        features = features[row.argsort(stable=True)].unflatten(0, (prompts, -1))  # (B, T, F)
         reward = _rewards(task, output, rows)
-        explained = [explained_variance(column, reward) for column in said.T]
-        return pd.DataFrame({"step": range(len(explained)), "explained": explained})
+        every = config.replace(value_batches=max(batches))
+        base = list(base_states(policy, task.rewards, task.rows("rl"), every))
+        found = []
+        for count in batches:
+            values = ValueHead(policy.model.config.hidden_size).to(policy.device)
+            fit(values, Seen.all(base[:count]), Accelerator(cpu=policy.device.type == "cpu"))
+            said = values(features).detach().cpu()
+            table = pd.DataFrame({"explained": [explained_variance(v, reward) for v in said.T]})
+            table.insert(0, "step", range(len(table)))
+            table.insert(0, "completions", count * config.per_device_train_batch_size)
+            found.append(table)
+        return pd.concat(found)
 
-    return _piece("explained", name, config, {"prompts": prompts}, profile, compute)
+    settings = {"batches": list(batches), "prompts": prompts}
+    return _piece("explained", name, config, settings, profile, compute)
 
 
 def what_is_decided(
     name: str, config: PPOConfig, prompts: int, continuations: int, profile: str
 ) -> pd.DataFrame:
-    """The share of the variance of held-out rewards that the first half of a text decides.
+    """The share of the variance of held-out rewards that the first half of a text decides, the text
+    being one of those that `what_v_explains` asks about.
 
     Every text's second half is written anew `continuations` times; the rest of the variance is that
     between those endings, of which no V can know.
@@ -69,13 +87,17 @@ def what_is_decided(
 
     def compute(policy: Policy, task: Task) -> pd.DataFrame:
         rows, sampler = task.rows("validation", prompts), config.sampler(policy)
-        generator = generator_for(config.seed, "decided", device=policy.device)
-        output = generate(policy, [row["prompt"] for row in rows], sampler, generator)
-        width, length = output.prompt_mask.shape[1], sampler.max_new_tokens
+        behind = _half(sampler) * sampler.block_length
+        drawn, generator = (
+            generator_for(config.seed, purpose, device=policy.device)
+            for purpose in ("held-out", "endings")
+        )
+        output = generate(policy, [row["prompt"] for row in rows], sampler, drawn)
+        width = output.prompt_mask.shape[1]
         written = torch.ones_like(output.completion_ids, dtype=torch.bool)
         attention = torch.cat([output.prompt_mask, written], 1)
         open_ = torch.zeros_like(attention)
-        open_[:, width + length // 2 :] = True
+        open_[:, width + behind :] = True
         half = output.sequences.masked_fill(open_, policy.mask_token_id)
         again = (
             denoise(policy, half, attention, open_, width, sampler, generator)
@@ -85,8 +107,8 @@ def what_is_decided(
         decided = 1 - endings.var(0).mean() / endings.var(correction=0)
         return pd.DataFrame({"decided": [decided.item()]})
 
-    counts = {"prompts": prompts, "continuations": continuations}
-    return _piece("decided", name, config, counts, profile, compute)
+    settings = {"prompts": prompts, "continuations": continuations}
+    return _piece("decided", name, config, settings, profile, compute)
 
 
 def guided_completions(
@@ -98,43 +120,50 @@ def guided_completions(
     times: int,
     profile: str,
 ) -> pd.DataFrame:
-    """Completions of held-out prompts, plain and guided by V and by what it is compared with.
+    """Completions of test prompts, plain and guided by V and by what it is compared with.
 
     Args:
-        prompts: to be completed; calibration_prompts: others, that thresholds come from.
+        prompts: to be completed, of the test split; calibration_prompts: of the validation split,
+            that thresholds come from.
         n: guided completions a prompt; times: what each may cost, in plain ones, of which there are
             `n * times` a prompt.
     Returns:
-        a row a completion, those of one prompt adjacent. `seed`; `arm`; `prompt`; `reward`,
-        `accuracy` and `answer`; `spent`, see `GuidedOutput`; of plain ones also what V and the
-        mean log-probability said at every look, `V/00` and so on, `logp/00` and so on; `V`, before
-        the last step; `stopped`: whether the two gates would have, at the first check of the block
-        behind half of the text.
+        a row a completion, those of one prompt adjacent. `seed`; `arm`; `prompt`; `reward` and
+        `accuracy`; `answer`, empty where there is none; `spent`, see `GuidedOutput`; of plain ones
+        also what V and the mean log-probability said at every look, `V/00` and so on, `logp/00`
+        and so on; `V`, before the last step; `stopped`: whether the two gates would have, at the
+        first check of the block behind half of the text.
+
+    Raises:
+        ValueError: an odd number of blocks, which leaves none behind half of the text.
     """
 
     def compute(policy: Policy, task: Task) -> pd.DataFrame:
-        value = _fitted(policy, task, config)
-        rows = task.rows("validation", prompts + calibration_prompts)
-        rows, others = rows[:prompts], rows[prompts:]
+        sampler = config.sampler(policy)
+        half = _half(sampler)
+        values, _ = fit_to_base(policy, task.rewards, task.rows("rl"), config)
+
+        def value(states: States) -> Tensor:
+            return values(states.features).detach()
+
+        rows, others = task.rows("test", prompts), task.rows("validation", calibration_prompts)
         first, first_logp = _looked(policy, others, config, "calibrate", value)
-        length = config.max_completion_length // first.values.shape[1]
         calibrated_on = [row["prompt"] for row in others]
 
         def thresholds(said: Tensor, form: str = "two_gates") -> Thresholds:
-            return Thresholds.of(said, GuideConfig(form=form), length, calibrated_on)
+            guide, length = GuideConfig(form=form), sampler.block_length
+            return Thresholds.of(said, guide, length, calibrated_on)
 
         gates, bands = thresholds(first.values), thresholds(first.values, "faithful")
         several = [row for row in rows for _ in range(n * times)]
         base, base_logp = _looked(policy, several, config, "base", value)
-        half = base.values.shape[1] // 2
         stopped = base.values[:, half, 1].cpu() < gates.high[half, 1]
         tables = [_table("plain", task, base, rows, **_columns(base, base_logp), stopped=stopped)]
 
         each = [row for row in rows for _ in range(n)]
-        budget = times * int(base.spent.max())
 
         def run(arm: str, judge: Value, given: Thresholds, form: str = "two_gates") -> GuidedOutput:
-            guide = GuideConfig(budget=budget, form=form)
+            guide = GuideConfig(budget=times, form=form)
             output = _draw(policy, each, config, "guided", guide, judge, given)
             tables.append(_table(arm, task, output, rows))
             return output
@@ -147,20 +176,20 @@ def guided_completions(
         run("prompt alone", prompt_alone, thresholds(first.values[:, :1, :1].expand_as(first_logp)))
         return pd.concat(tables)
 
-    counts = {
+    settings = {
         "prompts": prompts,
         "calibration_prompts": calibration_prompts,
         "n": n,
         "times": times,
     }
-    return _piece("guided", name, config, counts, profile, compute)
+    return _piece("guided", name, config, settings, profile, compute)
 
 
 def _piece(
     kind: str,
     name: str,
     config: PPOConfig,
-    counts: dict[str, int],
+    settings: dict[str, int | list[int]],
     profile: str,
     compute: Callable[[Policy, Task], pd.DataFrame],
 ) -> pd.DataFrame:
@@ -168,20 +197,26 @@ def _piece(
     identity = {
         "piece": kind,
         "weights": policy.fingerprint(),
-        "rows": config_hash({"rows": [task.rows("rl"), task.rows("validation")]}),
+        "rows": config_hash({"rows": [task.rows(split) for split in ("rl", "validation", "test")]}),
         "version": VERSION,
         **config.changed(),
-        **counts,
+        **settings,
     }
     slug = f"{Path(name).name}-{kind}-s{config.seed}"
-    table = kept(profile, slug, identity, lambda _: (compute(policy, task), counts))
+    table = kept(profile, slug, identity, lambda _: (compute(policy, task), {}))
     table.insert(0, "seed", config.seed)
     return table
 
 
-def _fitted(policy: Policy, task: Task, config: PPOConfig) -> Value:
-    values, _ = fit_to_base(policy, task.rewards, task.rows("rl"), config)
-    return lambda states: values(states.features).detach()
+def _half(sampler: SamplerConfig) -> int:
+    """The block behind half of the text."""
+    blocks = sampler.max_new_tokens // (sampler.block_length or sampler.max_new_tokens)
+    require(
+        blocks % 2 == 0,
+        f"block_length={sampler.block_length} of {sampler.max_new_tokens} positions: expected an "
+        "even number of blocks, so that half of the text is a state of the sampler",
+    )
+    return blocks // 2
 
 
 def _draw(
@@ -204,7 +239,7 @@ def _looked(
 ) -> tuple[GuidedOutput, Tensor]:
     """Base rollouts with `value` looked at, and the mean log-probability at the same looks, like
     `GuidedOutput.values`."""
-    judge = Beside(value, mean_logprob)
+    judge = Recorder(mean_logprob, value)
     output = _draw(policy, rows, config, purpose, GuideConfig(), judge)
     row, found = judge.looks
     order = row.argsort(stable=True)  # of one row's looks the order in which they were made
@@ -238,7 +273,7 @@ def _table(
     }
     table = pd.DataFrame({name: column.cpu().numpy() for name, column in columns.items()})
     table.insert(0, "arm", arm)
-    return table.assign(answer=[extract_answer(text) for text in output.completions])
+    return table.assign(answer=[extract_answer(text) or "" for text in output.completions])
 
 
 def _rewards(task: Task, output: SamplerOutput, rows: Sequence[dict]) -> Tensor:

@@ -1,9 +1,10 @@
 """Results that take long, each computed once and kept.
 
-A piece is one table. Its name is a readable slug and a hash of everything that decides the result:
-settings, weights, rows, the version of the algorithm. It lies as a CSV, beside it a JSON with what
-else is to be known of it and the machine, in `figures/data/runs` for the `full` profile (committed)
-and in `runs/<profile>/runs` for any other; a piece whose CSV is there is not computed again.
+A piece is one table. Its name is a readable slug and a hash of its identity, that is of everything
+that decides the result: settings, weights, rows, the version of the algorithm. It lies as a CSV,
+beside it a JSON with the identity, the machine and what else is to be known, in `figures/data/runs`
+for the `full` profile (committed) and in `runs/<profile>/runs` for any other; a piece whose CSV is
+there is not computed again.
 """
 
 from __future__ import annotations
@@ -30,11 +31,12 @@ def kept(
     """
     path = pieces_folder(profile) / f"{slug}-{config_hash(identity)}.csv"
     if not path.exists():
-        table, facts = compute(path.stem)
-        facts = json.dumps({**facts, "machine": machine()}, indent=1)
-        write_atomically(path.with_suffix(".json"), facts + "\n")
+        table, known = compute(path.stem)
+        known = {**known, "identity": identity, "machine": machine()}
+        write_atomically(path.with_suffix(".json"), json.dumps(known, indent=1) + "\n")
         write_atomically(path, table.to_csv(index=False, float_format="%.6g"))
-    return pd.read_csv(path).assign(run=path.stem)
+    table = pd.read_csv(path, keep_default_na=False, na_values=[""])
+    return table.assign(run=path.stem)
 
 
 def facts(profile: str, run: str) -> dict:

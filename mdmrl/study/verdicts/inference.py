@@ -32,15 +32,16 @@ def value_guides(guided: Seeds, best_of_n: Seeds, spent: float) -> Verdict:
         guided, best_of_n: mean rewards, the same prompt at the same place.
         spent: what guided sampling spent of its budget, which is all that best of n costs.
 
-    Reproduced iff the lower end of the mean difference is above 0; contradicted iff its upper end
-    is below and at least 95 % of the budget was spent: with less it had another price.
+    Reproduced iff the lower end of the mean difference is above 0 and no more than the budget was
+    spent; contradicted iff its upper end is below 0 and at least 95 % was: else it had another
+    price.
     """
     guided, best_of_n = columns_of(guided=guided, best_of_n=best_of_n)
     more = interval_of(guided - best_of_n)
     return judged(
         more,
         len(guided),
-        reproduced=more.low > 0,
+        reproduced=more.low > 0 and spent <= 1,
         contradicted=more.high < 0 and spent >= 0.95,
         measured=f"the reward is {shown(more)} higher than that of best of n, for {spent:.0%} of "
         "its cost",
