@@ -1,6 +1,7 @@
 """GRPO against scalar re-implementations, and what a run must survive."""
 
 import copy
+import importlib
 import json
 import math
 import os
@@ -15,6 +16,7 @@ import torch
 import mdmrl.rl.grpo as grpo
 from mdmrl.policies import add_lora
 from mdmrl.rewards.score import score
+from mdmrl.rl.checkpoints import source_hash
 from mdmrl.rl.config import GRPOConfig
 from mdmrl.rl.grpo import grpo_loss, train_grpo, update
 from mdmrl.rl.kl import KL_ESTIMATORS
@@ -761,6 +763,23 @@ def test_a_complete_run_without_its_weights_does_not_pass_off_the_start_as_the_e
     except (ValueError, OSError):
         return  # refused
     assert ar.fingerprint() == expected  # or trained again
+
+
+def test_an_edited_reward_makes_another_run(ar, tmp_path, monkeypatch):
+    """Two versions of a function that a user edits between two calls."""
+    monkeypatch.syspath_prepend(tmp_path)
+    versions = []
+    for value in (1.0, 2.0):
+        module = f"rewards_{value:.0f}"
+        text = f"def mine(prompts, **columns):\n    return [{value}] * len(prompts)\n"
+        (tmp_path / f"{module}.py").write_text(text)
+        versions.append(importlib.import_module(module).mine)
+    start, config = copy.deepcopy(ar.model), settings(tmp_path / "run", ar, max_steps=1)
+    train_grpo(ar, versions[:1], ROWS, config)
+    ar.model = start
+    with pytest.raises(FileExistsError, match=r"another run.*rewards.*mine"):
+        train_grpo(ar, versions[1:], ROWS, config)
+    assert source_hash(eval("lambda prompts, **columns: [1.0] * len(prompts)")) is None
 
 
 def test_a_folder_of_another_run_is_refused(ar, tmp_path):

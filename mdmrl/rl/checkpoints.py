@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -33,10 +34,21 @@ def begin(
     require(len(set(names)) == len(names), f"two rewards share a name: {names}")
     policy.encode([row["prompt"] for row in rows], config.max_completion_length)  # they all fit
     judged = [*rows, *eval_rows]
-    run = open_run(policy, judged, config, algorithm, accelerator, rewards=names, **more)
+    sources = {name: source_hash(reward) for name, reward in zip(names, rewards, strict=True)}
+    run = open_run(policy, judged, config, algorithm, accelerator, rewards=sources, **more)
     if not policy.uses_lora:
         policy.sync_reference()
     return run
+
+
+def source_hash(reward: Callable) -> str | None:
+    """A hash of a reward's own text, so that an edited one makes another run; None where it has
+    none that can be read. What it calls is not seen."""
+    written = reward if inspect.isroutine(reward) else type(reward)
+    try:
+        return hashlib.sha256(inspect.getsource(written).encode()).hexdigest()[:10]
+    except (OSError, TypeError):
+        return None
 
 
 def open_run(
