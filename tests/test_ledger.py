@@ -8,8 +8,9 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
-from mdmrl.study.ledger import Claim, load, record, render, update_readme
+from mdmrl.study.ledger import Claim, load, record, render, slug, update_readme
 from mdmrl.study.outputs import Outputs, figures_folder, figures_of, project_root
+from mdmrl.study.verdicts import fig41_ar_rises
 
 START, END = "<!-- claims:start -->", "<!-- claims:end -->"
 
@@ -208,6 +209,18 @@ def test_data_and_claims_go_beside_the_figures(root):
     done = outputs.claim(claim(notebook="", profile=""))
     assert (done.notebook, done.profile) == ("03_reward_curves", "full")
     assert load(root / "figures" / "claims.json") == [done]
+
+
+def test_what_a_rule_says_becomes_a_claim(root):
+    outputs = Outputs("full", notebook="03_reward_curves")
+    verdict = fig41_ar_rises([0.1, 0.2, 0.3, 0.2, 0.1], [0.1] * 5)
+    name = f"fig_4_1_{slug('MDM one_step, 16 steps')}"
+    shown = outputs.judge(name, "It rises.", "Fig. 4-1", verdict, 5, "of reward")
+    (found,) = load(root / "figures" / "claims.json")
+    assert found.id == "fig_4_1_mdm_one_step_16_steps"
+    assert (found.seeds, found.unit, found.conditional) == (5, "of reward", True)
+    assert (found.estimate, found.low, found.high) == (verdict.estimate, verdict.low, verdict.high)
+    assert shown == f"reproduced: {found.measured}"
 
 
 @pytest.mark.parametrize("name", ["claims", "Fig 4", "../x", ""])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -69,6 +70,11 @@ class Claim(Config):
             f"claim {self.id}: estimate={self.estimate}, low={self.low}, high={self.high}: "
             "an interval needs an estimate and both ends in order",
         )
+
+
+def slug(name: str) -> str:
+    """A name as part of an id: "MDM one_step, 16 steps" -> "mdm_one_step_16_steps"."""
+    return re.sub(r"\W+", "_", name.lower())
 
 
 def record(claim: Claim, folder: str | Path) -> Path:

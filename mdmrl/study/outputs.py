@@ -6,6 +6,7 @@ import json
 import os
 import re
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 
 import pandas as pd
@@ -15,6 +16,7 @@ from matplotlib.figure import Figure
 from mdmrl.config import require
 from mdmrl.runs import environment, write_atomically
 from mdmrl.study import ledger
+from mdmrl.study.verdicts import Verdict
 
 # No dates or versions inside the files: a re-run gives identical bytes.
 FORMATS = {
@@ -100,6 +102,15 @@ class Outputs:
         claim = claim.replace(notebook=self.notebook, profile=self.profile)
         ledger.record(claim, self.folder)
         return claim
+
+    def judge(
+        self, id: str, says: str, where: str, verdict: Verdict, seeds: int = 0, unit: str = ""
+    ) -> str:
+        """Record what a rule says of a claim, which holds for the shipped checkpoints only; returns
+        it in words."""
+        found = asdict(verdict) | {"seeds": seeds, "unit": unit, "conditional": True}
+        self.claim(ledger.Claim(id=id, says=says, where=where, **found))
+        return f"{verdict.verdict}: {verdict.measured}"
 
     @staticmethod
     def _path(folder: Path, name: str, ending: str) -> Path:
