@@ -42,8 +42,8 @@ def what_v_explains(
     """The share of the variance of held-out rewards that V explains before every denoising step.
 
     Args:
-        name: of the policy, as for `load_policy`; batches: how many V is fitted to, of the same
-            base rollouts, ever more; prompts: held-out ones, completed once each.
+        name: of the policy, as for `load_policy`; batches: numbers of batches to fit V to, each
+            the first of the same base rollouts; prompts: held-out ones, completed once each.
     Returns:
         columns `seed`, `completions` that V was fitted to, `step`, `explained`.
     """
@@ -131,8 +131,8 @@ def guided_completions(
         a row a completion, those of one prompt adjacent. `seed`; `arm`; `prompt`; `reward` and
         `accuracy`; `answer`, empty where there is none; `spent`, see `GuidedOutput`; of plain ones
         also what V and the mean log-probability said at every look, `V/00` and so on, `logp/00`
-        and so on; `V`, before the last step; `stopped`: whether the two gates would have, at the
-        first check of the block behind half of the text.
+        and so on; `V`, before the last step; `stopped`: whether the two gates would have stopped
+        it at the first check of the block behind half of the text.
 
     Raises:
         ValueError: an odd number of blocks, which leaves none behind half of the text.

@@ -168,14 +168,8 @@ def _probe(arm: Arm, config: GRPOConfig | PPOConfig, held_out: Sequence[dict]) -
     task = load_task("medcot")
     start = load_policy(arm.policy, dtype=arm.dtype, device=best_device())
     prompts = [row["prompt"] for row in held_out]
-    sampler = SamplerConfig(
-        max_new_tokens=config.max_completion_length,
-        remasking="state_confidence",
-        end_last=False,
-        stop_at_end=False,
-        temperature=1.0,
-        **arm.path_kl,
-    )
+    episode = PPOConfig(max_completion_length=config.max_completion_length, **arm.path_kl)
+    sampler = episode.sampler(start)
 
     def probe(policy: Policy) -> dict[str, float]:
         generator = generator_for(config.seed, "path_kl", device=policy.device)

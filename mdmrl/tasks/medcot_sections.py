@@ -9,7 +9,7 @@ texts that were written whole. Both are taken of the assembled whole.
 
 Descriptions of 8 tokens reach the condition, which the later sections need. Without first words
 of its own a section goes on where the one before breaks off, and without the masks that stand for
-the rest of earlier sections tiny-mdm gets a third of 24 answers right instead of five sixths.
+the rest of earlier sections tiny-mdm answers far fewer questions right.
 """
 
 from __future__ import annotations
