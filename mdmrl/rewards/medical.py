@@ -32,8 +32,8 @@ class SentenceEncoder:
 
     Args:
         name: "minilm" (all-MiniLM-L6-v2 from its package, offline), or a model name of the hub
-            or a folder, e.g. "sentence-transformers/stsb-roberta-base-v2".
-        device: where it runs; by default the card, where there is one.
+            or a folder, e.g. "sentence-transformers/stsb-roberta-base-v2". It runs on the card where
+            there is one.
 
     Attributes:
         truncated: how many texts so far were longer than the encoder's window and were cut.
@@ -42,9 +42,8 @@ class SentenceEncoder:
         OSError: at the first text, the model cannot be loaded.
     """
 
-    def __init__(self, name: str = PACKAGED_ENCODER, device: str | None = None):
+    def __init__(self, name: str = PACKAGED_ENCODER):
         self.name = name
-        self.device = device
         self.truncated = 0
         # A reference is encoded alone: padding to others would change its last bits, and what
         # happens to be cached would then tell a resumed run from an uninterrupted one.
@@ -65,9 +64,7 @@ class SentenceEncoder:
         try:
             # Weights that a checkpoint lacks would be drawn.
             with no_progress_bars(), torch.random.fork_rng(devices=[]):
-                return SentenceTransformer(
-                    path, device=self.device, model_kwargs={"dtype": torch.float32}
-                )
+                return SentenceTransformer(path, model_kwargs={"dtype": torch.float32})
         except OSError as error:
             raise OSError(
                 f"cannot load the encoder {self.name!r}: expected {PACKAGED_ENCODER!r}, a folder "
@@ -111,13 +108,8 @@ class Accuracy:
         answer_only: compare answers only; the component is then called `answer_accuracy`.
     """
 
-    def __init__(
-        self,
-        encoder: str = PACKAGED_ENCODER,
-        answer_only: bool = False,
-        device: str | None = None,
-    ):
-        self.encoder = shared_encoder(encoder, device)
+    def __init__(self, encoder: str = PACKAGED_ENCODER, answer_only: bool = False):
+        self.encoder = shared_encoder(encoder)
         self.column = "Answer" if answer_only else "Response"
         self.compared = answer_block if answer_only else strip_tags
         self.__name__ = "answer_accuracy" if answer_only else "accuracy"
@@ -177,19 +169,12 @@ format_tags.__name__ = "format"  # the name it is logged under
 
 
 def medical_rewards(
-    faithful: bool = True,
-    encoder: str = PACKAGED_ENCODER,
-    answer_only: bool = False,
-    device: str | None = None,
+    faithful: bool = True, encoder: str = PACKAGED_ENCODER, answer_only: bool = False
 ) -> list[Callable]:
     """The reward functions `accuracy`, `depth` and `format`, to be summed.
 
     Args:
         faithful: the thesis's definition; otherwise depth is capped (`capped_depth`).
-        encoder, answer_only, device: see `Accuracy`.
+        encoder, answer_only: see `Accuracy`.
     """
-    return [
-        Accuracy(encoder, answer_only, device),
-        depth if faithful else capped_depth,
-        format_tags,
-    ]
+    return [Accuracy(encoder, answer_only), depth if faithful else capped_depth, format_tags]
