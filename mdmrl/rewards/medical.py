@@ -32,7 +32,7 @@ class SentenceEncoder:
 
     Args:
         name: "minilm" (all-MiniLM-L6-v2 from its package, offline), or a model name of the hub
-            or a folder, e.g. "sentence-transformers/stsb-roberta-base-v2". It runs on the card where
+            or a folder, e.g. "sentence-transformers/stsb-roberta-base-v2". It runs on the card, if
             there is one.
 
     Attributes:
