@@ -24,7 +24,7 @@ from mdmrl.rl.rollout import Rollout, collect, draw_rows
 from mdmrl.runs import derived_seed, generator_for
 from mdmrl.sampling.guide import GuideConfig
 from mdmrl.sampling.guided import generate_guided
-from mdmrl.sampling.selection import Recorder
+from mdmrl.sampling.states import Recorder
 
 PENALTIES = tuple(10.0**k for k in range(-3, 7))  # on squared weights; at the last V is constant
 FOLDS = 4

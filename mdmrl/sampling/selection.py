@@ -16,13 +16,12 @@ The last three take V's place in `generate_guided`; the last two need thresholds
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 
 import torch
 from torch import Tensor
 
 from mdmrl.config import require
-from mdmrl.sampling.attempts import Value
 from mdmrl.sampling.guided import GuidedOutput
 from mdmrl.sampling.states import States
 
@@ -66,29 +65,6 @@ class PromptOnly:
 
     def __call__(self, states: States) -> Tensor:
         return self.values[states.rows]
-
-
-class Recorder:
-    """Keeps something of every state that a sampler shows its judge.
-
-    Args:
-        look: what to keep of R states, (R, ...); judge: takes V's place; without one V is 0.
-    """
-
-    def __init__(self, look: Callable[[States], Tensor], judge: Value | None = None):
-        self.look, self.judge = look, judge
-        self.rows: list[Tensor] = []
-        self.found: list[Tensor] = []
-
-    def __call__(self, states: States) -> Tensor:
-        self.rows.append(states.rows)
-        self.found.append(self.look(states))
-        return self.judge(states) if self.judge else torch.zeros(len(states.rows))
-
-    @property
-    def looks(self) -> tuple[Tensor, Tensor]:
-        """Which row each look was at, (N,), and what it gave, (N, ...), in order."""
-        return torch.cat(self.rows), torch.cat(self.found)
 
 
 class Permuted:

@@ -7,6 +7,7 @@ the furthest active block; the pass that predicts a step's tokens is the one tha
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -43,6 +44,31 @@ class States:
         """What `mdmrl.rl.values.ValueHead` was fitted on, (R, 2H+2)."""
         start = self.blocks * self.masked.shape[1]
         return features(self.hidden, self.context, self.masked, start, self.revealed.shape[1])
+
+
+class Recorder:
+    """Keeps something of every state that a sampler shows its judge.
+
+    Args:
+        look: what to keep of R states, (R, ...); judge: takes V's place; without one V is 0.
+    """
+
+    def __init__(
+        self, look: Callable[[States], Tensor], judge: Callable[[States], Tensor] | None = None
+    ):
+        self.look, self.judge = look, judge
+        self.rows: list[Tensor] = []
+        self.found: list[Tensor] = []
+
+    def __call__(self, states: States) -> Tensor:
+        self.rows.append(states.rows)
+        self.found.append(self.look(states))
+        return self.judge(states) if self.judge else torch.zeros(len(states.rows))
+
+    @property
+    def looks(self) -> tuple[Tensor, Tensor]:
+        """Which row each look was at, (N,), and what it gave, (N, ...), in order."""
+        return torch.cat(self.rows), torch.cat(self.found)
 
 
 def features(hidden: Tensor, context: Tensor, masked: Tensor, start: Tensor, length: int) -> Tensor:

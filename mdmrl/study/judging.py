@@ -27,8 +27,8 @@ from mdmrl.sampling.attempts import Value
 from mdmrl.sampling.denoise import denoise
 from mdmrl.sampling.guide import GuideConfig, Thresholds
 from mdmrl.sampling.guided import GuidedOutput, generate_guided
-from mdmrl.sampling.selection import Permuted, PromptOnly, Recorder, mean_logprob
-from mdmrl.sampling.states import States
+from mdmrl.sampling.selection import Permuted, PromptOnly, mean_logprob
+from mdmrl.sampling.states import Recorder, States
 from mdmrl.study.pieces import kept
 from mdmrl.tasks import load_task
 from mdmrl.tasks.base import Task

@@ -104,7 +104,7 @@ class Outputs:
         return claim
 
     def judge(
-        self, id: str, says: str, where: str, verdict: Verdict, seeds: int = 0, unit: str = ""
+        self, id: str, says: str, where: str, verdict: Verdict, seeds: int, unit: str = ""
     ) -> str:
         """Record what a rule says of a claim, which holds for the shipped checkpoints only; returns
         it in words."""
