@@ -20,19 +20,20 @@ from mdmrl.policies import add_lora
 from mdmrl.rl.config import PPOConfig
 from mdmrl.rl.episodes import kl_divergence, log_probabilities, look, score
 from mdmrl.rl.ppo import check_first_inner_step, ppo_loss, train_ppo, update
-from mdmrl.rl.rollout import Rollout, collect
+from mdmrl.rl.rollout import Rollout, collect, draw_rows
 from mdmrl.rl.values import (
     Seen,
     ValueHead,
+    base_states,
     explained_variance,
     fit,
     fit_to_base,
     gae,
     normalised,
-    states_of,
+    prompts_of,
     value_loss,
 )
-from mdmrl.runs import generator_for
+from mdmrl.runs import derived_seed, generator_for
 
 ROWS = [{"prompt": f"A patient has {x}. Which test is decisive?"} for x in ("fever", "a rash", "x")]
 FAMILIES = ("mdm", "shifted", "bd")
@@ -280,7 +281,11 @@ def test_a_packed_look_equals_one_state_at_a_time(denoiser, steps):
             assert torch.equal(seen.masked[row, s], masked)
             assert torch.equal(seen.revealed[row, s], rollout.revealed_at[row, inside] == step)
             assert torch.equal(seen.tokens[row, s], rollout.completion_ids[row, inside])
-            expected = [hidden.mean(0), context, masked.float().mean()[None], inside[:1] / 8]
+            told = rollout.completion_ids[row, rollout.revealed_at[row] < step].tolist()
+            embedded = [denoiser.model.get_input_embeddings().weight[token] for token in told]
+            written = torch.stack(embedded).mean(0) if told else torch.zeros(32)
+            rest = [masked.float().mean()[None], inside[:1] / 8]
+            expected = [hidden.mean(0), context, written, *rest]
             torch.testing.assert_close(features[row, s], torch.cat(expected), atol=close, rtol=1e-4)
 
 
@@ -293,7 +298,7 @@ def test_packed_log_probabilities_are_those_the_sampler_recorded(denoiser, state
     assert total == pytest.approx(rollout.logprobs.sum().item(), rel=1e-5)
     # Every position counts, behind the end of the text too.
     assert sum(map(len, old.logp)) == rollout.completion_ids.numel()
-    assert old.features.shape == (12, 5, 66)
+    assert old.features.shape == (12, 5, 98)
     assert (old.kl == 0).all()
 
 
@@ -574,12 +579,12 @@ def test_the_two_parts_add_up(denoiser):
 
 def test_a_value_head_is_saved_and_loaded(tmp_path):
     values = ValueHead(32)
-    assert values(torch.ones(66)) == 0
-    x = torch.randn(4, 5, 66, generator=generator_for(0, "x"))
+    assert values(torch.ones(98)) == 0
+    x = torch.randn(4, 5, 98, generator=generator_for(0, "x"))
     for number, tensor in enumerate(values.state_dict().values()):
         tensor.copy_(torch.randn(tensor.shape, generator=generator_for(number, "w")).abs() + 0.1)
     z = (x - values.mean) / values.std
-    weights, along = values.weight.split(66)
+    weights, along = values.weight.split(98)
     expected = values.bias + z @ weights + x[..., -1] * (z @ along)
     torch.testing.assert_close(values(x), expected)
     values.save_pretrained(tmp_path / "values")
@@ -602,8 +607,13 @@ def base_rollouts(policy, reward, count):
 
 
 def fit_to(values, base):
-    states = Seen.all([states_of(old, 0.0, 1.0) for old in base])
-    return fit(values, states, Accelerator(cpu=True))
+    seen = []
+    for old in base:
+        counted, steps = old.rollout.counted, old.features.shape[1]
+        returns = old.rollout.rewards[counted].float().repeat_interleave(steps)
+        asked = [prompt for prompt in prompts_of(old.rollout.rows(counted)) for _ in range(steps)]
+        seen.append(Seen(old.features[counted].flatten(0, 1), returns, asked))
+    return fit(values, Seen.all(seen), Accelerator(cpu=True))
 
 
 def test_the_first_fit_finds_what_states_say_of_the_outcome(denoiser):
@@ -735,8 +745,32 @@ def test_v_without_reinforcement_learning_is_the_v_that_it_begins_with(mdm, tmp_
     begun = ValueHead.from_pretrained(folder / "checkpoints" / "step-000001" / "values")
     for name, tensor in begun.state_dict().items():
         torch.testing.assert_close(values.state_dict()[name], tensor, atol=1e-4, rtol=1e-3)
-    with pytest.raises(ValueError, match=r"gamma=0\.9"):
-        fit_to_base(mdm, [parity], ROWS, config.replace(gamma=0.9))
+
+
+def test_base_states_are_those_of_recorded_rollouts_with_discounted_outcomes(denoiser):
+    config = PPOConfig(
+        steps=4,
+        block_length=4,
+        max_completion_length=8,
+        per_device_train_batch_size=3,
+        num_generations=1,
+        value_batches=2,
+        gamma=0.9,
+        seed=5,
+    )
+    batches = list(base_states(denoiser, [parity], ROWS, config))
+    assert len(batches) == 2
+    for i, (seen, measured) in enumerate(batches):
+        rows = draw_rows(ROWS, 3, i, 0, 1, derived_seed(5, "values"))
+        generator = generator_for(5, "values", i, 0)
+        sampler = config.sampler(denoiser)
+        rollout, *_ = collect(denoiser, rows, [parity], 1, sampler, generator, record=True)
+        features = score(denoiser, rollout, 4, 1000, reference=False).features  # (3, 4, F)
+        torch.testing.assert_close(seen.features, features.flatten(0, 1), atol=1e-4, rtol=1e-4)
+        outcomes = [[r * 0.9**k for k in (3, 2, 1, 0)] for r in rollout.rewards.tolist()]
+        torch.testing.assert_close(seen.returns, torch.tensor(outcomes).flatten())
+        assert seen.prompts == [prompt for prompt in prompts_of(rollout) for _ in range(4)]
+        assert measured["token_forwards"] > 0
 
 
 @pytest.mark.parametrize("in_reward", [False, True])

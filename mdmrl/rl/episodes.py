@@ -31,7 +31,7 @@ from torch import Tensor
 
 from mdmrl.policies.base import BlockDiffusionPolicy, MaskedDiffusionPolicy
 from mdmrl.rl.rollout import Rollout
-from mdmrl.sampling.states import features
+from mdmrl.sampling.states import embedding, features
 
 # Not -inf, which would make the KL's 0 * (inf - inf) no number.
 NEVER = -1e9
@@ -42,14 +42,16 @@ class Look:
     """What the network says about S states of R episodes.
 
     block: hidden states that predict the active block, (R, S, K, H). context: the mean of those of
-    the prompt and the clean blocks, (R, S, H). masked, revealed: positions of the active block that
-    the state has masked, and those that the step reveals, (R, S, K) bool. tokens, logprobs: what
+    the prompt and the clean blocks, (R, S, H). written: see `embedding`, (R, S, H). masked,
+    revealed: positions of the active block that the state has masked, and those that the step
+    reveals, (R, S, K) bool. tokens, logprobs: what
     the sampler drew there and how probable it was, (R, S, K). start: first position of the active
     block, (S,).
     """
 
     block: Tensor
     context: Tensor
+    written: Tensor
     masked: Tensor
     revealed: Tensor
     tokens: Tensor
@@ -57,8 +59,9 @@ class Look:
     start: Tensor
 
     def features(self, length: int) -> Tensor:
-        """What a value function sees of each state of a completion of `length`, (R, S, 2H+2)."""
-        return features(self.block, self.context, self.masked, self.start, length)
+        """What a value function sees of each state of a completion of `length`, (R, S, 3H+2)."""
+        seen = (self.block, self.context, self.written, self.masked)
+        return features(*seen, self.start, length)
 
     @torch.no_grad()
     def selection_changed(self, policy: MaskedDiffusionPolicy, logp: Tensor) -> Tensor:
@@ -173,8 +176,10 @@ def look(policy: MaskedDiffusionPolicy, rollout: Rollout, steps: slice, block_le
         hidden, context = _stacked(policy, rollout, xt, start)
         first = rollout.prompt_ids.shape[1] - int(policy.logit_shift)
         block = hidden[:, torch.arange(len(start))[:, None], first + columns]
+    revealed = rollout.revealed_at[:, None] < now[:, None]  # (R, S, L)
+    written = embedding(policy, rollout.completion_ids, revealed)
     logprobs = rollout.logprobs[:, columns]
-    return Look(block, context, masked, when == now[:, None], tokens, logprobs, start)
+    return Look(block, context, written, masked, when == now[:, None], tokens, logprobs, start)
 
 
 def _stacked(

@@ -23,7 +23,7 @@ Deviations from the cited algorithm, and what the thesis leaves open:
    also charged beta times its state's KL, and the loss keeps the part that no reward carries, on
    the scale of the advantages; both together follow the gradient of E[r] - beta KL(paths).
  * V is linear in detached features and fitted to base rollouts, in closed form, before the first
-   update; then it takes gradient steps as the policy does.
+   update, where no KL is charged yet; then it takes gradient steps as the policy does.
  * The reference is the starting policy, replaced every `ref_model_sync_steps` updates.
  * The batch of a step is one minibatch. Dropout is off in scoring. An update whose loss or
    gradient is not finite is skipped and counted; `MAX_SKIPPED` in a row end the run.
@@ -51,16 +51,16 @@ from mdmrl.rl.rollout import collect, draw_rows
 from mdmrl.rl.values import (
     Seen,
     ValueHead,
+    base_states,
     explained_variance,
     fit,
     gae,
     normalised,
-    states_of,
     value_loss,
 )
-from mdmrl.runs import derived_seed, generator_for
+from mdmrl.runs import generator_for
 
-ALGORITHM = "ppo-2"  # part of a run's hash: raise it when results change
+ALGORITHM = "ppo-3"  # part of a run's hash: raise it when results change
 
 
 def ppo_loss(
@@ -121,6 +121,8 @@ def train_ppo(
     accelerator = Accelerator(cpu=policy.device.type == "cpu")
     rank, processes = accelerator.process_index, accelerator.num_processes
     sampler = config.sampler(policy)
+    block_length = sampler.block_length or config.max_completion_length
+    prompts = config.per_device_train_batch_size // config.num_generations
     run = begin(policy, rewards, rows, eval_rows, config, ALGORITHM, accelerator)
     values = ValueHead(policy.model.config.hidden_size).to(policy.device)
     parameters, judge = policy.trainable_parameters(), dict(values.named_parameters())
@@ -137,19 +139,6 @@ def train_ppo(
     if accelerator.is_main_process:
         run.rewind(first)
 
-    def draw(
-        purpose: str, step: int, seed: int, group: int, reference: bool = True
-    ) -> tuple[list[dict], Old, dict, dict]:
-        count = config.per_device_train_batch_size // group
-        batch = draw_rows(rows, count, step, rank, processes, seed)
-        generator = generator_for(config.seed, purpose, step, rank, policy.device)
-        rollout, seen, sample = collect(
-            policy, batch, rewards, group, sampler, generator, record=True
-        )
-        block_length = sampler.block_length or config.max_completion_length
-        old = score(policy, rollout, block_length, config.states_per_forward, reference)
-        return batch, old, seen, sample
-
     def held_out() -> dict[str, float]:
         found = evaluate(policy, eval_rows, config.sampler(policy, 0.0), rewards, metric, "eval/")
         return found | {f"eval/{k}": v for k, v in (probe(policy) if probe else {}).items()}
@@ -159,15 +148,16 @@ def train_ppo(
         if eval_rows and step % config.eval_steps == 0:
             metrics |= held_out()
         start, pushed = time.perf_counter(), policy.pushed
-        batch, old, seen, sample = draw("rollout", step, config.seed, config.num_generations)
+        batch = draw_rows(rows, prompts, step, rank, processes, config.seed)
+        generator = generator_for(config.seed, "rollout", step, rank, policy.device)
+        rollout, seen, sample = collect(
+            policy, batch, rewards, config.num_generations, sampler, generator, record=True
+        )
+        old = score(policy, rollout, block_length, config.states_per_forward)
         metrics |= seen
         if step == 0:  # V first, on as many different prompts as there are completions
-            seed = derived_seed(config.seed, "values")
-            base = [
-                draw("values", i, seed, 1, reference=charge > 0)[1:3]
-                for i in range(config.value_batches)
-            ]
-            states = Seen.all([states_of(old, charge, config.gamma) for old, _ in base])
+            base = list(base_states(policy, rewards, rows, config, rank, processes))
+            states = Seen.all([states for states, _ in base])
             metrics["values/base_explained_variance"] = fit(values, states, accelerator)
             metrics["token_forwards"] += sum(seen["token_forwards"] for _, seen in base)
 

@@ -16,10 +16,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mdmrl.config import require
 from mdmrl.policies.base import MaskedDiffusionPolicy
 from mdmrl.rl.config import PPOConfig
-from mdmrl.rl.episodes import Old
+from mdmrl.rl.episodes import score
 from mdmrl.rl.rollout import Rollout, collect, draw_rows
 from mdmrl.runs import derived_seed, generator_for
 from mdmrl.sampling.guide import GuideConfig
@@ -44,7 +43,7 @@ class ValueHead(nn.Module):
     def __init__(self, hidden_size: int):
         super().__init__()
         self.config = {"hidden_size": hidden_size}
-        size = 2 * hidden_size + 2
+        size = 3 * hidden_size + 2
         self.register_buffer("mean", torch.zeros(size))
         self.register_buffer("std", torch.ones(size))
         self.weight = nn.Parameter(torch.zeros(2 * size))
@@ -52,12 +51,12 @@ class ValueHead(nn.Module):
 
     @staticmethod
     def inputs(features: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-        """z and index * z, (..., 4H+4)."""
+        """z and index * z, (..., 6H+4)."""
         z = (features - mean) / std
         return torch.cat([z, features[..., -1:] * z], -1)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Values (...) of states with `features` (..., 2H+2)."""
+        """Values (...) of states with `features` (..., 3H+2)."""
         return self.inputs(features, self.mean, self.std) @ self.weight + self.bias
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -126,7 +125,7 @@ def value_loss(
 
 
 class Seen(NamedTuple):
-    """N states and what came of them: features (N, 2H+2), returns (N,), the prompt of each."""
+    """N states and what came of them: features (N, 3H+2), returns (N,), the prompt of each."""
 
     features: Tensor
     returns: Tensor
@@ -167,7 +166,7 @@ def fit(values: ValueHead, base: Seen, accelerator) -> float:
 
 
 class Ridge:
-    """Ridge regression of returns (N,) on the inputs that a head makes of features (N, 2H+2), for
+    """Ridge regression of returns (N,) on the inputs that a head makes of features (N, 3H+2), for
     any penalty: the least mean squared error plus the penalty times the squared weights.
 
     The states are those on this process; all processes' count.
@@ -189,19 +188,6 @@ class Ridge:
         weight = self.axes @ (self.axes.T @ self.slopes / (self.scales + penalty))
         bias = self.level - weight @ self.centre
         return {"mean": self.mean, "std": self.std, "weight": weight, "bias": bias}
-
-
-def states_of(old: Old, charge: float, gamma: float) -> Seen:
-    """The states of the episodes that count.
-
-    Args:
-        charge: see `Old.rewards`.
-    """
-    counted, rewards = old.rollout.counted, old.rewards(charge)
-    returns = gae(rewards, torch.zeros_like(rewards), gamma, 1.0)[counted]
-    prompts = prompts_of(old.rollout.rows(counted))
-    repeated = [prompt for prompt in prompts for _ in range(returns.shape[1])]
-    return Seen(old.features[counted].flatten(0, 1), returns.flatten(), repeated)
 
 
 def prompts_of(rollout: Rollout) -> list[tuple[int, ...]]:
@@ -227,8 +213,8 @@ def fit_to_base(
     from accelerate import Accelerator
 
     values = ValueHead(policy.model.config.hidden_size).to(policy.device)
-    base = Seen.all(list(base_states(policy, rewards, rows, config)))
-    return values, fit(values, base, Accelerator(cpu=policy.device.type == "cpu"))
+    base = [states for states, _ in base_states(policy, rewards, rows, config)]
+    return values, fit(values, Seen.all(base), Accelerator(cpu=policy.device.type == "cpu"))
 
 
 def base_states(
@@ -236,28 +222,39 @@ def base_states(
     rewards: Sequence[Callable],
     rows: Sequence[dict],
     config: PPOConfig,
-) -> Iterator[Seen]:
-    """The batches that V is fitted to, each made when it is asked for. The passes that write the
-    completions show the states, so that these cost nothing more.
+    rank: int = 0,
+    processes: int = 1,
+) -> Iterator[tuple[Seen, dict[str, float]]]:
+    """The batches that V is fitted to, each made when it is asked for, of one completion a prompt;
+    and what `collect` measured of each.
+
+    Where a state costs a canvas to look at, the passes that write the completions show the states,
+    so that these cost nothing more; packed states of block diffusion cost less than that.
 
     Args:
         config: of its settings, those of sampler, seed, batch and V count.
-
-    Raises:
-        ValueError: a gamma other than 1, by which nothing is discounted here.
     """
-    require(config.gamma == 1, f"gamma={config.gamma}: expected 1, no return is discounted here")
     sampler, seed = config.sampler(policy), derived_seed(config.seed, "values")
+    block_length = sampler.block_length or config.max_completion_length
     for i in range(config.value_batches):
-        batch = draw_rows(rows, config.per_device_train_batch_size, i, 0, 1, seed)
-        generator = generator_for(config.seed, "values", i, 0, policy.device)
-        shown = Recorder(lambda states: states.features)
-        draw = partial(_generate_shown, shown)
-        rollout, *_ = collect(policy, batch, rewards, 1, sampler, generator, draw=draw)
-        row, features = shown.looks
-        counted, prompts = rollout.counted[row], prompts_of(rollout)
-        asked = [prompts[i] for i in row[counted].tolist()]
-        yield Seen(features[counted], rollout.rewards[row][counted].float(), asked)
+        batch = draw_rows(rows, config.per_device_train_batch_size, i, rank, processes, seed)
+        generator = generator_for(config.seed, "values", i, rank, policy.device)
+        if policy.kind == "bd":
+            rollout, seen, _ = collect(policy, batch, rewards, 1, sampler, generator, record=True)
+            states = config.states_per_forward
+            features = score(policy, rollout, block_length, states, reference=False).features
+        else:
+            shown = Recorder(lambda states: states.features)
+            draw = partial(_generate_shown, shown)
+            rollout, seen, _ = collect(policy, batch, rewards, 1, sampler, generator, draw=draw)
+            row, features = shown.looks
+            features = features[row.argsort(stable=True)].unflatten(0, (len(rollout), -1))
+        counted, steps = rollout.counted, features.shape[1]  # (B,), T
+        discount = config.gamma ** torch.arange(steps - 1, -1, -1, device=features.device)
+        returns = rollout.rewards[counted, None].float() * discount  # (B, T)
+        prompts = prompts_of(rollout.rows(counted))
+        asked = [prompt for prompt in prompts for _ in range(steps)]
+        yield Seen(features[counted].flatten(0, 1), returns.flatten(), asked), seen
 
 
 def _generate_shown(shown: Recorder, policy, prompts, config, generator, record: bool):

@@ -14,7 +14,7 @@ from mdmrl.sampling.config import SamplerConfig
 from mdmrl.sampling.denoise import evenly
 from mdmrl.sampling.generate import blank_canvas
 from mdmrl.sampling.guide import GuideConfig, Thresholds, points_of_blocks, steps_of_blocks
-from mdmrl.sampling.states import States
+from mdmrl.sampling.states import States, embedding
 
 Value = Callable[[States], Tensor]  # the higher the better, (R,)
 
@@ -94,16 +94,18 @@ class Attempts:
     ) -> list[float]:
         """V of the rows number `at` (J,) among `rows` (R,)."""
         judged = rows[at]
+        ids, revealed = self.canvas[judged, self.width :], ~self.open_[judged, self.width :]
         states = States(
             rows=judged,
             blocks=self.block[judged],
             steps=self.step[judged],
             hidden=hidden[at],
             context=context[at],
+            written=embedding(self.policy, ids, revealed[:, None])[:, 0],
             masked=masked[at],
-            completion_ids=self.canvas[judged, self.width :],
+            completion_ids=ids,
             logprobs=self.logprobs[judged, self.width :],
-            revealed=~self.open_[judged, self.width :],
+            revealed=revealed,
         )
         values = value(states)
         require(

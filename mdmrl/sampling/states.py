@@ -23,10 +23,10 @@ class States:
 
     rows: which completion, (R,). blocks, steps: the active block and how many of its steps are
     done, (R,). hidden: hidden states that predict the active block, (R, K, H). context: the mean
-    of those of the prompt and the finished blocks, (R, H). masked: positions of the active block
-    that are masked, (R, K) bool. completion_ids: the completion, [MASK] where not revealed,
-    (R, L). logprobs: of the revealed tokens as they were drawn, 0 elsewhere, (R, L). revealed:
-    (R, L) bool.
+    of those of the prompt and the finished blocks, (R, H). written: see `embedding`, (R, H).
+    masked: positions of the active block that are masked, (R, K) bool. completion_ids: the
+    completion, [MASK] where not revealed, (R, L). logprobs: of the revealed tokens as they were
+    drawn, 0 elsewhere, (R, L). revealed: (R, L) bool.
     """
 
     rows: Tensor
@@ -34,6 +34,7 @@ class States:
     steps: Tensor
     hidden: Tensor
     context: Tensor
+    written: Tensor
     masked: Tensor
     completion_ids: Tensor
     logprobs: Tensor
@@ -41,9 +42,10 @@ class States:
 
     @property
     def features(self) -> Tensor:
-        """What `mdmrl.rl.values.ValueHead` was fitted on, (R, 2H+2)."""
+        """What `mdmrl.rl.values.ValueHead` was fitted on, (R, 3H+2)."""
         start = self.blocks * self.masked.shape[1]
-        return features(self.hidden, self.context, self.masked, start, self.revealed.shape[1])
+        seen = (self.hidden, self.context, self.written, self.masked)
+        return features(*seen, start, self.revealed.shape[1])
 
 
 class Recorder:
@@ -71,18 +73,35 @@ class Recorder:
         return torch.cat(self.rows), torch.cat(self.found)
 
 
-def features(hidden: Tensor, context: Tensor, masked: Tensor, start: Tensor, length: int) -> Tensor:
-    """Features (..., 2H+2) of states of a completion of `length`; float32 and detached.
+def features(
+    hidden: Tensor, context: Tensor, written: Tensor, masked: Tensor, start: Tensor, length: int
+) -> Tensor:
+    """Features (..., 3H+2) of states of a completion of `length`; float32 and detached.
 
-    The mean hidden state of the active block and of the context, the share of the block that is
-    masked, and where in the completion the block begins.
+    The mean hidden state of the active block and of the context, the mean embedding of what is
+    written, the share of the block that is masked, and where in the completion the block begins.
 
     Args:
-        hidden: (..., K, H); context: (..., H); masked: (..., K) bool; start: (...) or less.
+        hidden: (..., K, H); context, written: (..., H); masked: (..., K) bool; start: (...) or
+            less.
     """
     fraction = masked.float().mean(-1, keepdim=True)
     index = (start / length)[..., None].expand_as(fraction)
-    return torch.cat([hidden.detach().mean(-2).float(), context.float(), fraction, index], -1)
+    means = (hidden.detach().mean(-2), context, written)
+    return torch.cat([*(mean.float() for mean in means), fraction, index], -1)
+
+
+def embedding(policy: MaskedDiffusionPolicy, ids: Tensor, revealed: Tensor) -> Tensor:
+    """Mean input embedding of the revealed tokens, (..., S, H), 0 where there is none; detached.
+
+    No loss asks the hidden state at a revealed position for its token, so that V would be told
+    little of the text by hidden states alone.
+
+    Args:
+        ids: of completions, (..., L); revealed: in S states of each, (..., S, L) bool.
+    """
+    embedded = policy.model.get_input_embeddings().weight.detach()[ids]
+    return revealed.to(embedded.dtype) @ embedded / revealed.sum(-1, keepdim=True).clamp(min=1)
 
 
 def look_at(

@@ -33,7 +33,7 @@ from mdmrl.study.pieces import kept
 from mdmrl.tasks import load_task
 from mdmrl.tasks.base import Task
 
-VERSION = "judging-1"  # part of a piece's hash: raise it when results change
+VERSION = "judging-2"  # part of a piece's hash: raise it when results change
 
 
 def what_v_explains(
@@ -56,7 +56,7 @@ def what_v_explains(
         features = features[row.argsort(stable=True)].unflatten(0, (prompts, -1))  # (B, T, F)
         reward = _rewards(task, output, rows)
         every = config.replace(value_batches=max(batches))
-        base = list(base_states(policy, task.rewards, task.rows("rl"), every))
+        base = [states for states, _ in base_states(policy, task.rewards, task.rows("rl"), every)]
         found = []
         for count in batches:
             values = ValueHead(policy.model.config.hidden_size).to(policy.device)
