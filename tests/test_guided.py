@@ -109,7 +109,7 @@ def test_v_sees_what_the_value_head_was_fitted_on(denoiser):
     config = settings(stop_at_end=False, end_last=False)
     output = generate(denoiser, PROMPTS, config, generator_for(0, "x"), record=True)
     rollout = Rollout.of(output, torch.zeros(4), torch.ones(4, dtype=torch.bool), config)
-    expected = look(denoiser, rollout, slice(0, 12), 4).features(12)  # (4, 12, F)
+    expected = look(denoiser, rollout, slice(0, 12)).features(12)  # (4, 12, F)
     seen = {}
 
     def value(states):

@@ -125,7 +125,7 @@ def test_v_explains_what_it_said_it_explains(policy):
     output = generate(policy, prompts, sampler, generator_for(0, "held-out"), record=True)
     outcome = torch.tensor([float(odd(ids)) for ids in output.token_lists()])
     rollout = Rollout.of(output, outcome, outcome.isfinite(), sampler, outcome)
-    features = score(policy, rollout, 4, 8, reference=False).features
+    features = score(policy, rollout, 8, reference=False).features
     for batches in (2, 4):
         config = CONFIG.replace(value_batches=batches)
         V, _ = fit_to_base(policy, judging.load_task("toy").rewards, SPLITS["rl"], config)

@@ -402,14 +402,24 @@ def test_cold_start_helps():
         assert found.verdict == "contradicted"
 
 
-def test_value_guides_is_paired_over_prompts():
-    better = around(3, 1)  # the same prompts, hard and easy ones
-    assert value_guides(better + around(0.2, 0.1), better, 1.0).verdict == "reproduced"
-    assert value_guides(better + around(0.05, 0.1), better, 1.0).verdict == "inconclusive"
-    assert value_guides(better - around(0.2, 0.1), better, 0.95).verdict == "contradicted"
-    cheap = value_guides(better - around(0.2, 0.1), better, 0.94)
+def test_value_guides_holds_for_other_fits_of_v_and_for_other_prompts():
+    best = around(3, 1)
+
+    def judged(more, by_prompt, spent):
+        return value_guides(best + more, best, by_prompt, spent)
+
+    clear, unclear = around(0.2, 0.1), around(0.05, 0.1)
+    assert judged(clear, clear, 1.0).verdict == "reproduced"
+    assert judged(unclear, clear, 1.0).verdict == "inconclusive"
+    assert judged(clear, unclear, 1.0).verdict == "inconclusive"
+    assert judged(clear, clear, 1.01).verdict == "inconclusive"
+    assert judged(-clear, -clear, 0.95).verdict == "contradicted"
+    assert judged(-clear, -unclear, 0.95).verdict == "inconclusive"
+    cheap = judged(-clear, -clear, 0.94)
     assert cheap.verdict == "inconclusive"
     assert "for 94% of its cost" in cheap.measured
+    few = value_guides([3.0], [2.0], np.ones(48) + around(0, 0.1).repeat(48)[:48], 1.0)
+    assert few.verdict == "inconclusive" and "1 seed, needs 5" in few.measured
 
 
 def test_few_steps_pay():

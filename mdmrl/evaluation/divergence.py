@@ -45,11 +45,10 @@ def path_kl(
     output = generate(policy, prompts, config, generator, record=True)
     nothing = torch.zeros(len(prompts), device=policy.device)
     rollout = Rollout.of(output, nothing, nothing == 0, config)
-    block_length = policy.block_length or config.block_length or config.max_new_tokens
     total = nothing
-    for step in range(len(block_starts(rollout, block_length))):
+    for step in range(len(block_starts(policy, rollout))):
         now = slice(step, step + 1)
-        seen, before = (look(p, rollout, now, block_length) for p in (policy, start))
+        seen, before = (look(p, rollout, now) for p in (policy, start))
         at = seen.revealed
         logp = log_probabilities(policy, seen.block[at])
         kl = kl_divergence(logp, log_probabilities(start, before.block[at]))

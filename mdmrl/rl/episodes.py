@@ -88,7 +88,6 @@ class Old:
     """
 
     rollout: Rollout
-    block_length: int
     parts: list[tuple[slice, slice]]
     logp: list[Tensor]
     reference: list[Tensor]
@@ -107,13 +106,12 @@ class Old:
 def score(
     policy: MaskedDiffusionPolicy,
     rollout: Rollout,
-    block_length: int,
     states_per_forward: int,
     reference: bool = True,
 ) -> Old:
     """Look at every state of a recorded `rollout` with the policy as it is and its reference; or
     without `reference` with the policy alone, whose KL then counts as 0."""
-    batch, steps = len(rollout), len(block_starts(rollout, block_length))
+    batch, steps = len(rollout), len(block_starts(policy, rollout))
     length = rollout.completion_ids.shape[1]
     rows = max(1, states_per_forward // steps)  # whole episodes if they fit
     parts = [
@@ -124,14 +122,14 @@ def score(
     logps, references, features, kls, off = [], [], [], [], 0.0
     for chosen, now in parts:
         part = rollout.rows(chosen)
-        seen = look(policy, part, now, block_length)
+        seen = look(policy, part, now)
         at = seen.revealed
         logp = log_probabilities(policy, seen.block[at])
         drawn = logp.gather(1, seen.tokens[at][:, None])[:, 0]
         kl = torch.zeros(at.shape, device=drawn.device)
         if reference:
             with policy.reference():
-                references.append(look(policy, part, now, block_length).block[at])
+                references.append(look(policy, part, now).block[at])
                 ref = log_probabilities(policy, references[-1])
             kl = kl.masked_scatter(at, kl_divergence(logp, ref))
         logps.append(drawn)
@@ -140,7 +138,6 @@ def score(
         off = max(off, (drawn - seen.logprobs[at]).abs().max().item())
     return Old(
         rollout,
-        block_length,
         parts,
         logps,
         references,
@@ -150,21 +147,27 @@ def score(
     )
 
 
-def block_starts(rollout: Rollout, block_length: int) -> Tensor:
+def block_length_of(policy: MaskedDiffusionPolicy, rollout: Rollout) -> int:
+    """K of the blocks that a rollout was written in, all of a completion where in none."""
+    return rollout.sampler.block_length or policy.block_length or rollout.completion_ids.shape[1]
+
+
+def block_starts(policy: MaskedDiffusionPolicy, rollout: Rollout) -> Tensor:
     """First completion position of the block that each step reveals, (T,)."""
     revealed_at = rollout.revealed_at[0]
     starts = torch.zeros(int(revealed_at.max()) + 1, dtype=torch.long, device=revealed_at.device)
     positions = torch.arange(len(revealed_at), device=revealed_at.device)
-    starts[revealed_at] = positions - positions % block_length
+    starts[revealed_at] = positions - positions % block_length_of(policy, rollout)
     return starts
 
 
-def look(policy: MaskedDiffusionPolicy, rollout: Rollout, steps: slice, block_length: int) -> Look:
+def look(policy: MaskedDiffusionPolicy, rollout: Rollout, steps: slice) -> Look:
     """Look at the states of some `steps` of every episode of `rollout`, in one forward pass."""
-    start = block_starts(rollout, block_length)
+    start = block_starts(policy, rollout)
     now = torch.arange(len(start), device=start.device)[steps]  # (S,)
     start = start[steps]
-    columns = start[:, None] + torch.arange(block_length, device=start.device)  # (S, K)
+    inside = torch.arange(block_length_of(policy, rollout), device=start.device)
+    columns = start[:, None] + inside  # (S, K)
     when, tokens = rollout.revealed_at[:, columns], rollout.completion_ids[:, columns]
     masked = when >= now[:, None]
     if policy.kind == "bd":

@@ -121,7 +121,6 @@ def train_ppo(
     accelerator = Accelerator(cpu=policy.device.type == "cpu")
     rank, processes = accelerator.process_index, accelerator.num_processes
     sampler = config.sampler(policy)
-    block_length = sampler.block_length or config.max_completion_length
     prompts = config.per_device_train_batch_size // config.num_generations
     run = begin(policy, rewards, rows, eval_rows, config, ALGORITHM, accelerator)
     values = ValueHead(policy.model.config.hidden_size).to(policy.device)
@@ -153,13 +152,13 @@ def train_ppo(
         rollout, seen, sample = collect(
             policy, batch, rewards, config.num_generations, sampler, generator, record=True
         )
-        old = score(policy, rollout, block_length, config.states_per_forward)
+        old = score(policy, rollout, config.states_per_forward)
         metrics |= seen
         if step == 0:  # V first, on as many different prompts as there are completions
-            base = list(base_states(policy, rewards, rows, config, rank, processes))
-            states = Seen.all([states for states, _ in base])
-            metrics["values/base_explained_variance"] = fit(values, states, accelerator)
-            metrics["token_forwards"] += sum(seen["token_forwards"] for _, seen in base)
+            already = policy.pushed
+            base = Seen.all(list(base_states(policy, rewards, rows, config, rank, processes)))
+            metrics["values/base_explained_variance"] = fit(values, base, accelerator)
+            metrics["token_forwards"] += policy.pushed - already
 
         counted, gains = old.rollout.counted, old.rewards(charge)  # (B,), (B, T)
         with torch.no_grad():
@@ -233,7 +232,7 @@ def update(
     completions = max(1, int(old.rollout.counted.sum()))
     for (rows, steps), before, reference in zip(old.parts, old.logp, old.reference, strict=True):
         part = old.rollout.rows(rows)
-        seen = look(policy, part, steps, old.block_length)
+        seen = look(policy, part, steps)
         at = seen.revealed  # (R, S, K), N of them True
         logp = log_probabilities(policy, seen.block[at])  # (N, V)
         with policy.reference():

@@ -146,7 +146,8 @@ def fit(values: ValueHead, base: Seen, accelerator) -> float:
     In closed form, so that there is neither a learning rate nor a stopping time to choose.
 
     Returns:
-        the explained variance of what V says of prompts when it has not seen them.
+        the explained variance of what V says of prompts when it has not seen them, with that
+        penalty, and so a little more than of other prompts.
     """
     features, returns, prompts = base
     number: dict[Hashable, int] = {}  # of each prompt, in order of appearance
@@ -213,8 +214,8 @@ def fit_to_base(
     from accelerate import Accelerator
 
     values = ValueHead(policy.model.config.hidden_size).to(policy.device)
-    base = [states for states, _ in base_states(policy, rewards, rows, config)]
-    return values, fit(values, Seen.all(base), Accelerator(cpu=policy.device.type == "cpu"))
+    base = Seen.all(list(base_states(policy, rewards, rows, config)))
+    return values, fit(values, base, Accelerator(cpu=policy.device.type == "cpu"))
 
 
 def base_states(
@@ -224,9 +225,8 @@ def base_states(
     config: PPOConfig,
     rank: int = 0,
     processes: int = 1,
-) -> Iterator[tuple[Seen, dict[str, float]]]:
-    """The batches that V is fitted to, each made when it is asked for, of one completion a prompt;
-    and what `collect` measured of each.
+) -> Iterator[Seen]:
+    """The batches that V is fitted to, each made when it is asked for, of one completion a prompt.
 
     Where a state costs a canvas to look at, the passes that write the completions show the states,
     so that these cost nothing more; packed states of block diffusion cost less than that.
@@ -235,26 +235,23 @@ def base_states(
         config: of its settings, those of sampler, seed, batch and V count.
     """
     sampler, seed = config.sampler(policy), derived_seed(config.seed, "values")
-    block_length = sampler.block_length or config.max_completion_length
     for i in range(config.value_batches):
         batch = draw_rows(rows, config.per_device_train_batch_size, i, rank, processes, seed)
         generator = generator_for(config.seed, "values", i, rank, policy.device)
         if policy.kind == "bd":
-            rollout, seen, _ = collect(policy, batch, rewards, 1, sampler, generator, record=True)
-            states = config.states_per_forward
-            features = score(policy, rollout, block_length, states, reference=False).features
+            rollout, *_ = collect(policy, batch, rewards, 1, sampler, generator, record=True)
+            features = score(policy, rollout, config.states_per_forward, reference=False).features
         else:
             shown = Recorder(lambda states: states.features)
             draw = partial(_generate_shown, shown)
-            rollout, seen, _ = collect(policy, batch, rewards, 1, sampler, generator, draw=draw)
-            row, features = shown.looks
-            features = features[row.argsort(stable=True)].unflatten(0, (len(rollout), -1))
+            rollout, *_ = collect(policy, batch, rewards, 1, sampler, generator, draw=draw)
+            features = shown.looks
         counted, steps = rollout.counted, features.shape[1]  # (B,), T
         discount = config.gamma ** torch.arange(steps - 1, -1, -1, device=features.device)
         returns = rollout.rewards[counted, None].float() * discount  # (B, T)
         prompts = prompts_of(rollout.rows(counted))
         asked = [prompt for prompt in prompts for _ in range(steps)]
-        yield Seen(features[counted].flatten(0, 1), returns.flatten(), asked), seen
+        yield Seen(features[counted].flatten(0, 1), returns.flatten(), asked)
 
 
 def _generate_shown(shown: Recorder, policy, prompts, config, generator, record: bool):

@@ -26,7 +26,7 @@ class GuideConfig(Config):
         budget: the most that one completion may cost, with all that was rejected, in plain
             completions of its own prompt: positions pushed through the network, without the
             padding of its batch.
-        form: `"faithful"` or `"two_gates"`, see above.
+        form: `"faithful"` or `"two_gates"`, see `mdmrl.sampling.guided`.
         checks: after which shares of a block's steps V looks at it; None: before every step, which
             leaves no room for thresholds.
         description_length: positions that hold the description, a multiple of the block's length;

@@ -49,7 +49,7 @@ class States:
 
 
 class Recorder:
-    """Keeps something of every state that a sampler shows its judge.
+    """Keeps something of every state that a sampler shows its judge, of all rows equally often.
 
     Args:
         look: what to keep of R states, (R, ...); judge: takes V's place; without one V is 0.
@@ -68,9 +68,10 @@ class Recorder:
         return self.judge(states) if self.judge else torch.zeros(len(states.rows))
 
     @property
-    def looks(self) -> tuple[Tensor, Tensor]:
-        """Which row each look was at, (N,), and what it gave, (N, ...), in order."""
-        return torch.cat(self.rows), torch.cat(self.found)
+    def looks(self) -> Tensor:
+        """What was kept of every row's states in their order, (B, looks, ...)."""
+        rows = torch.cat(self.rows)
+        return torch.cat(self.found)[rows.argsort(stable=True)].unflatten(0, (rows.max() + 1, -1))
 
 
 def features(

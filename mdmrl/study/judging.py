@@ -52,11 +52,10 @@ def what_v_explains(
         rows = task.rows("validation", prompts)
         shown = Recorder(lambda states: states.features)
         output = _draw(policy, rows, config, "held-out", GuideConfig(checks=None), shown)
-        row, features = shown.looks
-        features = features[row.argsort(stable=True)].unflatten(0, (prompts, -1))  # (B, T, F)
+        features = shown.looks  # (B, T, F)
         reward = _rewards(task, output, rows)
         every = config.replace(value_batches=max(batches))
-        base = [states for states, _ in base_states(policy, task.rewards, task.rows("rl"), every)]
+        base = list(base_states(policy, task.rewards, task.rows("rl"), every))
         found = []
         for count in batches:
             values = ValueHead(policy.model.config.hidden_size).to(policy.device)
@@ -241,9 +240,7 @@ def _looked(
     `GuidedOutput.values`."""
     judge = Recorder(mean_logprob, value)
     output = _draw(policy, rows, config, purpose, GuideConfig(), judge)
-    row, found = judge.looks
-    order = row.argsort(stable=True)  # of one row's looks the order in which they were made
-    return output, found[order].double().view_as(output.values)
+    return output, judge.looks.double().view_as(output.values)
 
 
 def _columns(base: GuidedOutput, logp: Tensor) -> dict[str, Tensor]:

@@ -1,8 +1,9 @@
 """The verdict rules of the claims that rest on training, written before the runs.
 
 A rule is a function of plain numbers (most of them from `mdmrl.study.quantities`), one value a seed
-in every column, the same seed at the same place. Intervals are 95 % t-intervals over seeds. With
-fewer than five seeds, or where a seed gave no finite number, the verdict is always "inconclusive".
+in every column where nothing else is said, the same seed at the same place. Intervals are 95 %
+t-intervals over seeds. With fewer than five seeds, or where a seed gave no finite number, the
+verdict is always "inconclusive".
 """
 
 from mdmrl.study.verdicts.curves import (
