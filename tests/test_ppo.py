@@ -748,16 +748,7 @@ def test_v_without_reinforcement_learning_is_the_v_that_it_begins_with(mdm, tmp_
 
 
 def test_base_states_are_those_of_recorded_rollouts_with_discounted_outcomes(denoiser):
-    config = PPOConfig(
-        steps=4,
-        block_length=4,
-        max_completion_length=8,
-        per_device_train_batch_size=3,
-        num_generations=1,
-        value_batches=2,
-        gamma=0.9,
-        seed=5,
-    )
+    config = settings(steps=4, per_device_train_batch_size=3, num_generations=1, gamma=0.9, seed=5)
     batches = list(base_states(denoiser, [parity], ROWS, config))
     assert len(batches) == 2
     for i, seen in enumerate(batches):

@@ -418,7 +418,7 @@ def test_value_guides_holds_for_other_fits_of_v_and_for_other_prompts():
     cheap = judged(-clear, -clear, 0.94)
     assert cheap.verdict == "inconclusive"
     assert "for 94% of its cost" in cheap.measured
-    few = value_guides([3.0], [2.0], np.ones(48) + around(0, 0.1).repeat(48)[:48], 1.0)
+    few = value_guides([3.0], [2.0], np.ones(48), 1.0)
     assert few.verdict == "inconclusive" and "1 seed, needs 5" in few.measured
 
 

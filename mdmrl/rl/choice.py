@@ -30,7 +30,7 @@ def log_choice(
         f"threshold={sampler.threshold}, entropy_bound={sampler.entropy_bound}: the probability of "
         "positions is known only for samplers that reveal a given number a step",
     )
-    blocks = (-1, policy.block_length or sampler.block_length or masked.shape[1])
+    blocks = (-1, rollout.block_length(policy))
     if sampler.order_temperature:
         return _in_order(rollout, logits, masked, chosen, blocks)
     ends = torch.tensor(policy.end_token_ids, device=masked.device)

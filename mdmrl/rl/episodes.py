@@ -31,7 +31,7 @@ from torch import Tensor
 
 from mdmrl.policies.base import BlockDiffusionPolicy, MaskedDiffusionPolicy
 from mdmrl.rl.rollout import Rollout
-from mdmrl.sampling.states import embedding, features
+from mdmrl.sampling.states import features, mean_embedding
 
 # Not -inf, which would make the KL's 0 * (inf - inf) no number.
 NEVER = -1e9
@@ -42,11 +42,10 @@ class Look:
     """What the network says about S states of R episodes.
 
     block: hidden states that predict the active block, (R, S, K, H). context: the mean of those of
-    the prompt and the clean blocks, (R, S, H). written: see `embedding`, (R, S, H). masked,
+    the prompt and the clean blocks, (R, S, H). written: see `mean_embedding`, (R, S, H). masked,
     revealed: positions of the active block that the state has masked, and those that the step
-    reveals, (R, S, K) bool. tokens, logprobs: what
-    the sampler drew there and how probable it was, (R, S, K). start: first position of the active
-    block, (S,).
+    reveals, (R, S, K) bool. tokens, logprobs: what the sampler drew there and how probable it was,
+    (R, S, K). start: first position of the active block, (S,).
     """
 
     block: Tensor
@@ -147,17 +146,12 @@ def score(
     )
 
 
-def block_length_of(policy: MaskedDiffusionPolicy, rollout: Rollout) -> int:
-    """K of the blocks that a rollout was written in, all of a completion where in none."""
-    return rollout.sampler.block_length or policy.block_length or rollout.completion_ids.shape[1]
-
-
 def block_starts(policy: MaskedDiffusionPolicy, rollout: Rollout) -> Tensor:
     """First completion position of the block that each step reveals, (T,)."""
     revealed_at = rollout.revealed_at[0]
     starts = torch.zeros(int(revealed_at.max()) + 1, dtype=torch.long, device=revealed_at.device)
     positions = torch.arange(len(revealed_at), device=revealed_at.device)
-    starts[revealed_at] = positions - positions % block_length_of(policy, rollout)
+    starts[revealed_at] = positions - positions % rollout.block_length(policy)
     return starts
 
 
@@ -166,7 +160,7 @@ def look(policy: MaskedDiffusionPolicy, rollout: Rollout, steps: slice) -> Look:
     start = block_starts(policy, rollout)
     now = torch.arange(len(start), device=start.device)[steps]  # (S,)
     start = start[steps]
-    inside = torch.arange(block_length_of(policy, rollout), device=start.device)
+    inside = torch.arange(rollout.block_length(policy), device=start.device)
     columns = start[:, None] + inside  # (S, K)
     when, tokens = rollout.revealed_at[:, columns], rollout.completion_ids[:, columns]
     masked = when >= now[:, None]
@@ -180,7 +174,7 @@ def look(policy: MaskedDiffusionPolicy, rollout: Rollout, steps: slice) -> Look:
         first = rollout.prompt_ids.shape[1] - int(policy.logit_shift)
         block = hidden[:, torch.arange(len(start))[:, None], first + columns]
     revealed = rollout.revealed_at[:, None] < now[:, None]  # (R, S, L)
-    written = embedding(policy, rollout.completion_ids, revealed)
+    written = mean_embedding(policy, rollout.completion_ids, revealed)
     logprobs = rollout.logprobs[:, columns]
     return Look(block, context, written, masked, when == now[:, None], tokens, logprobs, start)
 

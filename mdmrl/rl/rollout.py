@@ -90,6 +90,11 @@ class Rollout:
         """What scoring divides logits by: the sampler's temperature, or 1 for a greedy one."""
         return self.sampler.temperature or 1.0
 
+    def block_length(self, policy: Policy) -> int:
+        """Positions of a block that `policy` wrote at a time; L where it wrote all at once."""
+        own = self.sampler.block_length or policy.block_length
+        return own or self.completion_ids.shape[1]
+
     def whole(self) -> Rollout:
         """The same, every revealed position counting; its trajectory must have been recorded."""
         require(

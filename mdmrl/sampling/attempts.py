@@ -14,7 +14,7 @@ from mdmrl.sampling.config import SamplerConfig
 from mdmrl.sampling.denoise import evenly
 from mdmrl.sampling.generate import blank_canvas
 from mdmrl.sampling.guide import GuideConfig, Thresholds, points_of_blocks, steps_of_blocks
-from mdmrl.sampling.states import States, embedding
+from mdmrl.sampling.states import States, mean_embedding
 
 Value = Callable[[States], Tensor]  # the higher the better, (R,)
 
@@ -101,7 +101,7 @@ class Attempts:
             steps=self.step[judged],
             hidden=hidden[at],
             context=context[at],
-            written=embedding(self.policy, ids, revealed[:, None])[:, 0],
+            written=mean_embedding(self.policy, ids, revealed[:, None])[:, 0],
             masked=masked[at],
             completion_ids=ids,
             logprobs=self.logprobs[judged, self.width :],

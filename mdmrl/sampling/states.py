@@ -23,7 +23,7 @@ class States:
 
     rows: which completion, (R,). blocks, steps: the active block and how many of its steps are
     done, (R,). hidden: hidden states that predict the active block, (R, K, H). context: the mean
-    of those of the prompt and the finished blocks, (R, H). written: see `embedding`, (R, H).
+    of those of the prompt and the finished blocks, (R, H). written: see `mean_embedding`, (R, H).
     masked: positions of the active block that are masked, (R, K) bool. completion_ids: the
     completion, [MASK] where not revealed, (R, L). logprobs: of the revealed tokens as they were
     drawn, 0 elsewhere, (R, L). revealed: (R, L) bool.
@@ -92,7 +92,7 @@ def features(
     return torch.cat([*(mean.float() for mean in means), fraction, index], -1)
 
 
-def embedding(policy: MaskedDiffusionPolicy, ids: Tensor, revealed: Tensor) -> Tensor:
+def mean_embedding(policy: MaskedDiffusionPolicy, ids: Tensor, revealed: Tensor) -> Tensor:
     """Mean input embedding of the revealed tokens, (..., S, H), 0 where there is none; detached.
 
     No loss asks the hidden state at a revealed position for its token, so that V would be told
