@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -63,7 +64,7 @@ def environment() -> dict:
         "machine": machine(),
         "threads": torch.get_num_threads(),
         "revision": _revision(),
-        "command": Path(sys.argv[0]).name,
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
 
 

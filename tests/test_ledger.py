@@ -191,6 +191,7 @@ def test_a_figure_comes_with_its_provenance_and_identical_bytes(root, monkeypatc
     assert origin["notebook"] == "03_reward_curves"
     assert origin["profile"] == "smoke"
     assert origin["seeds"] == [0, 1]
+    assert origin["command"] == "mdmrl reproduce --profile smoke --only 03_reward_curves"
     assert {"torch", "transformers", "peft", "machine", "revision"} <= origin.keys()
     assert str(root) not in json.dumps(origin)
     assert os.uname().nodename not in origin.values()

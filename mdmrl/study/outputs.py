@@ -78,8 +78,8 @@ class Outputs:
     def figure(self, figure: Figure, name: str, seeds: Iterable[int] = (), **facts) -> Path:
         """Write `<name>.png` (200 dpi), `<name>.pdf` and `<name>.json`; returns the PNG's path.
 
-        The JSON holds notebook, profile, seeds, versions, machine and revision, and any further
-        `facts` (the runs drawn, say).
+        The JSON holds notebook, profile, seeds, versions, machine, revision, the command that
+        writes the figure again, and any further `facts` (the runs drawn, say).
         """
         path = self._path(self.folder, name, "json")
         for ending, metadata in FORMATS.items():
@@ -88,7 +88,10 @@ class Outputs:
                 figure.savefig(aside, format=ending, dpi=200, metadata=metadata)
             os.replace(aside, path.with_suffix(f".{ending}"))
         origin = {"notebook": self.notebook, "profile": self.profile, "seeds": list(seeds)}
-        write_atomically(path, json.dumps({**facts, **origin, **environment()}, indent=1) + "\n")
+        known = {**facts, **origin, **environment()}
+        if "MDMRL_NOTEBOOK" in os.environ:  # else run by hand, maybe with parameters of its own
+            known["command"] = f"mdmrl reproduce --profile {self.profile} --only {self.notebook}"
+        write_atomically(path, json.dumps(known, indent=1) + "\n")
         return path.with_suffix(".png")
 
     def data(self, frame: pd.DataFrame, name: str) -> Path:

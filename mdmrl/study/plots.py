@@ -1,4 +1,4 @@
-"""Figures: a data frame in, a matplotlib figure out; one colour per arm everywhere."""
+"""Figures: a data frame in, a matplotlib figure out."""
 
 from __future__ import annotations
 
