@@ -16,7 +16,14 @@ from mdmrl.runs import generator_for
 from mdmrl.sampling import SamplerConfig, generate
 from mdmrl.sampling.guide import GuideConfig, Thresholds
 from mdmrl.sampling.guided import calibrate, generate_guided
-from mdmrl.sampling.selection import Permuted, PromptOnly, best_of, majority, mean_logprob
+from mdmrl.sampling.selection import (
+    Permuted,
+    PromptOnly,
+    best_of,
+    best_of_curve,
+    majority,
+    mean_logprob,
+)
 
 OTHERS = ["Why?", "Which test would confirm the diagnosis?"]
 PLENTY = 10**9
@@ -464,6 +471,17 @@ def test_the_best_and_the_commonest():
     assert majority(["y", "x", "x", "y"], 4) == [0]
     with pytest.raises(ValueError, match="n=4: expected a divisor of the 6 rows"):
         best_of(torch.zeros(6), 4)
+
+
+def test_what_to_expect_of_the_best_of_n():
+    generator = torch.Generator().manual_seed(0)
+    scores, rewards = torch.randn(2, 3, 5, generator=generator)
+    found = best_of_curve(scores, rewards)
+    for n in range(1, 6):
+        subsets = torch.tensor(list(itertools.combinations(range(5), n)))  # (S, n)
+        best = scores[:, subsets].argmax(-1)  # (3, S)
+        drawn = rewards[:, subsets].gather(-1, best[..., None])
+        torch.testing.assert_close(found[:, n - 1], drawn.mean((1, 2)).double())
 
 
 # -- what is refused -------------------------------------------------------------------------------

@@ -405,19 +405,18 @@ def test_cold_start_helps():
 def test_value_guides_holds_for_other_fits_of_v_and_for_other_prompts():
     best = around(3, 1)
 
-    def judged(more, by_prompt, spent):
-        return value_guides(best + more, best, by_prompt, spent)
+    def judged(more, by_prompt):
+        return value_guides(best + more, best, by_prompt, 2.25)
 
     clear, unclear = around(0.2, 0.1), around(0.05, 0.1)
-    assert judged(clear, clear, 1.0).verdict == "reproduced"
-    assert judged(unclear, clear, 1.0).verdict == "inconclusive"
-    assert judged(clear, unclear, 1.0).verdict == "inconclusive"
-    assert judged(clear, clear, 1.01).verdict == "inconclusive"
-    assert judged(-clear, -clear, 0.95).verdict == "contradicted"
-    assert judged(-clear, -unclear, 0.95).verdict == "inconclusive"
-    cheap = judged(-clear, -clear, 0.94)
-    assert cheap.verdict == "inconclusive"
-    assert "for 94% of its cost" in cheap.measured
+    assert judged(clear, clear).verdict == "reproduced"
+    assert judged(unclear, clear).verdict == "inconclusive"
+    assert judged(clear, unclear).verdict == "inconclusive"
+    assert judged(-clear, -unclear).verdict == "inconclusive"
+    worse = judged(-clear, -clear)
+    assert worse.verdict == "contradicted"
+    assert "-0.2 [-0.3, -0.1] higher" in worse.measured
+    assert "the cost of 2.25 plain completions" in worse.measured
     few = value_guides([3.0], [2.0], np.ones(48), 1.0)
     assert few.verdict == "inconclusive" and "1 seed, needs 5" in few.measured
 

@@ -2,8 +2,8 @@
 
     plain           `generate_guided` without thresholds
     best of n       `best_of(output.final_values, n)` of n plain completions a prompt, as many as
-                    the budget pays for
-    ceiling         `best_of(rewards, n)`, by the true reward
+                    the budget pays for; `best_of_curve` has what to expect of every n
+    ceiling         the same by the true reward
     majority vote   `majority(answers, n)`
     no information  `Permuted`: the schedule of a guided run, with V of another completion
     prompt alone    `PromptOnly`: V before the first step
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Hashable, Sequence
+from math import comb
 
 import torch
 from torch import Tensor
@@ -31,6 +32,19 @@ def best_of(scores: Tensor, n: int) -> list[int]:
     _require_groups(len(scores), n)
     firsts = torch.arange(0, len(scores), n)
     return (firsts + torch.as_tensor(scores).view(-1, n).argmax(1).cpu()).tolist()
+
+
+def best_of_curve(scores: Tensor, rewards: Tensor) -> Tensor:
+    """The mean reward of the completion that scores highest of n, for n = 1 to N, (P, N).
+
+    The mean is over all subsets of a prompt's N completions, whose scores and rewards are (P, N):
+    the one with the i-th lowest score is the best of C(i-1, n-1) subsets of n. Of equal scores the
+    last is the highest.
+    """
+    count = scores.shape[1]
+    ranked = rewards.gather(1, scores.argsort(dim=1, stable=True)).double()
+    shares = [[comb(i, n - 1) / comb(count, n) for n in range(1, count + 1)] for i in range(count)]
+    return ranked @ ranked.new_tensor(shares)
 
 
 def majority(answers: Sequence[Hashable | None], n: int) -> list[int]:

@@ -25,17 +25,17 @@ def value_judges(auroc_value: Seeds, auroc_logprob: Seeds) -> Verdict:
     )
 
 
-def value_guides(guided: Seeds, best_of_n: Seeds, by_prompt: Seeds, spent: float) -> Verdict:
+def value_guides(guided: Seeds, best_of_n: Seeds, by_prompt: Seeds, texts: float) -> Verdict:
     """Value-guided sampling beats choosing among finished texts by the same V, at equal cost.
 
     Args:
-        guided, best_of_n: mean rewards over the same prompts, of each seed's own V.
+        guided, best_of_n: mean rewards over the same prompts, of each seed's own V; n such that
+            both cost the same.
         by_prompt: guided minus best of n, the mean over seeds of every prompt.
-        spent: what guided sampling spent of its budget, which is all that best of n costs.
+        texts: how many plain completions either costs, to be told.
 
-    Reproduced iff the lower ends of the mean difference over seeds and over prompts are above 0 and
-    no more than the budget was spent; contradicted iff both upper ends are below 0 and at least
-    95 % was: else it had another price. The interval given is that over seeds.
+    Reproduced iff the lower ends of the mean difference over seeds and over prompts are above 0;
+    contradicted iff both upper ends are below 0. The interval given is that over seeds.
     """
     guided, best_of_n = columns_of(guided=guided, best_of_n=best_of_n)
     (by_prompt,) = columns_of(by_prompt=by_prompt)
@@ -43,10 +43,10 @@ def value_guides(guided: Seeds, best_of_n: Seeds, by_prompt: Seeds, spent: float
     return judged(
         seeds,
         len(guided),
-        reproduced=min(seeds.low, prompts.low) > 0 and spent <= 1,
-        contradicted=max(seeds.high, prompts.high) < 0 and spent >= 0.95,
+        reproduced=min(seeds.low, prompts.low) > 0,
+        contradicted=max(seeds.high, prompts.high) < 0,
         measured=f"the reward is {shown(seeds)} higher than that of best of n, over prompts "
-        f"{shown(prompts)}, for {spent:.0%} of its cost",
+        f"{shown(prompts)}, each for the cost of {texts:.3g} plain completions",
     )
 
 
