@@ -482,6 +482,8 @@ def test_what_to_expect_of_the_best_of_n():
         best = scores[:, subsets].argmax(-1)  # (3, S)
         drawn = rewards[:, subsets].gather(-1, best[..., None])
         torch.testing.assert_close(found[:, n - 1], drawn.mean((1, 2)).double())
+    equal = best_of_curve(torch.ones(1, 2), torch.tensor([[3.0, 5.0]]))
+    assert equal.tolist() == [[4.0, 5.0]]
 
 
 # -- what is refused -------------------------------------------------------------------------------
