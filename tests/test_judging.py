@@ -102,10 +102,22 @@ def test_a_piece_is_computed_once_for_all_that_decides_it(tmp_path, monkeypatch)
     ids=["first half", "second half", "both"],
 )
 def test_how_much_the_first_half_decides(policy, reward, of, low, high):
-    reward[0] = of
+    seen = []
+
+    def noted(ids):
+        seen.append(of(ids))
+        return seen[-1]
+
+    reward[0] = noted
     found = judging.what_is_decided("toy", CONFIG, 4, 12, "quick")
-    assert found.seed.tolist() == [0]
-    assert low <= found.decided.item() <= high
+    assert found.endings.tolist() == list(range(1, 13))
+    assert (found.seed == 0).all() and (found.decided == found.decided[0]).all()
+    assert low <= found.decided[0] <= high
+    endings, outcome = torch.tensor(seen, dtype=torch.double).view(13, 4).split([12, 1])
+    for n, explained in zip(found.endings, found.explained, strict=True):
+        left = outcome[0] - endings[:n].mean(0)  # the text as it was, scored last
+        expected = 1 - left.var() / outcome.var()
+        assert explained == pytest.approx(expected.item(), abs=1e-5)
 
 
 def test_half_of_a_text_is_a_state_only_between_blocks(policy):

@@ -78,10 +78,12 @@ def what_is_decided(
     being one of those that `what_v_explains` asks about.
 
     Every text's second half is written anew `continuations` times; the rest of the variance is that
-    between those endings, of which no V can know.
+    between those endings, of which no V can know. Their mean reward is a V that needs no fit, only
+    the reward itself (the Monte-Carlo value of VinePPO, Kazemnejad et al. 2024).
 
     Returns:
-        columns `seed`, `decided`; one row.
+        a row for the first, the first two, ... of the endings: columns `seed`, `endings`,
+        `explained`, the share of the variance that their mean explains, and `decided`, from all.
     """
 
     def compute(policy: Policy, task: Task) -> pd.DataFrame:
@@ -104,10 +106,13 @@ def what_is_decided(
         )
         endings = torch.stack([_rewards(task, ending, rows) for ending in again])
         decided = 1 - endings.var(0).mean() / endings.var(correction=0)
-        return pd.DataFrame({"decided": [decided.item()]})
+        reward, counts = _rewards(task, output, rows), range(1, continuations + 1)
+        explained = [explained_variance(endings[:n].mean(0), reward) for n in counts]
+        found = {"endings": counts, "explained": explained, "decided": decided.item()}
+        return pd.DataFrame(found)
 
     settings = {"prompts": prompts, "continuations": continuations}
-    return _piece("decided", name, config, settings, profile, compute)
+    return _piece("endings", name, config, settings, profile, compute)
 
 
 def guided_completions(
