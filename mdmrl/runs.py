@@ -63,7 +63,7 @@ def environment() -> dict:
         **{name: metadata.version(name) for name in packages},
         "machine": machine(),
         "threads": torch.get_num_threads(),
-        "revision": _revision(),
+        "revision": revision(),
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
 
@@ -85,7 +85,7 @@ def machine() -> str:
     return f"{name}, {os.cpu_count()} cores"
 
 
-def _revision() -> str | None:
+def revision() -> str | None:
     """The git revision of the sources, marked if they were changed; None outside a checkout."""
 
     def git(*arguments: str) -> str:

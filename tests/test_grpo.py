@@ -8,15 +8,17 @@ import os
 import subprocess
 import sys
 import traceback
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 
 import pytest
 import torch
 
 import mdmrl.rl.grpo as grpo
 from mdmrl.policies import add_lora
+from mdmrl.rewards import Accuracy
 from mdmrl.rewards.score import score
-from mdmrl.rl.checkpoints import source_hash
+from mdmrl.rl.checkpoints import known_as
 from mdmrl.rl.config import GRPOConfig
 from mdmrl.rl.grpo import grpo_loss, train_grpo, update
 from mdmrl.rl.kl import KL_ESTIMATORS
@@ -779,7 +781,26 @@ def test_an_edited_reward_makes_another_run(ar, tmp_path, monkeypatch):
     ar.model = start
     with pytest.raises(FileExistsError, match=r"another run.*rewards.*mine"):
         train_grpo(ar, versions[1:], ROWS, config)
-    assert source_hash(eval("lambda prompts, **columns: [1.0] * len(prompts)")) is None
+    assert known_as(eval("lambda prompts, **columns: [1.0] * len(prompts)")) == "<lambda>"
+
+
+def test_what_a_reward_is_known_as():
+    """All that a reader would call another reward, and nothing that a new process changes."""
+
+    @dataclass
+    class Wanted:
+        letter: str
+
+    class Counting:
+        def __call__(self, prompts, **columns):
+            return [0.0] * len(prompts)
+
+    rewards = [length, parity, Wanted("a"), Wanted("z"), Accuracy(), Accuracy(answer_only=True)]
+    rewards += [Accuracy("elsewhere"), partial(length, weight=1), partial(length, weight=2)]
+    names = [known_as(reward) for reward in [*rewards, Counting()]]
+    assert len(set(names)) == len(names)
+    assert known_as(Wanted("a")) == names[2] and known_as(Counting()) == names[-1]
+    assert not any("0x" in name for name in names)
 
 
 def test_a_folder_of_another_run_is_refused(ar, tmp_path):

@@ -11,7 +11,7 @@ from mdmrl.rl.config import PPOConfig
 from mdmrl.rl.episodes import score
 from mdmrl.rl.rollout import Rollout
 from mdmrl.rl.values import explained_variance, fit_to_base
-from mdmrl.runs import generator_for
+from mdmrl.runs import generator_for, machine, revision
 from mdmrl.sampling import generate
 from mdmrl.sampling.guide import GuideConfig
 from mdmrl.sampling.guided import calibrate, generate_guided
@@ -83,7 +83,8 @@ def test_a_piece_is_computed_once_for_all_that_decides_it(tmp_path, monkeypatch)
     assert first.x.tolist() == [0.333333] and first.said.tolist() == ["n/a"]
     assert first.run.tolist() == computed
     facts = pieces.facts("quick", computed[0])
-    assert facts["why"] == "a test" and facts["identity"] == {"a": 1} and facts["machine"]
+    assert facts["why"] == "a test" and facts["identity"] == {"a": 1}
+    assert facts["machine"] == machine() and facts["revision"] == revision()
     pieces.kept("quick", "slug", {"a": 2}, compute)
     pieces.kept("other", "slug", {"a": 1}, compute)
     assert len(computed) == 3 and computed[0] == computed[2] != computed[1]

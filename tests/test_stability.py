@@ -16,6 +16,7 @@ def runs_of(rewards, seed=0, arm="A", losses=None):
             "seed": seed,
             "step": range(steps),
             "reward": rewards,
+            "rewards/depth/mean": np.array(rewards) / 4,
             "loss": losses or [0.0] * steps,
             "kl": np.arange(steps) * 2.0,
             "kl/max": np.arange(steps) * 5.0,
@@ -33,6 +34,7 @@ def test_one_row_a_run():
     second, first = found.to_dict("records")
     assert first["closed"] == pytest.approx(0.5 / 1.0)  # of 1.8 to 2.8
     assert second["gain"] == pytest.approx(-0.2)
+    assert (first["gain/depth"], second["gain/depth"]) == pytest.approx((0.125, -0.05))
     assert (first["collapsed"], second["collapsed"]) == (False, True)
     assert (first["loss/std"], first["kl/std"], first["grad_norm/std"]) == (3, 2, 0)
     assert (first["kl/max"], second["kl/max"]) == (10, 5)

@@ -5,6 +5,7 @@ import shutil
 import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
+from safetensors.torch import load_file
 
 from mdmrl.runs import read_rows
 from mdmrl.study import plots, training
@@ -152,6 +153,17 @@ def test_a_cold_start_comes_before_rl(arm):
     assert [row["step"] for row in learnt] == [0, 1, 2]
     assert cold["kl/sum"][0] == 0
     assert cold["eval/entropy"][0] != plain["eval/entropy"][0]
+
+
+def test_lora_stays_lora_after_a_cold_start(arm):
+    """The cold start's adapter is merged; RL trains one of its own, and nothing else."""
+    sft = {"max_steps": 1, "per_device_train_batch_size": 2}
+    settings = arm.settings | {"save_steps": 1}
+    cold = training.train_arm(arm.replace(lora={"r": 2}, sft=sft, settings=settings), 0, "quick")
+    folder = training.project_root() / "runs" / "quick" / "grpo" / cold.run[0] / "checkpoints"
+    latest = max(folder.iterdir())
+    assert (latest / "pretrained" / "adapter_config.json").exists()
+    assert all("lora" in name for name in load_file(latest / "policy.safetensors"))
 
 
 def test_the_hierarchy_is_for_grpo(arm):

@@ -114,6 +114,9 @@ class Accuracy:
         self.compared = answer_block if answer_only else strip_tags
         self.__name__ = "answer_accuracy" if answer_only else "accuracy"
 
+    def __repr__(self) -> str:
+        return f"Accuracy({self.encoder.name!r}, {self.column!r})"
+
     @property
     def truncated(self) -> int:
         """How many texts the encoder has cut so far in this process."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -34,21 +35,27 @@ def begin(
     require(len(set(names)) == len(names), f"two rewards share a name: {names}")
     policy.encode([row["prompt"] for row in rows], config.max_completion_length)  # they all fit
     judged = [*rows, *eval_rows]
-    sources = {name: source_hash(reward) for name, reward in zip(names, rewards, strict=True)}
-    run = open_run(policy, judged, config, algorithm, accelerator, rewards=sources, **more)
+    known = {name: known_as(reward) for name, reward in zip(names, rewards, strict=True)}
+    run = open_run(policy, judged, config, algorithm, accelerator, rewards=known, **more)
     if not policy.uses_lora:
         policy.sync_reference()
     return run
 
 
-def source_hash(reward: Callable) -> str | None:
-    """A hash of a reward's own text, so that an edited one makes another run; None where it has
-    none that can be read. What it calls is not seen."""
-    written = reward if inspect.isroutine(reward) else type(reward)
+def known_as(function: Callable) -> str:
+    """What tells a reward, or a way of drawing, from another, so that a changed one makes another
+    run: a hash of its own text, where that can be read; of an object also the `repr` that its class
+    defines; of a `partial` what it binds. What it calls is not seen."""
+    if isinstance(function, partial):
+        return f"{known_as(function.func)} with {function.args} {function.keywords}"
+    routine = inspect.isroutine(function)
+    written = function if routine else type(function)
+    shows = not routine and written.__repr__ is not object.__repr__
+    name = repr(function) if shows else written.__qualname__
     try:
-        return hashlib.sha256(inspect.getsource(written).encode()).hexdigest()[:10]
+        return f"{name} {hashlib.sha256(inspect.getsource(written).encode()).hexdigest()[:10]}"
     except (OSError, TypeError):
-        return None
+        return name
 
 
 def open_run(

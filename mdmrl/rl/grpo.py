@@ -16,8 +16,9 @@ Deviations from the cited algorithm:
    is an estimate, with the same noise for new, old and reference policy at one inner iteration.
  * An estimator of log pi(o_i) as a whole makes one token of each completion, in the log too:
    rho_i = exp((log pi(o_i) - log pi_old(o_i)) / |o_i|), as Ou et al. 2025 (ESPO), d_i likewise.
- * The reference is the starting policy, replaced by the policy every `ref_model_sync_steps`
-   updates (the thesis's "every 500 rounds"), not once an outer iteration.
+ * The reference is the starting policy (of LoRA the model without its adapter), replaced by the
+   policy every `ref_model_sync_steps` updates (the thesis's "every 500 rounds"), not once an outer
+   iteration.
  * Dropout is off in scoring, new policy included: the ratio is 1 at the first inner step, which the
    first updates of a run check.
  * Rewards are outcome rewards without a trained reward model, so there is no algorithm line 10.
@@ -39,7 +40,7 @@ from torch import Tensor
 
 from mdmrl.evaluation.accuracy import evaluate
 from mdmrl.policies.base import Policy
-from mdmrl.rl.checkpoints import begin, restore, save
+from mdmrl.rl.checkpoints import begin, known_as, restore, save
 from mdmrl.rl.config import RATIO_FREE, GRPOConfig
 from mdmrl.rl.logprobs import Noise, draw_noise, estimator
 from mdmrl.rl.objectives import charge, divisor, grpo_loss, of_tokens, sandwiched, wd1_weights
@@ -98,7 +99,7 @@ def train_grpo(
     plain = estimator(config.logp_estimator, policy)
     scorer = sandwiched(plain, config) if config.loss_type == "spg" else plain
     sampler = config.sampler().replace(stop_at_end=not scorer.reads_on)
-    drawn = {} if draw is generate else {"draw": repr(draw)}
+    drawn = {} if draw is generate else {"draw": known_as(draw)}
     run = begin(policy, rewards, rows, eval_rows, config, ALGORITHM, accelerator, **drawn)
     parameters = policy.trainable_parameters()
     optimizer = torch.optim.AdamW(parameters.values(), lr=config.learning_rate, weight_decay=0.0)

@@ -24,7 +24,8 @@ Deviations from the cited algorithm, and what the thesis leaves open:
    the scale of the advantages; both together follow the gradient of E[r] - beta KL(paths).
  * V is linear in detached features and fitted to base rollouts, in closed form, before the first
    update, where no KL is charged yet; then it takes gradient steps as the policy does.
- * The reference is the starting policy, replaced every `ref_model_sync_steps` updates.
+ * The reference is the starting policy (of LoRA the model without its adapter), replaced every
+   `ref_model_sync_steps` updates.
  * The batch of a step is one minibatch. Dropout is off in scoring. An update whose loss or
    gradient is not finite is skipped and counted; `MAX_SKIPPED` in a row end the run.
 """

@@ -1,10 +1,11 @@
 """Results that take long, each computed once and kept.
 
-A piece is one table. Its name is a readable slug and a hash of its identity, that is of everything
-that decides the result: settings, weights, rows, the version of the algorithm. It lies as a CSV,
-beside it a JSON with the identity, the machine and what else is to be known, in `figures/data/runs`
-for the `full` profile (committed) and in `runs/<profile>/runs` for any other; a piece whose CSV is
-there is not computed again.
+A piece is one table. Its name is a readable slug and a hash of its identity: settings, weights,
+rows, the version of the algorithm. That decides the law of the result; its bits also depend on the
+machine (a card draws other random numbers) and on the revision of the sources. It lies as a CSV,
+beside it a JSON with the identity, machine and revision (early ones lack some of these) and what
+else is to be known, in `figures/data/runs` for the `full` profile (committed) and in
+`runs/<profile>/runs` for any other; a piece whose CSV is there is not computed again.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from mdmrl.runs import config_hash, machine, write_atomically
+from mdmrl.runs import config_hash, machine, revision, write_atomically
 from mdmrl.study.outputs import figures_folder, project_root
 
 
@@ -32,7 +33,7 @@ def kept(
     path = pieces_folder(profile) / f"{slug}-{config_hash(identity)}.csv"
     if not path.exists():
         table, known = compute(path.stem)
-        known = {**known, "identity": identity, "machine": machine()}
+        known |= {"identity": identity, "machine": machine(), "revision": revision()}
         write_atomically(path.with_suffix(".json"), json.dumps(known, indent=1) + "\n")
         write_atomically(path, table.to_csv(index=False, float_format="%.6g"))
     table = pd.read_csv(path, keep_default_na=False, na_values=[""])

@@ -17,10 +17,12 @@ def table(runs: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         columns arm and seed; `gain` and `headroom` of the reward, `closed`, their ratio, and
-        `collapsed`; the standard deviations over training of loss, KL (without beta) and gradient
-        norm before clipping, `loss/std` and so on; the largest KL of a token, `kl/max`.
+        `collapsed`; what of the gain each part of the reward is, `gain/accuracy` and so on; the
+        standard deviations over training of loss, KL (without beta) and gradient norm before
+        clipping, `loss/std` and so on; the largest KL of a token, `kl/max`.
     """
     rows = []
+    parts = runs.columns[runs.columns.str.fullmatch("rewards/[^/]+/mean")]
     for (arm, seed), run in runs.groupby(["arm", "seed"], sort=False):
         updates = run.sort_values("step").dropna(subset=["loss"])
         reward = updates.reward.to_numpy()
@@ -34,6 +36,7 @@ def table(runs: pd.DataFrame) -> pd.DataFrame:
                 "headroom": room,
                 "closed": gain / room,
                 "collapsed": quantities.collapsed(reward),
+                **{f"gain/{x.split('/')[1]}": quantities.gain(updates[x].array) for x in parts},
                 **{f"{name}/std": updates[name].std() for name in SPREAD},
                 "kl/max": updates["kl/max"].max(),
             }

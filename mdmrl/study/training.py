@@ -138,6 +138,8 @@ def _train(policy: Policy, arm: Arm, config: GRPOConfig | PPOConfig) -> pd.DataF
         shown = [row for row in rows if all(tag in row["completion"] for tag in TAGS)]
         own = {"output_dir": f"{config.output_dir}-sft", "seed": config.seed}
         train_sft(policy, shown, SFTConfig.from_dict(arm.sft | own))
+        if arm.lora:  # that of the cold start is merged
+            add_lora(policy, **arm.lora, seed=config.seed)
     folder = train(policy, task.rewards, rows, config, held_out, task.metric, probe, **drawn)
     frame = pd.DataFrame(read_rows(folder / "metrics.jsonl"))
     for steps in arm.final_steps:

@@ -1,9 +1,10 @@
-"""The verdict rules of the claims that rest on training, written before the runs.
+"""The verdict rules of the claims that rest on training, written before the runs; where one was
+changed after a look, the notebook says so.
 
 A rule is a function of plain numbers (most of them from `mdmrl.study.quantities`), one value a seed
 in every column where nothing else is said, the same seed at the same place. Intervals are 95 %
-t-intervals over seeds. With fewer than five seeds, or where a seed gave no finite number, the
-verdict is always "inconclusive".
+t-intervals over seeds. With fewer than five seeds the verdict is always "inconclusive", and an
+interval of seeds of which one gave no finite number fulfils no condition.
 """
 
 from mdmrl.study.verdicts.curves import (
