@@ -64,6 +64,7 @@ class Arm(Config):
             that have all four tags; empty for none.
         hierarchy: settings of `Hierarchical`, which then draws all completions (grpo alone); empty
             for flat ones.
+        rewards: reward options of `load_task`; empty for the thesis's rewards.
     """
 
     name: str
@@ -78,6 +79,7 @@ class Arm(Config):
     path_kl: dict = field(default_factory=dict)
     sft: dict = field(default_factory=dict)
     hierarchy: dict = field(default_factory=dict)
+    rewards: dict = field(default_factory=dict)
 
     def validate(self) -> None:
         if self.algorithm not in ALGORITHMS:
@@ -128,7 +130,7 @@ def train_arm(arm: Arm, seed: int, profile: str) -> pd.DataFrame:
 
 
 def _train(policy: Policy, arm: Arm, config: GRPOConfig | PPOConfig) -> pd.DataFrame:
-    task = load_task("medcot-sections")  # the rows and rewards of medcot, and units
+    task = load_task("medcot-sections", **arm.rewards)  # rows and rewards of medcot, and units
     system = SYSTEM_PROMPT if arm.instruct else None
     drawn = {"draw": Hierarchical(tuple(task.units), **arm.hierarchy)} if arm.hierarchy else {}
     held_out = task.rows("validation", arm.eval_prompts, system) if arm.eval_prompts else []
@@ -167,7 +169,7 @@ def _train(policy: Policy, arm: Arm, config: GRPOConfig | PPOConfig) -> pd.DataF
 def _probe(arm: Arm, config: GRPOConfig | PPOConfig, held_out: Sequence[dict]) -> Callable | None:
     if not arm.path_kl:
         return None
-    task = load_task("medcot")
+    task = load_task("medcot", **arm.rewards)
     start = load_policy(arm.policy, dtype=arm.dtype, device=best_device())
     prompts = [row["prompt"] for row in held_out]
     episode = PPOConfig(max_completion_length=config.max_completion_length, **arm.path_kl)
