@@ -391,8 +391,8 @@ def test_cold_start_helps():
     nothing, one = 0 * ONES, np.eye(5)[0]
     found = cold_start_helps(around(0.3, 0.1), 0.1 * ONES, around(0.5, 0.1), nothing, one)
     assert found.verdict == "reproduced"
-    assert "G is 0.2 [0.1, 0.3] higher" in found.measured
-    assert "final reward 0.5 [0.4, 0.6]; 0 and 1 runs" in found.measured
+    assert "G differs by 0.2 [0.1, 0.3]" in found.measured
+    assert "final reward by 0.5 [0.4, 0.6]; 0 and 1 runs" in found.measured
     rule = partial(cold_start_helps, gain_none=nothing, final_difference=ONES)
     assert rule(around(0.05, 0.1), collapsed_sft=nothing, collapsed_none=one).verdict == (
         "inconclusive"
@@ -415,7 +415,7 @@ def test_value_guides_holds_for_other_fits_of_v_and_for_other_prompts():
     assert judged(-clear, -unclear).verdict == "inconclusive"
     worse = judged(-clear, -clear)
     assert worse.verdict == "contradicted"
-    assert "-0.2 [-0.3, -0.1] higher" in worse.measured
+    assert "is -0.2 [-0.3, -0.1], over" in worse.measured
     assert "the cost of 2.25 plain completions" in worse.measured
     few = value_guides([3.0], [2.0], np.ones(48), 1.0)
     assert few.verdict == "inconclusive" and "1 seed, needs 5" in few.measured

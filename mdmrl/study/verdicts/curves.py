@@ -176,6 +176,6 @@ def cold_start_helps(
         len(final),
         reproduced=more.low > 0 and not worse,
         contradicted=bool(more.high < 0 or worse),
-        measured=f"G is {shown(more)} higher with a cold start, and the final reward "
+        measured=f"with a cold start G differs by {shown(more)}, and the final reward by "
         f"{shown(end)}; {fell.sum():.0f} and {fell_without.sum():.0f} runs collapsed",
     )

@@ -45,7 +45,7 @@ def value_guides(guided: Seeds, best_of_n: Seeds, by_prompt: Seeds, texts: float
         len(guided),
         reproduced=min(seeds.low, prompts.low) > 0,
         contradicted=max(seeds.high, prompts.high) < 0,
-        measured=f"the reward is {shown(seeds)} higher than that of best of n, over prompts "
+        measured=f"the reward less that of best of n is {shown(seeds)}, over prompts "
         f"{shown(prompts)}, each for the cost of {texts:.3g} plain completions",
     )
 

@@ -123,6 +123,6 @@ def block_rl_cures_kl(
         reproduced=kl.high < 0 and not more and difference.low > -0.05,
         contradicted=bool(kl.low > 0 or more or difference.high < -0.05),
         measured=f"log(block/whole) of the exact KL at equal reward is {shown(kl)}; "
-        f"{fell_block.sum():.0f} and {fell_whole.sum():.0f} runs collapsed; the final reward is "
-        f"{shown(difference)} of the headroom higher",
+        f"{fell_block.sum():.0f} and {fell_whole.sum():.0f} runs collapsed; the final reward "
+        f"differs by {shown(difference)} of the headroom",
     )
