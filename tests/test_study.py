@@ -166,6 +166,17 @@ def test_lora_stays_lora_after_a_cold_start(arm):
     assert all("lora" in name for name in load_file(latest / "policy.safetensors"))
 
 
+def test_an_arm_may_have_rewards_of_its_own(arm):
+    """Trained, evaluated and named by them."""
+    plain = training.train_arm(arm, 0, "quick")
+    capped = training.train_arm(arm.replace(rewards={"faithful": False}), 0, "quick")
+    assert capped.run[0] != plain.run[0]
+    for frame, own, other in ((plain, "depth", "capped_depth"), (capped, "capped_depth", "depth")):
+        for before in ("", "eval/", "final8/"):
+            assert f"{before}rewards/{own}/mean" in frame
+            assert f"{before}rewards/{other}/mean" not in frame
+
+
 def test_the_hierarchy_is_for_grpo(arm):
     with pytest.raises(ValueError, match="algorithm='ppo': expected 'grpo'"):
         arm.replace(algorithm="ppo", settings={}, hierarchy={"gap": 4})

@@ -29,7 +29,7 @@ class Claim(Config):
         measured: what was measured here, in words.
         estimate, low, high: the number and its 95 % interval, in `unit`; None where there is none.
         seeds: training runs behind the number; 0 for exact arithmetic.
-        verdict: one of `VERDICTS`, from a rule (`mdmrl.study.verdicts`).
+        verdict: one of `VERDICTS`, from a rule, most of them in `mdmrl.study.verdicts`.
         conditional: the verdict holds for the shipped checkpoints only.
         notebook, profile: what recorded it; `Outputs.claim` fills them in.
 

@@ -32,9 +32,9 @@ def kept(
     """
     path = pieces_folder(profile) / f"{slug}-{config_hash(identity)}.csv"
     if not path.exists():
-        table, known = compute(path.stem)
-        known |= {"identity": identity, "machine": machine(), "revision": revision()}
-        write_atomically(path.with_suffix(".json"), json.dumps(known, indent=1) + "\n")
+        made_by = {"identity": identity, "machine": machine(), "revision": revision()}
+        table, known = compute(path.stem)  # hours, in which the sources may change
+        write_atomically(path.with_suffix(".json"), json.dumps(known | made_by, indent=1) + "\n")
         write_atomically(path, table.to_csv(index=False, float_format="%.6g"))
     table = pd.read_csv(path, keep_default_na=False, na_values=[""])
     return table.assign(run=path.stem)
