@@ -42,7 +42,7 @@ def pretrain(
     seed: Annotated[int, typer.Option(help="Of weights, data and noise.")] = 0,
 ) -> None:
     """Train the tokenizer or a tiny model from scratch; goes on where it was stopped."""
-    from mdmrl.rl.pretrain import pretrain_by_name
+    from mdmrl.zoo.pretrain import pretrain_by_name
 
     folder = output_dir or Path("runs") / "pretrain" / name
     print(f"{name}: saved in {pretrain_by_name(name, folder, tokens, seed)}")
@@ -186,9 +186,9 @@ def bench(
     it on an idle machine."""
     from json import dumps
 
+    from mdmrl.bench.samplers import bench_samplers, print_bench
+    from mdmrl.bench.updates import bench_estimators, bench_import, bench_update
     from mdmrl.config import unknown
-    from mdmrl.study.bench import bench_estimators, bench_import, bench_update
-    from mdmrl.study.bench_samplers import bench_samplers, print_bench
 
     benches = {
         "samplers": lambda: bench_samplers(

@@ -10,18 +10,23 @@ import typing
 from collections.abc import Iterable, Mapping
 
 
-def unknown(what: str, name: object, known: Iterable[str]) -> ValueError:
+class InputError(ValueError):
+    """A mistake of the user's: its message names the value, what was expected and how to mend it,
+    and the command line shows that alone. Any other error keeps its traceback."""
+
+
+def unknown(what: str, name: object, known: Iterable[str]) -> InputError:
     """The error for a name that is not among `known`, with the nearest known one suggested."""
     known = sorted(known)
     near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    return ValueError(f"unknown {what} {name!r}: {hint}known: {', '.join(known)}")
+    return InputError(f"unknown {what} {name!r}: {hint}known: {', '.join(known)}")
 
 
 def require(condition: bool, message: str) -> None:
-    """Raise `ValueError(message)` unless `condition` holds."""
+    """Raise `InputError(message)` unless `condition` holds."""
     if not condition:
-        raise ValueError(message)
+        raise InputError(message)
 
 
 @dataclasses.dataclass
@@ -74,7 +79,7 @@ def _coerce(name: str, value, declared):
             return None
         declared = next(a for a in declared.__args__ if a is not types.NoneType)
     origin = typing.get_origin(declared) or declared
-    mistake = ValueError(f"{name}={value!r}: expected {getattr(declared, '__name__', declared)}")
+    mistake = InputError(f"{name}={value!r}: expected {getattr(declared, '__name__', declared)}")
     if origin is list:
         if isinstance(value, str) or not isinstance(value, Iterable):
             raise mistake

@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-import mdmrl.policies
-from mdmrl.rl.pretrain import PretrainConfig, make_policy
+import mdmrl.zoo
+from mdmrl.zoo.pretrain import PretrainConfig, make_policy
 
 # Workers share the cores, and the kernels of notebooks inherit this.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -20,7 +20,7 @@ torch.set_num_threads(1)
 @pytest.fixture(scope="session")
 def tokenizer():
     """The tokenizer that ships with the package."""
-    folder = mdmrl.policies.__path__[0] + "/zoo/tokenizer"
+    folder = mdmrl.zoo.__path__[0] + "/tokenizer"
     return AutoTokenizer.from_pretrained(folder)
 
 

@@ -5,8 +5,8 @@ import json
 import pytest
 from test_sampling import double
 
-from mdmrl.study import bench_samplers as bench
-from mdmrl.study.bench import bench_estimators
+from mdmrl.bench import samplers as bench
+from mdmrl.bench.updates import bench_estimators
 
 
 def rows_of(policy, monkeypatch, **options):

@@ -9,9 +9,9 @@ from test_policies import PROMPTS, ids_of
 
 from mdmrl.diffusion import mask_tokens, sample_times
 from mdmrl.policies import load_policy
-from mdmrl.rl.pretrain import PretrainConfig, batches, loss_of, make_policy, pretrain
 from mdmrl.runs import generator_for
 from mdmrl.tasks import medcot
+from mdmrl.zoo.pretrain import PretrainConfig, batches, loss_of, make_policy, pretrain
 
 
 @torch.no_grad()

@@ -22,9 +22,9 @@ from mdmrl.diffusion import (
     transition_matrix,
 )
 from mdmrl.diffusion_exact import chain_log_likelihood, conditionals, exact_masked_nll
-from mdmrl.rl.pretrain import POOL, PretrainConfig, batches, loss_of, pretrain
 from mdmrl.runs import Run, generator_for
 from mdmrl.tasks import medcot
+from mdmrl.zoo.pretrain import POOL, PretrainConfig, batches, loss_of, pretrain
 
 # -- schedules, matrices, posterior ----------------------------------------------------------------
 

@@ -5,10 +5,11 @@ import copy
 import pytest
 import torch
 
-from mdmrl.evaluation.divergence import path_kl
-from mdmrl.rl.oracle import Oracle, all_texts, denoiser_of, tabulate, toy_policy
+from mdmrl.rl.divergence import path_kl
+from mdmrl.rl.oracle import Oracle, all_texts, denoiser_of, tabulate
 from mdmrl.runs import generator_for
 from mdmrl.sampling import SamplerConfig
+from mdmrl.zoo.toy import toy_policy
 
 PROMPT, LENGTH, BLOCK, STATES, MASK = "aba", 4, 2, 4, 3
 

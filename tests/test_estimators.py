@@ -15,11 +15,12 @@ from mdmrl.rl import estimators
 from mdmrl.rl.config import GRPOConfig
 from mdmrl.rl.grpo import grpo_loss, train_grpo, update
 from mdmrl.rl.logprobs import ESTIMATORS, draw_noise, estimator
-from mdmrl.rl.oracle import RULES, Oracle, all_texts, denoiser_of, tabulate, toy_policy
+from mdmrl.rl.oracle import RULES, Oracle, all_texts, denoiser_of, tabulate
 from mdmrl.rl.rollout import Rollout, collect
 from mdmrl.runs import generator_for, read_rows
 from mdmrl.sampling import SamplerConfig, generate
 from mdmrl.sampling.denoise import evenly
+from mdmrl.zoo.toy import toy_policy
 
 PROMPT, LENGTH, BLOCK = "abca", 4, 2
 END, MASK, STATES = 3, 4, 5  # letters are 0, 1, 2

@@ -24,7 +24,7 @@ from transformers import (
 
 from mdmrl import SamplerConfig, generate, load_policy
 from mdmrl.policies import MaskedDiffusionPolicy, add_lora
-from mdmrl.policies.tokenizer import train_tokenizer
+from mdmrl.zoo.tokenizer_training import train_tokenizer
 
 CHAT = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

@@ -15,19 +15,20 @@ import pytest
 import torch
 
 import mdmrl.rl.grpo as grpo
+from mdmrl.evaluation.completions import completion_metrics, repetition
 from mdmrl.policies import add_lora
 from mdmrl.rewards import Accuracy
 from mdmrl.rewards.score import score
-from mdmrl.rl.checkpoints import known_as
 from mdmrl.rl.config import GRPOConfig
 from mdmrl.rl.grpo import grpo_loss, train_grpo, update
 from mdmrl.rl.kl import KL_ESTIMATORS
 from mdmrl.rl.logprobs import ESTIMATORS, draw_noise, estimator
-from mdmrl.rl.monitors import completion_metrics, repetition
-from mdmrl.rl.rollout import Rollout, collect, draw_rows, group_advantages
+from mdmrl.rl.rollout import Rollout, collect, group_advantages
 from mdmrl.runs import generator_for, read_rows
 from mdmrl.sampling import SamplerConfig, generate
 from mdmrl.tasks import load_rows
+from mdmrl.training.checkpoints import known_as
+from mdmrl.training.data import draw_rows
 
 ROWS = [{"prompt": f"A patient has {x}. Which test is decisive?"} for x in ("fever", "a rash", "x")]
 

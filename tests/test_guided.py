@@ -10,7 +10,7 @@ from scipy import stats
 from test_sampling import PROMPTS, double, ender
 
 from mdmrl.rl.episodes import look
-from mdmrl.rl.oracle import denoiser_of, tabulate, toy_policy
+from mdmrl.rl.oracle import denoiser_of, tabulate
 from mdmrl.rl.rollout import Rollout
 from mdmrl.runs import generator_for
 from mdmrl.sampling import SamplerConfig, generate
@@ -24,6 +24,7 @@ from mdmrl.sampling.selection import (
     majority,
     mean_logprob,
 )
+from mdmrl.zoo.toy import toy_policy
 
 OTHERS = ["Why?", "Which test would confirm the diagnosis?"]
 PLENTY = 10**9

@@ -13,10 +13,11 @@ from mdmrl.rl.config import LOSS_TYPES, RATIO_FREE, GRPOConfig
 from mdmrl.rl.grpo import charged, grpo_loss, train_grpo, update
 from mdmrl.rl.logprobs import Noise, draw_noise, estimator
 from mdmrl.rl.objectives import charge, divisor, sandwiched, wd1_weights
-from mdmrl.rl.oracle import Oracle, all_texts, denoiser_of, toy_policy
+from mdmrl.rl.oracle import Oracle, all_texts, denoiser_of
 from mdmrl.rl.rollout import Rollout, collect
 from mdmrl.runs import generator_for, read_rows
 from mdmrl.sampling import SamplerConfig
+from mdmrl.zoo.toy import toy_policy
 
 ROWS = [{"prompt": "abca"}, {"prompt": "bc"}]
 NAN = math.nan

@@ -10,8 +10,8 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from mdmrl.policies import MaskedDiffusionPolicy, add_lora, load_policy
 from mdmrl.policies.lora import thesis_lora_share
-from mdmrl.policies.tokenizer import train_tokenizer
 from mdmrl.sampling import SamplerConfig, generate
+from mdmrl.zoo.tokenizer_training import train_tokenizer
 
 PROMPTS = [
     "Which test is decisive?",

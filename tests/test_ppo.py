@@ -20,7 +20,7 @@ from mdmrl.policies import add_lora
 from mdmrl.rl.config import PPOConfig
 from mdmrl.rl.episodes import kl_divergence, log_probabilities, look, score
 from mdmrl.rl.ppo import check_first_inner_step, ppo_loss, train_ppo, update
-from mdmrl.rl.rollout import Rollout, collect, draw_rows
+from mdmrl.rl.rollout import Rollout, collect
 from mdmrl.rl.values import (
     Seen,
     ValueHead,
@@ -34,6 +34,7 @@ from mdmrl.rl.values import (
     value_loss,
 )
 from mdmrl.runs import derived_seed, generator_for
+from mdmrl.training.data import draw_rows
 
 ROWS = [{"prompt": f"A patient has {x}. Which test is decisive?"} for x in ("fever", "a rash", "x")]
 FAMILIES = ("mdm", "shifted", "bd")

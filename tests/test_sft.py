@@ -11,18 +11,20 @@ import pytest
 import torch
 from conftest import random_policy
 
-import mdmrl.rl.sft as sft
+import mdmrl.training.sft as sft
 from mdmrl import cli
 from mdmrl.policies import add_lora, load_policy
-from mdmrl.rl.config import GRPOConfig, SFTConfig
+from mdmrl.rl.config import GRPOConfig
 from mdmrl.rl.grpo import train_grpo
-from mdmrl.rl.oracle import Oracle, denoiser_of, toy_policy
-from mdmrl.rl.rollout import draw_rows
-from mdmrl.rl.sft import backward, held_out_loss, summed_loss, train_sft
-from mdmrl.rl.supervised import encode_pairs
+from mdmrl.rl.oracle import Oracle, denoiser_of
 from mdmrl.runs import generator_for, read_rows
 from mdmrl.sampling import SamplerConfig, generate
 from mdmrl.tasks import load_task
+from mdmrl.training.config import SFTConfig
+from mdmrl.training.data import draw_rows
+from mdmrl.training.sft import backward, held_out_loss, summed_loss, train_sft
+from mdmrl.training.supervised import encode_pairs
+from mdmrl.zoo.toy import toy_policy
 
 ROWS = [
     {"prompt": "Name a fruit.", "completion": "an apple"},

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from mdmrl.evaluation.completions import completion_metrics
 from mdmrl.policies.base import Policy
 from mdmrl.rewards.score import reward_name, score
-from mdmrl.rl.monitors import completion_metrics
 from mdmrl.runs import generator_for
 from mdmrl.sampling import SamplerConfig, generate
 
@@ -28,7 +28,7 @@ def evaluate(
         draw: what completes the prompts, called as `generate` is.
     Returns:
         `reward`, `rewards/<name>/mean`, `accuracy` (the share of rows `metric` accepts) and the
-        monitors of `mdmrl.rl.monitors`, each behind `prefix`.
+        monitors of `mdmrl.evaluation.completions`, each behind `prefix`.
     """
     totals: dict[str, float] = {}
     for start in range(0, len(rows), batch_size):

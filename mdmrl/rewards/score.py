@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from mdmrl.config import InputError
+
 
 def score(
     rewards: Sequence[Callable],
@@ -37,7 +39,7 @@ def score(
         )
         if not isinstance(found, Sequence) or len(found) != len(completions):
             size = len(found) if isinstance(found, Sequence) else type(found).__name__
-            raise ValueError(
+            raise InputError(
                 f"reward {name!r} returned {size}: expected a list of {len(completions)} values, "
                 "one a completion"
             )
@@ -54,7 +56,7 @@ def _checked(name: str, index: int, value) -> float:
     if value is None:
         return math.nan
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(
+        raise InputError(
             f"reward {name!r} returned {value!r} ({type(value).__name__}) for completion {index}: "
             "expected a finite number, or None to leave the sample out of its group"
         )

@@ -40,13 +40,14 @@ from torch import Tensor
 
 from mdmrl.evaluation.accuracy import evaluate
 from mdmrl.policies.base import Policy
-from mdmrl.rl.checkpoints import begin, known_as, restore, save
 from mdmrl.rl.config import RATIO_FREE, GRPOConfig
 from mdmrl.rl.logprobs import Noise, draw_noise, estimator
 from mdmrl.rl.objectives import charge, divisor, grpo_loss, of_tokens, sandwiched, wd1_weights
-from mdmrl.rl.rollout import Rollout, collect, draw_rows, group_advantages
+from mdmrl.rl.rollout import Rollout, collect, group_advantages
 from mdmrl.runs import generator_for
 from mdmrl.sampling import generate
+from mdmrl.training.checkpoints import begin, known_as, restore, save
+from mdmrl.training.data import draw_rows
 
 ALGORITHM = "grpo-1"  # part of a run's hash: raise it when its law changes
 MAX_SKIPPED = 5
@@ -83,9 +84,9 @@ def train_grpo(
     `kl` (mean over tokens, without beta), `kl/sum` (over a completion), `kl/max` and `kl/law` =
     log mean exp(-d), which is 0 where samples come from the distribution that is scored; ratio and
     clip fraction, where the loss has a ratio; with `kl_in_reward` the mean `kl/charged`; what
-    completions look like (`mdmrl.rl.monitors`); seconds; positions that sampling pushed through the
-    network, `token_forwards`, and what followed, `token_forwards/scoring`. `eval/...` are greedy
-    completions of `eval_rows`, before the update of that step; the last row has nothing else.
+    completions look like (`mdmrl.evaluation.completions`); seconds; positions that sampling pushed
+    through the network, `token_forwards`, and what followed, `token_forwards/scoring`. `eval/...` are
+    greedy completions of `eval_rows`, before the update of that step; the last row has nothing else.
 
     Raises:
         ValueError: an estimator that is not for this policy or loss, bad input.

@@ -29,7 +29,7 @@ from functools import partial
 
 from torch import Tensor
 
-from mdmrl.config import require, unknown
+from mdmrl.config import InputError, require, unknown
 from mdmrl.policies.base import Policy
 from mdmrl.rl import estimators as formulas
 from mdmrl.rl.estimators import Noise, draw_noise
@@ -202,7 +202,7 @@ def _with(found: Estimator, plain: str, setting: str) -> Estimator:
         return replace(found, function=partial(found.function, b=float(power[1])))
     known = {"trajectory": ["'positions'"], "upper_bound": ["a power ('b1')"]}.get(plain, [])
     known += ["a number of samples ('4')", "'unshared'"] if found.samples else []
-    raise ValueError(
+    raise InputError(
         f"logp_estimator {plain!r} has no setting {setting!r}: "
         f"expected {' or '.join(known) if known else 'none'}"
     )

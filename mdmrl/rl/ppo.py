@@ -43,12 +43,11 @@ from torch.nn.utils import get_total_norm
 
 from mdmrl.evaluation.accuracy import evaluate
 from mdmrl.policies.base import Policy
-from mdmrl.rl.checkpoints import begin, restore, save
 from mdmrl.rl.config import PPOConfig
 from mdmrl.rl.episodes import Old, kl_divergence, log_probabilities, look, score
 from mdmrl.rl.grpo import MAX_SKIPPED, PARTS, TOLERANCE, averaged, finish_gradient
 from mdmrl.rl.objectives import clipped_gain
-from mdmrl.rl.rollout import collect, draw_rows
+from mdmrl.rl.rollout import collect
 from mdmrl.rl.values import (
     Seen,
     ValueHead,
@@ -60,6 +59,8 @@ from mdmrl.rl.values import (
     value_loss,
 )
 from mdmrl.runs import generator_for
+from mdmrl.training.checkpoints import begin, restore, save
+from mdmrl.training.data import draw_rows
 
 ALGORITHM = "ppo-3"  # part of a run's hash: raise it when results change
 

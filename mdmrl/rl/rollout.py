@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from mdmrl.config import require
+from mdmrl.evaluation.completions import completion_metrics
 from mdmrl.policies.base import Policy
 from mdmrl.rewards.score import reward_name, score
-from mdmrl.rl.monitors import completion_metrics
-from mdmrl.runs import generator_for
 from mdmrl.sampling import SamplerConfig, SamplerOutput, generate
 
 
@@ -130,21 +129,6 @@ def group_advantages(rewards: Tensor, num_generations: int) -> tuple[Tensor, Ten
     equal = (centred.abs().amax(1, keepdim=True) < 1e-9) | (n < 2)
     advantages = torch.where(equal, 0.0, centred / (std + 1e-4))
     return advantages.flatten().float(), counted.flatten()
-
-
-def draw_rows(
-    rows: Sequence[dict], count: int, step: int, rank: int, processes: int, seed: int
-) -> list[dict]:
-    """This process's `count` rows of a step, from an endless reading of `rows`, shuffled anew each
-    epoch; they depend on (seed, step, rank) alone."""
-
-    def at(position: int) -> dict:
-        epoch, index = divmod(position, len(rows))
-        order = torch.randperm(len(rows), generator=generator_for(seed, "prompts", epoch))
-        return rows[order[index].item()]
-
-    first = (step * processes + rank) * count
-    return [at(first + i) for i in range(count)]
 
 
 def collect(

@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from mdmrl.policies.base import MaskedDiffusionPolicy
 from mdmrl.rl.config import PPOConfig
 from mdmrl.rl.episodes import score
-from mdmrl.rl.rollout import Rollout, collect, draw_rows
+from mdmrl.rl.rollout import Rollout, collect
 from mdmrl.runs import derived_seed, generator_for
 from mdmrl.sampling.guide import GuideConfig
 from mdmrl.sampling.guided import generate_guided
 from mdmrl.sampling.states import Recorder
+from mdmrl.training.data import draw_rows
 
 PENALTIES = tuple(10.0**k for k in range(-3, 7))  # on squared weights; at the last V is constant
 FOLDS = 4

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from mdmrl.config import Config, require, unknown
+from mdmrl.config import Config, InputError, require, unknown
 from mdmrl.runs import write_atomically
 
 VERDICTS = ("reproduced", "contradicted", "inconclusive", "erratum")
@@ -100,7 +100,7 @@ def load(path: str | Path) -> list[Claim]:
     try:
         return [Claim.from_dict(row) for row in json.loads(path.read_text(encoding="utf-8"))]
     except (ValueError, TypeError) as error:
-        raise ValueError(
+        raise InputError(
             f"{path.name} is no claims ledger ({error}): delete it and run the notebooks again"
         ) from error
 

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mdmrl.config import require, unknown
+from mdmrl.config import InputError, require, unknown
 from mdmrl.runs import write_atomically
 from mdmrl.study import ledger
 from mdmrl.study.outputs import figures_folder, figures_of, project_root
@@ -98,7 +98,7 @@ def reproduce(profile: str = "cpu", only: Iterable[str] = (), force: bool = Fals
 
             ledger.fill_section(root / "README.md", "models", models_markdown(models))
         if list((folder / "data").glob("bench_samplers*.json")):
-            from mdmrl.study.bench_samplers import bench_markdown
+            from mdmrl.bench.samplers import bench_markdown
 
             ledger.fill_section(root / "README.md", "bench", bench_markdown(folder / "data"))
     return int(any(result.state == "failed" for result in results))
@@ -147,7 +147,7 @@ def load_profile(name: str) -> dict[str, dict]:
     try:
         settings = yaml.safe_load((folder / f"{name}.yaml").read_text(encoding="utf-8")) or {}
     except yaml.YAMLError as error:
-        raise ValueError(f"{name}.yaml: {error}") from error
+        raise InputError(f"{name}.yaml: {error}") from error
     require(
         isinstance(settings, Mapping)
         and all(isinstance(value, Mapping | None) for value in settings.values()),
@@ -177,7 +177,7 @@ def notebook_parameters(path: Path) -> dict[str, object]:
             target = target or statement.targets[0]
             values[target.id] = ast.literal_eval(statement.value)
         except (AttributeError, ValueError):
-            raise ValueError(
+            raise InputError(
                 f"{path.name}: '{ast.unparse(statement)}' in the parameters cell: "
                 "expected one name set to a literal; compute in the next cell"
             ) from None

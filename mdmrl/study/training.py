@@ -17,12 +17,11 @@ import pandas as pd
 
 from mdmrl.config import Config, require, unknown
 from mdmrl.evaluation.accuracy import evaluate
-from mdmrl.evaluation.divergence import path_kl
 from mdmrl.policies import Policy, add_lora, load_policy
 from mdmrl.rewards.text import TAGS
 from mdmrl.rl import grpo, ppo
-from mdmrl.rl.config import GRPOConfig, PPOConfig, SFTConfig
-from mdmrl.rl.sft import train_sft
+from mdmrl.rl.config import GRPOConfig, PPOConfig
+from mdmrl.rl.divergence import path_kl
 from mdmrl.runs import best_device, config_hash, generator_for, read_rows
 from mdmrl.sampling import SamplerConfig
 from mdmrl.sampling.hierarchy import Hierarchical
@@ -30,6 +29,8 @@ from mdmrl.study.outputs import project_root
 from mdmrl.study.pieces import facts, kept
 from mdmrl.tasks import load_task
 from mdmrl.tasks.medcot import SYSTEM_PROMPT
+from mdmrl.training.config import SFTConfig
+from mdmrl.training.sft import train_sft
 
 REWARD_CEILING = 2.8  # the thesis's count: accuracy 2, depth 0.2, format 0.6
 FEW_STEPS = 16  # denoising steps at which appendix C looks at completions

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mdmrl.config import require, unknown
+from mdmrl.config import InputError, require, unknown
 
 if TYPE_CHECKING:
     from mdmrl.sampling.hierarchy import Unit
@@ -71,12 +71,12 @@ def load_rows(path: str | Path, required: Sequence[str] = ("prompt",)) -> list[d
         text = path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
         line = path.read_bytes()[: error.start].count(b"\n") + 1
-        raise ValueError(f"{path}:{line}: not UTF-8 ({error.reason})") from None
+        raise InputError(f"{path}:{line}: not UTF-8 ({error.reason})") from None
     if path.suffix == ".json":
         try:
             values = json.loads(text)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path}:{error.lineno}: no JSON ({error.msg})") from None
+            raise InputError(f"{path}:{error.lineno}: no JSON ({error.msg})") from None
         require(isinstance(values, list), f"{path}:1: expected a JSON list of rows")
         numbered = list(enumerate(values, start=1))
     else:
@@ -86,7 +86,7 @@ def load_rows(path: str | Path, required: Sequence[str] = ("prompt",)) -> list[d
                 try:
                     numbered.append((number, json.loads(line)))
                 except json.JSONDecodeError as error:
-                    raise ValueError(f"{path}:{number}: no JSON ({error.msg})") from None
+                    raise InputError(f"{path}:{number}: no JSON ({error.msg})") from None
     for number, row in numbered:
         require(isinstance(row, dict), f"{path}:{number}: expected an object, got {row!r:.80}")
         for field in required:

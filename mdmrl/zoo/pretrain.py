@@ -1,8 +1,8 @@
 """Pre-training of the tiny twins: one recipe, one corpus, three losses.
 
 All families see the same stream of chat-formatted documents (prompt, completion, end token) in the
-same order and minimise their loss of `mdmrl.rl.supervised`. In `PROMPT_SHARE` of the batches the
-prompt is learnt too (it is masked like the completion, or predicted like it), so that they also
+same order and minimise their loss of `mdmrl.training.supervised`. In `PROMPT_SHARE` of the batches
+the prompt is learnt too (it is masked like the completion, or predicted like it), so that they also
 know the law of questions. The block diffusion model begins with the weights of the masked diffusion
 one, as in Arriola et al. 2025 (BD3-LM).
 
@@ -35,10 +35,11 @@ from mdmrl.policies import (
     load_policy,
 )
 from mdmrl.policies.load import load_tokenizer
-from mdmrl.policies.tokenizer import train_tokenizer
-from mdmrl.rl.supervised import Batch, collate, loss_of
 from mdmrl.runs import Run, environment, generator_for, read_rows, write_atomically
-from mdmrl.tasks import load_task, tokenizer_corpus
+from mdmrl.tasks import load_task
+from mdmrl.training.supervised import Batch, collate, loss_of
+from mdmrl.zoo import tokenizer_corpus
+from mdmrl.zoo.tokenizer_training import train_tokenizer
 
 FAMILIES = {"ar": AutoregressivePolicy, "mdm": MaskedDiffusionPolicy, "bd": BlockDiffusionPolicy}
 PROMPT_SHARE = 0.1
@@ -240,7 +241,7 @@ def pretrain_by_name(
     if tokens is not None:
         config = config.replace(tokens=tokens)
     stream = load_task(config.task).stream
-    tokenizer = load_tokenizer(resources.files("mdmrl.policies") / "zoo" / "tokenizer")
+    tokenizer = load_tokenizer(resources.files("mdmrl.zoo") / "tokenizer")
     policy = pretrain(config, tokenizer, stream, folder)
     model = folder / "model"
     log = pd.DataFrame(read_rows(folder / "metrics.jsonl"))

@@ -25,10 +25,10 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from mdmrl.config import require, unknown
 from mdmrl.policies import Policy, load_policy
 from mdmrl.policies.load import load_tokenizer
-from mdmrl.rl.pretrain import FAMILIES
 from mdmrl.runs import best_device, environment
 from mdmrl.sampling import SamplerConfig, generate
 from mdmrl.sampling.denoise import evenly
+from mdmrl.zoo.pretrain import FAMILIES
 
 # Published shapes with random weights: they say how fast, nothing of how good.
 SHAPES = {
@@ -164,7 +164,7 @@ def bench_policy(name: str, block_length: int) -> Policy:
         f"policy={name!r}: expected random-KIND:SHAPE with KIND of {', '.join(FAMILIES)} and SHAPE "
         f"of {', '.join(SHAPES)}",
     )
-    tokenizer = load_tokenizer(resources.files("mdmrl.policies") / "zoo" / "tokenizer")
+    tokenizer = load_tokenizer(resources.files("mdmrl.zoo") / "tokenizer")
     config = Qwen2Config(
         **SHAPES[shape],
         max_position_embeddings=4096,

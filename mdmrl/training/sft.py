@@ -1,8 +1,8 @@
 """Supervised fine-tuning: the cold start before RL.
 
-A policy of any family minimises its loss of `mdmrl.rl.supervised` over completions alone: prompt
-tokens are neither predicted nor masked. The loss is a mean over the positions that are learnt,
-whatever micro-batch or process they fall into: the tokens of a completion and its end (ar), or the
+A policy of any family minimises its loss of `mdmrl.training.supervised` over completions alone:
+prompt tokens are neither predicted nor masked. The loss is a mean over the positions that are
+learnt, whatever micro-batch or process they fall into: the tokens of a completion and its end (ar), or the
 whole canvas (mdm, bd). The optimizer is AdamW. Dropout, where the policy has any, is on.
 """
 
@@ -20,12 +20,12 @@ from mdmrl.config import require
 from mdmrl.evaluation.accuracy import evaluate
 from mdmrl.policies.base import Policy
 from mdmrl.policies.lora import merge_lora
-from mdmrl.rl.checkpoints import open_run, restore, save
-from mdmrl.rl.config import SFTConfig
 from mdmrl.rl.grpo import averaged, finish_gradient
-from mdmrl.rl.rollout import draw_rows
-from mdmrl.rl.supervised import Pair, collate, encode_pairs, loss_of
 from mdmrl.runs import derived_seed, generator_for
+from mdmrl.training.checkpoints import open_run, restore, save
+from mdmrl.training.config import SFTConfig
+from mdmrl.training.data import draw_rows
+from mdmrl.training.supervised import Pair, collate, encode_pairs, loss_of
 
 ALGORITHM = "sft-1"  # part of a run's hash: raise it when results change
 

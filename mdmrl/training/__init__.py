@@ -1,0 +1,1 @@
+"""One training loop, what it keeps, and supervised learning."""

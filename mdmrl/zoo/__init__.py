@@ -1,0 +1,1 @@
+"""The shipped tiny checkpoints, their recipes, tokenizer and pre-training."""
