@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import importlib
+import importlib.util
 import os
+import re
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 
 
 class InputError(ValueError):
@@ -29,13 +33,59 @@ def require(condition: bool, message: str) -> None:
         raise InputError(message)
 
 
+def resolve(named: str | Callable) -> Callable:
+    """What "module:function" names, imported when it is asked for, so that a lower room can name
+    what an upper one holds; a function as it is."""
+    if not isinstance(named, str):
+        return named
+    module, _, name = named.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+IN_A_FILE = re.compile(r"(?P<path>.+\.py):(?P<name>[A-Za-z_]\w*)")
+
+
+def load_object(where: str):
+    """The object that a file of the user's defines, from "path/to/file.py:name".
+
+    The file is run as a module of its own, once for every call. It may import its neighbours only
+    if they can be imported anyway.
+
+    Raises:
+        InputError: text of another form, no such file, or nothing of that name in it.
+    """
+    found = IN_A_FILE.fullmatch(where)
+    require(found is not None, f"{where!r}: expected FILE.py:NAME, as in my_rewards.py:short")
+    path = Path(found["path"])
+    require(path.is_file(), f"{where!r}: there is no file {path}")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, found["name"]):
+        raise unknown(f"object in {path}", found["name"], [n for n in vars(module) if n[0] != "_"])
+    return getattr(module, found["name"])
+
+
 @dataclasses.dataclass
 class Config:
     """Base of every settings class.
 
     Values are coerced to the declared type when the object is made ("1e-5" from YAML becomes a
-    float), then `validate` runs. `from_dict` refuses unknown keys and names the nearest one.
+    float, "file.py:name" the function of that name where one is allowed), then `validate` runs.
+    Unknown keys are refused, and the nearest one named.
+
+    `MOVED` says where a setting of an older version is now.
     """
+
+    MOVED: typing.ClassVar[Mapping[str, str]] = {}
+
+    def __new__(cls, *args, **values):
+        known = {field.name for field in dataclasses.fields(cls)}
+        for key in values:
+            require(key not in cls.MOVED, f"{key}={values[key]!r}: {cls.MOVED.get(key)}")
+            if key not in known:
+                raise unknown(f"{cls.__name__} key", key, known)
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))
@@ -49,10 +99,6 @@ class Config:
 
     @classmethod
     def from_dict(cls, values: Mapping):
-        known = {field.name for field in dataclasses.fields(cls)}
-        for key in values:
-            if key not in known:
-                raise unknown(f"{cls.__name__} key", key, known)
         return cls(**values)
 
     def to_dict(self) -> dict:
@@ -73,11 +119,18 @@ def _default(field: dataclasses.Field):
 
 
 def _coerce(name: str, value, declared):
-    """`value` as the `declared` type: bool, int, float, str, a list or a union with None."""
+    """`value` as the `declared` type: bool, int, float, str, a list, a dict, or a union of one of
+    them with None, with `Callable`, or with both."""
     if isinstance(declared, types.UnionType):
-        if value is None and types.NoneType in declared.__args__:
+        kinds = typing.get_args(declared)
+        if value is None and types.NoneType in kinds:
             return None
-        declared = next(a for a in declared.__args__ if a is not types.NoneType)
+        if Callable in kinds:
+            if callable(value):
+                return value
+            if isinstance(value, str) and IN_A_FILE.fullmatch(value):
+                return load_object(value)
+        declared = next(kind for kind in kinds if kind not in (types.NoneType, Callable))
     origin = typing.get_origin(declared) or declared
     mistake = InputError(f"{name}={value!r}: expected {getattr(declared, '__name__', declared)}")
     if origin is list:
