@@ -312,9 +312,9 @@ def test_the_work_is_counted(mdm, bd):
         (bd, 1000, width + 4 + 5 * 4),
         (bd, 3, 2 * width + 4 + 5 * 4),
     ):
-        before = policy.pushed
+        before = policy.positions_computed
         scored(policy, rollout, states)
-        assert policy.pushed - before == 2 * 12 * cost  # policy and reference
+        assert policy.positions_computed - before == 2 * 12 * cost  # policy and reference
 
 
 @torch.no_grad()
@@ -675,11 +675,11 @@ def test_the_first_fit_is_ridge_regression_of_the_samples_that_count(denoiser, m
 
 def test_without_the_reference_states_are_looked_at_once(denoiser):
     rollout = a_rollout(denoiser)
-    start = denoiser.pushed
+    start = denoiser.positions_computed
     both = scored(denoiser, rollout)
-    middle = denoiser.pushed
+    middle = denoiser.positions_computed
     alone = score(denoiser, rollout, 30, reference=False)
-    assert denoiser.pushed - middle == (middle - start) / 2
+    assert denoiser.positions_computed - middle == (middle - start) / 2
     assert torch.equal(alone.features, both.features)
     assert all(torch.equal(*pair) for pair in zip(alone.logp, both.logp, strict=True))
     assert (alone.kl == 0).all()

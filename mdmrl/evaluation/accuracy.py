@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from mdmrl.evaluation.completions import completion_metrics
-from mdmrl.policies.base import Policy
+from mdmrl.policies import Policy
 from mdmrl.rewards.score import reward_name, score
 from mdmrl.runs import generator_for
 from mdmrl.sampling import SamplerConfig, generate

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from mdmrl.policies.base import Policy
+from mdmrl.policies import Policy
 from mdmrl.rewards.text import TAGS
 from mdmrl.sampling import SamplerOutput
 

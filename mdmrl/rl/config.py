@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, fields
 
 from mdmrl.config import Config, require, unknown
-from mdmrl.policies.base import Policy
+from mdmrl.policies import Policy
 from mdmrl.rl.kl import KL_ESTIMATORS
 from mdmrl.sampling import SamplerConfig
 

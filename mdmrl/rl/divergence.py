@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mdmrl.config import require
-from mdmrl.policies.base import MaskedDiffusionPolicy, Prompt
+from mdmrl.policies import MaskedDiffusionPolicy, Prompt
 from mdmrl.rl.episodes import block_starts, kl_divergence, log_probabilities, look
 from mdmrl.rl.rollout import Rollout
 from mdmrl.sampling import SamplerConfig, generate

@@ -39,7 +39,7 @@ import torch
 from torch import Tensor
 
 from mdmrl.evaluation.accuracy import evaluate
-from mdmrl.policies.base import Policy
+from mdmrl.policies import Policy
 from mdmrl.rl.config import RATIO_FREE, GRPOConfig
 from mdmrl.rl.logprobs import Noise, draw_noise, estimator
 from mdmrl.rl.objectives import charge, divisor, grpo_loss, of_tokens, sandwiched, wd1_weights
@@ -139,7 +139,7 @@ def train_grpo(
         noises = [noise_for(rollout, "noise", step, i) for i in range(config.num_iterations)]
         if step < first + CHECKED:
             check_ratio(policy, rollout, scorer, noises[0], config)
-        pushed = policy.pushed
+        pushed = policy.positions_computed
         if config.kl_in_reward:
             apart = noise_for(rollout, "charge", step)  # the update's would correlate with it
             rollout, metrics["kl/charged"] = charged(policy, rollout, plain, apart, config)
@@ -165,7 +165,7 @@ def train_grpo(
                 )
         if (step + 1) % config.ref_model_sync_steps == 0:
             policy.sync_reference()
-        metrics["token_forwards/scoring"] = policy.pushed - pushed
+        metrics["token_forwards/scoring"] = policy.positions_computed - pushed
         metrics["step_time"] = time.perf_counter() - start
         metrics = averaged(metrics, accelerator)
         if accelerator.is_main_process:

@@ -30,7 +30,7 @@ from functools import partial
 from torch import Tensor
 
 from mdmrl.config import InputError, require, unknown
-from mdmrl.policies.base import Policy
+from mdmrl.policies import Policy
 from mdmrl.rl import estimators as formulas
 from mdmrl.rl.estimators import Noise, draw_noise
 from mdmrl.rl.rollout import Rollout

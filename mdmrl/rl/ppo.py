@@ -42,7 +42,7 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 
 from mdmrl.evaluation.accuracy import evaluate
-from mdmrl.policies.base import Policy
+from mdmrl.policies import Policy
 from mdmrl.rl.config import PPOConfig
 from mdmrl.rl.episodes import Old, kl_divergence, log_probabilities, look, score
 from mdmrl.rl.grpo import MAX_SKIPPED, PARTS, TOLERANCE, averaged, finish_gradient
@@ -148,7 +148,7 @@ def train_ppo(
         metrics: dict[str, float] = {}
         if eval_rows and step % config.eval_steps == 0:
             metrics |= held_out()
-        start, pushed = time.perf_counter(), policy.pushed
+        start, pushed = time.perf_counter(), policy.positions_computed
         batch = draw_rows(rows, prompts, step, rank, processes, config.seed)
         generator = generator_for(config.seed, "rollout", step, rank, policy.device)
         rollout, seen, sample = collect(
@@ -157,10 +157,10 @@ def train_ppo(
         old = score(policy, rollout, config.states_per_forward)
         metrics |= seen
         if step == 0:  # V first, on as many different prompts as there are completions
-            already = policy.pushed
+            already = policy.positions_computed
             base = Seen.all(list(base_states(policy, rewards, rows, config, rank, processes)))
             metrics["values/base_explained_variance"] = fit(values, base, accelerator)
-            metrics["token_forwards"] += policy.pushed - already
+            metrics["token_forwards"] += policy.positions_computed - already
 
         counted, gains = old.rollout.counted, old.rewards(charge)  # (B,), (B, T)
         with torch.no_grad():
@@ -202,7 +202,9 @@ def train_ppo(
                 )
         if (step + 1) % config.ref_model_sync_steps == 0:
             policy.sync_reference()
-        metrics["token_forwards/scoring"] = policy.pushed - pushed - metrics["token_forwards"]
+        metrics["token_forwards/scoring"] = (
+            policy.positions_computed - pushed - metrics["token_forwards"]
+        )
         metrics["step_time"] = time.perf_counter() - start
         metrics = averaged(metrics, accelerator)
         if accelerator.is_main_process:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mdmrl.config import require
 from mdmrl.evaluation.completions import completion_metrics
-from mdmrl.policies.base import Policy
+from mdmrl.policies import Policy
 from mdmrl.rewards.score import reward_name, score
 from mdmrl.sampling import SamplerConfig, SamplerOutput, generate
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mdmrl.policies.base import MaskedDiffusionPolicy
+from mdmrl.policies import MaskedDiffusionPolicy
 from mdmrl.rl.config import PPOConfig
 from mdmrl.rl.episodes import score
 from mdmrl.rl.rollout import Rollout, collect

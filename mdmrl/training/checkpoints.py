@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mdmrl.config import Config, require
-from mdmrl.policies.base import Policy
+from mdmrl.policies import Policy
 from mdmrl.rewards.score import reward_name
 from mdmrl.runs import Run
 

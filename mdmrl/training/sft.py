@@ -18,8 +18,7 @@ from torch import Tensor
 
 from mdmrl.config import require
 from mdmrl.evaluation.accuracy import evaluate
-from mdmrl.policies.base import Policy
-from mdmrl.policies.lora import merge_lora
+from mdmrl.policies import Policy, merge_lora
 from mdmrl.rl.grpo import averaged, finish_gradient
 from mdmrl.runs import derived_seed, generator_for, kept_random_state
 from mdmrl.training.checkpoints import open_run, restore, save
