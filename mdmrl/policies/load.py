@@ -70,12 +70,14 @@ def load_policy(
         tokenizer = load_tokenizer(words)
         model = load_model(source, fields, tokenizer, DTYPES[dtype])
     model = _with_own_float32_head(model).to(device)
+    known_as = str(Path(name).resolve()) if Path(name).is_dir() else name
+    model.config.name_or_path = known_as  # which peft writes into an adapter's model card
     policy = _family_of(family, model.config)(model, tokenizer)
     require(
         isinstance(policy, Policy),
         f"family={family!r} made a {type(policy).__name__}: expected a Policy",
     )
-    policy.name = str(Path(name).resolve()) if Path(name).is_dir() else name
+    policy.name = known_as
     if adapter is not None:
         _put_on_top(policy, str(adapter))
     return policy
