@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from mdmrl.config import require
-from mdmrl.policies.base import MaskedDiffusionPolicy, Prompt
-from mdmrl.rl.episodes import block_starts, kl_divergence, log_probabilities, look
+from mdmrl.policies import MaskedDiffusionPolicy, Prompt
+from mdmrl.rl.episodes import block_starts, kl_divergence, log_probabilities, score_states
 from mdmrl.rl.rollout import Rollout
 from mdmrl.sampling import SamplerConfig, generate
 
@@ -48,9 +48,9 @@ def path_kl(
     total = nothing
     for step in range(len(block_starts(policy, rollout))):
         now = slice(step, step + 1)
-        seen, before = (look(p, rollout, now) for p in (policy, start))
-        at = seen.revealed
-        logp = log_probabilities(policy, seen.block[at])
+        states, before = (score_states(p, rollout, now) for p in (policy, start))
+        at = states.revealed
+        logp = log_probabilities(policy, states.block[at])
         kl = kl_divergence(logp, log_probabilities(start, before.block[at]))
         total = total + torch.zeros_like(at, dtype=kl.dtype).masked_scatter(at, kl).sum((1, 2))
     return total

@@ -9,7 +9,7 @@ import torch
 from mdmrl.runs import generator_for
 
 
-def draw_rows(
+def rows_of_step(
     rows: Sequence[dict], count: int, step: int, rank: int, processes: int, seed: int
 ) -> list[dict]:
     """This process's `count` rows of a step, from an endless reading of `rows`, shuffled anew each
