@@ -64,6 +64,7 @@ class Policy:
     """
 
     kind: str
+    denoises = True
     logit_shift: bool
     block_length: int | None = None
 
@@ -346,6 +347,7 @@ class AutoregressivePolicy(Policy):
     """Left to right: causal attention, position i predicted from i-1, exact KV cache."""
 
     kind = "ar"
+    denoises = False
     logit_shift = True
 
 

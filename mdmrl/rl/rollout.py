@@ -12,7 +12,7 @@ from torch import Tensor
 from mdmrl.config import require
 from mdmrl.evaluation.completions import completion_metrics
 from mdmrl.policies.base import Policy
-from mdmrl.rewards.score import reward_name, score
+from mdmrl.rewards import reward_name, reward_values, total_reward
 from mdmrl.sampling import SamplerConfig, SamplerOutput, generate
 
 
@@ -140,11 +140,12 @@ def collect(
     generator: torch.Generator,
     record: bool = False,
     draw: Callable = generate,
+    watch: Callable | None = None,
 ) -> tuple[Rollout, dict[str, float], dict]:
     """Draw and score one group of completions for each row of `batch`.
 
     Args:
-        record: keep the denoising trajectory; draw: what completes the prompts.
+        record: keep the denoising trajectory; draw: what completes the prompts; watch: see `Task`.
     Returns:
         the rollout, the round's metrics, and the first group's texts and rewards to look at.
     """
@@ -153,8 +154,8 @@ def collect(
     prompts = [row["prompt"] for row in rows]
     output = draw(policy, prompts, config, generator, record)
     drawn = time.perf_counter()
-    values = score(rewards, prompts, output.completions, output.token_lists(), rows)
-    total = values.sum(1)  # NaN where any component left the sample out
+    values = reward_values(rewards, prompts, output.completions, output.token_lists(), rows)
+    total = total_reward(values)
     advantages, counted = group_advantages(total, num_generations)
     groups = total.view(-1, num_generations)
     components = zip(map(reward_name, rewards), values.nanmean(0).tolist(), strict=True)
@@ -163,7 +164,7 @@ def collect(
         "reward_std": groups.std(1, correction=min(1, num_generations - 1)).nanmean().item(),
         "frac_reward_zero_std": (advantages.view_as(groups) == 0).all(1).double().mean().item(),
         **{f"rewards/{name}/mean": value for name, value in components},
-        **completion_metrics(policy, output),
+        **completion_metrics(policy, output, watch),
         "rollout_time": drawn - start,
         "reward_time": time.perf_counter() - drawn,
         "num_tokens": output.completion_mask.sum().item(),

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from mdmrl.config import Config, require
 from mdmrl.policies.base import Policy
-from mdmrl.rewards.score import reward_name
+from mdmrl.rewards import check_rewards
 from mdmrl.runs import Run
 
 
@@ -29,10 +29,8 @@ def begin(
 ) -> Run:
     """Check a run's input, open its folder, and make the policy its own reference; `more` is as in
     `open_run`."""
-    names = [reward_name(reward) for reward in rewards]
     require(len(rows) > 0, "no training rows given")
-    require(len(names) > 0, "no reward functions given")
-    require(len(set(names)) == len(names), f"two rewards share a name: {names}")
+    names = check_rewards(rewards, rows=[*rows, *eval_rows])
     policy.encode([row["prompt"] for row in rows], config.max_completion_length)  # they all fit
     judged = [*rows, *eval_rows]
     known = {name: known_as(reward) for name, reward in zip(names, rewards, strict=True)}
