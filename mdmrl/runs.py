@@ -5,16 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import platform
-import shlex
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Mapping
-from importlib import metadata
 from pathlib import Path
 
 import torch
+
+from mdmrl.provenance import environment
 
 
 def derived_seed(seed: int, purpose: str, step: int = 0, index: int = 0) -> int:
@@ -28,6 +25,12 @@ def generator_for(
 ) -> torch.Generator:
     """The generator of one purpose at one step; the global random state is never touched."""
     return torch.Generator(device).manual_seed(derived_seed(seed, purpose, step, index))
+
+
+def kept_random_state(device: torch.device):
+    """A context that puts back the global random state of the processor and of `device`, and makes
+    nothing on any other card."""
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
 
 def config_hash(config: Mapping) -> str:
@@ -55,52 +58,6 @@ def read_rows(path: Path) -> list[dict]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def environment() -> dict:
-    """What a number was measured on: versions, processor, threads, source revision."""
-    packages = ("torch", "transformers", "peft", "accelerate", "sentence-transformers")
-    return {
-        "python": platform.python_version(),
-        **{name: metadata.version(name) for name in packages},
-        "machine": machine(),
-        "threads": torch.get_num_threads(),
-        "revision": revision(),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-    }
-
-
-def best_device() -> str:
-    """The card where there is one, else the processor."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def machine() -> str:
-    """The processor's name and core count, or the card's name where there is one."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = cpuinfo.read_text().splitlines()
-        name = next((x.split(": ", 1)[1] for x in lines if x.startswith("model name")), name)
-    return f"{name}, {os.cpu_count()} cores"
-
-
-def revision() -> str | None:
-    """The git revision of the sources, marked if they were changed; None outside a checkout."""
-
-    def git(*arguments: str) -> str:
-        folder = Path(__file__).parent
-        done = subprocess.run(
-            ["git", *arguments], cwd=folder, capture_output=True, text=True, check=True
-        )
-        return done.stdout.strip()
-
-    try:
-        return git("rev-parse", "--short", "HEAD") + ("-dirty" if git("status", "-s", ".") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
 class Run:
     """A run folder: `config.json`, `environment.json`, `metrics.jsonl`, `samples.jsonl`, and
     `checkpoints/step-NNNNNN/`, each complete or absent.
@@ -108,12 +65,13 @@ class Run:
     Args:
         folder: made if missing.
         config: the full configuration; a folder that holds another one is refused.
+        device: of the policy, for `environment.json`.
 
     Raises:
         FileExistsError: the folder holds a run of another configuration, or other files.
     """
 
-    def __init__(self, folder: str | Path, config: Mapping):
+    def __init__(self, folder: str | Path, config: Mapping, device: str | torch.device = "cpu"):
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "config.json"
@@ -134,7 +92,8 @@ class Run:
             )
         else:
             write_atomically(path, text)
-            write_atomically(self.folder / "environment.json", json.dumps(environment(), indent=1))
+            measured_on = json.dumps(environment(device), indent=1)
+            write_atomically(self.folder / "environment.json", measured_on)
 
     def log(self, row: Mapping, name: str = "metrics") -> None:
         """Append one row to `<name>.jsonl`."""

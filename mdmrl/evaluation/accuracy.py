@@ -61,8 +61,10 @@ def evaluate(
             for name, mean, column in zip(names, values.nanmean(0).tolist(), values.T, strict=True):
                 means[f"rewards/{name}/mean"].append((mean, _counted(column)))
         if metric is not None:
-            verdicts = map(metric, output.completions, part)
-            right = torch.tensor([math.nan if v is None else v for v in verdicts]).double()
+            judged = zip(output.completions, part, strict=True)
+            verdicts = [metric(text, row) for text, row in judged]
+            right = [math.nan if verdict is None else verdict for verdict in verdicts]
+            right = torch.tensor(right, dtype=torch.float64)
             means["accuracy"].append((right.nanmean().item(), _counted(right)))
     averages = {name: _average(batches) for name, batches in means.items()}
     return {prefix + name: value for name, value in (log.metrics() | averages).items()}

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 from mdmrl.config import require
+from mdmrl.runs import kept_random_state
 
 Prompt = str | list[dict]
 
@@ -263,7 +264,7 @@ class Policy:
             self._reference = copy.deepcopy(self.model).requires_grad_(False)
             return
         if self._reference is None:
-            with torch.random.fork_rng():
+            with kept_random_state(self.device):
                 self.model.add_adapter("reference", self.model.peft_config["default"])
             self.model.eval()
             self._reference = "reference"

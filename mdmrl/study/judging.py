@@ -21,7 +21,7 @@ from mdmrl.rewards import reward_values, total_reward
 from mdmrl.rewards.text import extract_answer
 from mdmrl.rl.config import PPOConfig
 from mdmrl.rl.values import Seen, ValueHead, base_states, explained_variance, fit, fit_to_base
-from mdmrl.runs import best_device, config_hash, generator_for
+from mdmrl.runs import config_hash, generator_for
 from mdmrl.sampling import SamplerConfig, SamplerOutput, generate
 from mdmrl.sampling.attempts import Value
 from mdmrl.sampling.denoise import denoise
@@ -197,7 +197,7 @@ def _piece(
     profile: str,
     compute: Callable[[Policy, Task], pd.DataFrame],
 ) -> pd.DataFrame:
-    policy, task = load_policy(name, device=best_device()), load_task("medcot")
+    policy, task = load_policy(name), load_task("medcot")
     identity = {
         "piece": kind,
         "weights": policy.fingerprint(),
