@@ -42,8 +42,10 @@ def evaluate(
         Completions that all rewards, one reward or the metric abstain from are not in its mean,
         and a mean of none is None.
     """
-    rows, log = complete_rows(rows), log or RewardLog()
-    names = check_rewards(rewards, reward_weights, rows) if rewards else []
+    log = log or RewardLog()
+    if rewards:
+        rows = complete_rows(rows)
+        names = check_rewards(rewards, reward_weights, rows)
     means: dict[str, list[tuple[float, int]]] = defaultdict(list)  # of each batch, over how many
     for start in range(0, len(rows), batch_size):
         part = rows[start : start + batch_size]

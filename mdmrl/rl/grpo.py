@@ -65,6 +65,7 @@ def train_grpo(
     metric: Callable[[str, dict], bool] | None = None,
     probe: Callable[[Policy], dict[str, float]] | None = None,
     draw: Callable = generate,
+    watch: Callable | None = None,
 ) -> Path:
     """Train `policy` in place; returns the run's folder.
 
@@ -78,6 +79,7 @@ def train_grpo(
         eval_rows, metric: held-out rows and the true metric, `metric(completion, row) -> bool`.
         probe: what else to measure of the policy whenever `eval_rows` are completed.
         draw: what completes prompts, called as `generate` is, such as `Hierarchical`.
+        watch: what else to log of completions, see `Task`.
 
     Each row of `metrics.jsonl` holds the reward and its components; `loss` and its parts
     `loss/surrogate` and `loss/kl` (beta KL), their gradient norms, `grad_norm` before clipping;
@@ -120,7 +122,8 @@ def train_grpo(
 
     def held_out() -> dict[str, float]:
         greedy = config.sampler(greedy=True)
-        found = evaluate(policy, eval_rows, greedy, rewards, metric, "eval/", draw=draw)
+        judged = {"rewards": rewards, "metric": metric, "watch": watch, "draw": draw}
+        found = evaluate(policy, eval_rows, greedy, **judged, prefix="eval/")
         return found | {f"eval/{k}": v for k, v in (probe(policy) if probe else {}).items()}
 
     for step in range(first, config.max_steps):
@@ -131,7 +134,7 @@ def train_grpo(
         batch = draw_rows(rows, config.prompts_per_process, step, rank, processes, config.seed)
         random, group = generator("rollout", step), config.num_generations
         rollout, seen, sample = collect(
-            policy, batch, rewards, group, sampler, random, scorer.records, draw
+            policy, batch, rewards, group, sampler, random, scorer.records, draw, watch
         )
         if scorer.records:
             rollout = rollout.whole()

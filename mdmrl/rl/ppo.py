@@ -100,6 +100,7 @@ def train_ppo(
     eval_rows: Sequence[dict] = (),
     metric: Callable[[str, dict], bool] | None = None,
     probe: Callable[[Policy], dict[str, float]] | None = None,
+    watch: Callable | None = None,
 ) -> Path:
     """Train `policy` in place, and a value function with it; returns the run's folder.
 
@@ -141,7 +142,8 @@ def train_ppo(
         run.rewind(first)
 
     def held_out() -> dict[str, float]:
-        found = evaluate(policy, eval_rows, config.sampler(policy, 0.0), rewards, metric, "eval/")
+        greedy = config.sampler(policy, 0.0)
+        found = evaluate(policy, eval_rows, greedy, rewards, metric, "eval/", watch=watch)
         return found | {f"eval/{k}": v for k, v in (probe(policy) if probe else {}).items()}
 
     for step in range(first, config.max_steps):
@@ -151,8 +153,9 @@ def train_ppo(
         start, pushed = time.perf_counter(), policy.pushed
         batch = draw_rows(rows, prompts, step, rank, processes, config.seed)
         generator = generator_for(config.seed, "rollout", step, rank, policy.device)
+        group = config.num_generations
         rollout, seen, sample = collect(
-            policy, batch, rewards, config.num_generations, sampler, generator, record=True
+            policy, batch, rewards, group, sampler, generator, record=True, watch=watch
         )
         old = score(policy, rollout, config.states_per_forward)
         metrics |= seen

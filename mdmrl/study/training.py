@@ -143,6 +143,7 @@ def _train(policy: Policy, arm: Arm, config: GRPOConfig | PPOConfig) -> pd.DataF
         train_sft(policy, shown, SFTConfig.from_dict(arm.sft | own))
         if arm.lora:  # that of the cold start is merged
             add_lora(policy, **arm.lora, seed=config.seed)
+    drawn["watch"] = task.watch
     folder = train(policy, task.rewards, rows, config, held_out, task.metric, probe, **drawn)
     frame = pd.DataFrame(read_rows(folder / "metrics.jsonl"))
     for steps in arm.final_steps:
@@ -180,7 +181,8 @@ def _probe(arm: Arm, config: GRPOConfig | PPOConfig, held_out: Sequence[dict]) -
         generator = generator_for(config.seed, "path_kl", device=policy.device)
         moved = path_kl(policy, start, prompts, sampler, generator).mean().item()
         greedy = sampler.replace(temperature=0.0)
-        found = evaluate(policy, held_out, greedy, task.rewards, task.metric, "path/")
+        judged = (task.rewards, task.metric)
+        found = evaluate(policy, held_out, greedy, *judged, "path/", watch=task.watch)
         return {"path_kl": moved, **found}
 
     return probe
