@@ -6,19 +6,15 @@ import hashlib
 import json
 import math
 import os
-import platform
-import shlex
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Mapping
-from importlib import metadata
 from pathlib import Path
 
 import torch
 from filelock import FileLock, Timeout
 
 from mdmrl.config import InputError
+from mdmrl.provenance import environment
 
 LOCK = ".lock"
 
@@ -34,6 +30,12 @@ def generator_for(
 ) -> torch.Generator:
     """The generator of one purpose at one step; the global random state is never touched."""
     return torch.Generator(device).manual_seed(derived_seed(seed, purpose, step, index))
+
+
+def kept_random_state(device: torch.device):
+    """A context that puts back the global random state of the processor and of `device`, and makes
+    nothing on any other card."""
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
 
 def config_hash(config: Mapping) -> str:
@@ -61,52 +63,6 @@ def read_rows(path: Path) -> list[dict]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def environment() -> dict:
-    """What a number was measured on: versions, processor, threads, source revision."""
-    packages = ("torch", "transformers", "peft", "accelerate", "sentence-transformers")
-    return {
-        "python": platform.python_version(),
-        **{name: metadata.version(name) for name in packages},
-        "machine": machine(),
-        "threads": torch.get_num_threads(),
-        "revision": revision(),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-    }
-
-
-def best_device() -> str:
-    """The card where there is one, else the processor."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def machine() -> str:
-    """The processor's name and core count, or the card's name where there is one."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = cpuinfo.read_text().splitlines()
-        name = next((x.split(": ", 1)[1] for x in lines if x.startswith("model name")), name)
-    return f"{name}, {os.cpu_count()} cores"
-
-
-def revision() -> str | None:
-    """The git revision of the sources, marked if they were changed; None outside a checkout."""
-
-    def git(*arguments: str) -> str:
-        folder = Path(__file__).parent
-        done = subprocess.run(
-            ["git", *arguments], cwd=folder, capture_output=True, text=True, check=True
-        )
-        return done.stdout.strip()
-
-    try:
-        return git("rev-parse", "--short", "HEAD") + ("-dirty" if git("status", "-s", ".") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
 class RunFolderError(InputError, FileExistsError):
     """A run folder that cannot be used: it holds something else, or another process writes it."""
 
@@ -120,7 +76,7 @@ class Run:
         identity: all that decides the results. A folder that holds another run is refused; only
             `max_steps` may be raised, so that a run can be extended.
         since: values of settings that a folder of an older version does not name yet.
-        writes: False on all processes but one.
+        writes: False on all processes but one; device: of the policy, for `environment.json`.
 
     Raises:
         RunFolderError: the folder holds another run, or other files, or a process that is still
@@ -133,6 +89,7 @@ class Run:
         identity: Mapping,
         since: Mapping | None = None,
         writes: bool = True,
+        device: str | torch.device = "cpu",
     ):
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -146,12 +103,12 @@ class Run:
                     "another output_dir"
                 ) from None
         try:
-            self._open(json.loads(_json(identity)), since or {}, writes)
+            self._open(json.loads(_json(identity)), since or {}, writes, device)
         except BaseException:
             self.close()
             raise
 
-    def _open(self, wanted: dict, since: Mapping, writes: bool) -> None:
+    def _open(self, wanted: dict, since: Mapping, writes: bool, device) -> None:
         path = self.folder / "config.json"
         if not path.exists():
             if any(file.name != LOCK for file in self.folder.iterdir()):
@@ -159,7 +116,8 @@ class Run:
                     f"{self.folder} is not empty and holds no run: choose another output_dir"
                 )
             write_atomically(path, _json(wanted, indent=1))
-            write_atomically(self.folder / "environment.json", _json(environment(), indent=1))
+            made_on = _json(environment(device), indent=1)
+            write_atomically(self.folder / "environment.json", made_on)
             return
         held = _filled(json.loads(path.read_text(encoding="utf-8")), since)
         changed = sorted(k for k in held.keys() | wanted.keys() if held.get(k) != wanted.get(k))

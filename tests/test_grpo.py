@@ -15,10 +15,10 @@ import pytest
 import torch
 
 import mdmrl.rl.grpo as grpo
-from mdmrl.evaluation.completions import completion_metrics, repetition
+from mdmrl.evaluation.completions import completion_metrics
 from mdmrl.policies import add_lora
 from mdmrl.rewards import Accuracy
-from mdmrl.rewards.score import score
+from mdmrl.rewards.text import repetition
 from mdmrl.rl.config import GRPOConfig
 from mdmrl.rl.grpo import grpo_loss, train_grpo, update
 from mdmrl.rl.kl import KL_ESTIMATORS

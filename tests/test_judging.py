@@ -7,11 +7,12 @@ import pytest
 import torch
 from test_sampling import double
 
+from mdmrl.provenance import machine, revision
 from mdmrl.rl.config import PPOConfig
 from mdmrl.rl.episodes import score
 from mdmrl.rl.rollout import Rollout
 from mdmrl.rl.values import explained_variance, fit_to_base
-from mdmrl.runs import generator_for, machine, revision
+from mdmrl.runs import generator_for
 from mdmrl.sampling import generate
 from mdmrl.sampling.guide import GuideConfig
 from mdmrl.sampling.guided import calibrate, generate_guided
@@ -64,7 +65,7 @@ def policy(mdm, reward, tmp_path, monkeypatch):
     policy = double(mdm)
     splits = {split: partial(list, rows) for split, rows in SPLITS.items()}
     task = Task("toy", splits, [judge], lambda text, row: "e" in text)
-    monkeypatch.setattr(judging, "load_policy", lambda name, device: policy)
+    monkeypatch.setattr(judging, "load_policy", lambda name: policy)
     monkeypatch.setattr(judging, "load_task", lambda name: task)
     return policy
 
@@ -84,7 +85,7 @@ def test_a_piece_is_computed_once_for_all_that_decides_it(tmp_path, monkeypatch)
     assert first.run.tolist() == computed
     facts = pieces.facts("quick", computed[0])
     assert facts["why"] == "a test" and facts["identity"] == {"a": 1}
-    assert facts["machine"] == machine() and facts["revision"] == revision()
+    assert facts["machine"] == machine("cpu") and facts["revision"] == revision()
     pieces.kept("quick", "slug", {"a": 2}, compute)
     pieces.kept("other", "slug", {"a": 1}, compute)
     assert len(computed) == 3 and computed[0] == computed[2] != computed[1]

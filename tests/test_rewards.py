@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from mdmrl.provenance import pick_device
 from mdmrl.rewards import (
     Accuracy,
     capped_depth,
@@ -22,7 +23,6 @@ from mdmrl.rewards import (
     strip_tags,
 )
 from mdmrl.rewards.medical import REFERENCES_KEPT, SentenceEncoder
-from mdmrl.runs import best_device
 
 FULL = "<reasoning>Hot joint.\n\nUrate.</reasoning>\n\n<answer>Gout</answer>"
 
@@ -210,7 +210,7 @@ def test_encoding_leaves_global_state_alone():
     threads = torch.get_num_threads()
     encoder = SentenceEncoder()
     encoder.embed(["a", "b"])
-    assert encoder.model.device.type == best_device()
+    assert encoder.model.device.type == torch.device(pick_device()).type
     assert torch.equal(before[0], torch.get_rng_state())
     assert before[1] == random.getstate()
     assert (before[2] == np.random.get_state()[1]).all()

@@ -25,7 +25,8 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from mdmrl.config import require, unknown
 from mdmrl.policies import Policy, load_policy
 from mdmrl.policies.load import load_tokenizer
-from mdmrl.runs import best_device, environment
+from mdmrl.provenance import environment, pick_device
+from mdmrl.runs import kept_random_state
 from mdmrl.sampling import SamplerConfig, generate
 from mdmrl.sampling.denoise import evenly
 from mdmrl.zoo.pretrain import FAMILIES
@@ -119,7 +120,7 @@ def bench_samplers(
         for sampler in group:
             rows += _compared(loaded, prompts, sampler, size, repeats)
     asked = {"policy": policy, "prompt_length": prompt_length, "repeats": repeats}
-    return {**asked, "rows": rows, **environment()}
+    return {**asked, "rows": rows, **environment(loaded.device)}
 
 
 def print_bench(numbers: dict) -> None:
@@ -154,10 +155,9 @@ def bench_markdown(folder: Path) -> str:
 
 def bench_policy(name: str, block_length: int) -> Policy:
     """A policy by name, or one with random weights; see `bench_samplers`."""
-    device = best_device()
     kind, colon, shape = name.partition(":")
     if not colon:
-        return load_policy(name, device=device)
+        return load_policy(name)
     kind = kind.removeprefix("random-")
     require(
         kind in FAMILIES and shape in SHAPES,
@@ -176,10 +176,11 @@ def bench_policy(name: str, block_length: int) -> Policy:
     config.is_causal = kind == "ar"
     if kind == "bd":
         config.block_length = block_length
-    with torch.random.fork_rng(), torch.device(device):
+    device = torch.device(pick_device())
+    with kept_random_state(device), device:
         torch.manual_seed(0)
         model = Qwen2ForCausalLM(config)
-    if device == "cuda":
+    if device.type == "cuda":
         model.model.to(torch.bfloat16)
     return FAMILIES[kind](model, tokenizer)
 
@@ -239,7 +240,7 @@ def _compared(policy, prompts, group, size: dict, repeats: int) -> list[dict]:
     measured: dict[str, list] = {name: [] for name in calls}
     for turn in range(1 + repeats):
         for name, call in calls.items():
-            result = _measured(call)
+            result = _measured(call, policy.device)
             if turn:  # the first is to warm up
                 measured[name].append(result)
     rows, first = [], None
@@ -322,13 +323,13 @@ def plain_autoregressive(policy, prompts: list[str], config: SamplerConfig):
     return full, nfe, token_forwards
 
 
-def _measured(call: Callable) -> dict:
-    """Seconds and peak memory above what was held before, in MB, of one call."""
-    card = torch.cuda.is_available()
+def _measured(call: Callable, device: torch.device) -> dict:
+    """Seconds and peak memory above what was held before, in MB, of one call on `device`."""
+    card = device.type == "cuda"
     if card:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        held = torch.cuda.memory_allocated()
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        held = torch.cuda.memory_allocated(device)
     else:
         # Linux: give freed memory back, then reset the process's high-water mark.
         with suppress(OSError, AttributeError):
@@ -338,9 +339,9 @@ def _measured(call: Callable) -> dict:
     start = time.perf_counter()
     result = call()
     if card:
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
     seconds = time.perf_counter() - start
-    peak = torch.cuda.max_memory_allocated() if card else _resident("VmHWM")
+    peak = torch.cuda.max_memory_allocated(device) if card else _resident("VmHWM")
     return {"seconds": seconds, "peak_mb": (peak - held) / 1e6, "result": result}
 
 

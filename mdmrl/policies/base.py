@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 from mdmrl.config import require
+from mdmrl.runs import kept_random_state
 
 Prompt = str | list[dict]
 
@@ -60,10 +61,11 @@ class Policy:
         logit_shift: True where position i is predicted by the hidden state of position i-1.
         block_length: of the blocks a block diffusion policy was trained with, else None.
         model: a transformers causal-LM, possibly wrapped by peft.
-        pushed: positions pushed through the network so far.
+        positions_computed: positions pushed through the network so far.
     """
 
     kind: str
+    denoises = True
     logit_shift: bool
     block_length: int | None = None
 
@@ -72,7 +74,7 @@ class Policy:
         self.tokenizer = tokenizer
         self.tokenizer.padding_side = "left"
         self._reference = None
-        self.pushed = 0
+        self.positions_computed = 0
         rows = model.get_input_embeddings().weight.shape[0]
         require(
             len(tokenizer) <= rows,
@@ -203,7 +205,7 @@ class Policy:
         if attention_mask.ndim == 2:
             attention_mask = attention_mask.long()
             position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
-        self.pushed += input_ids.numel()
+        self.positions_computed += input_ids.numel()
         return self._transformer.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -262,7 +264,7 @@ class Policy:
             self._reference = copy.deepcopy(self.model).requires_grad_(False)
             return
         if self._reference is None:
-            with torch.random.fork_rng():
+            with kept_random_state(self.device):
                 self.model.add_adapter("reference", self.model.peft_config["default"])
             self.model.eval()
             self._reference = "reference"
@@ -346,6 +348,7 @@ class AutoregressivePolicy(Policy):
     """Left to right: causal attention, position i predicted from i-1, exact KV cache."""
 
     kind = "ar"
+    denoises = False
     logit_shift = True
 
 
@@ -364,6 +367,11 @@ class MaskedDiffusionPolicy(Policy):
     """
 
     kind = "mdm"
+    denoises = True
+    sampler = "mdmrl.sampling.denoise:sample"
+    loss = "mdmrl.training.supervised:masked_loss"
+    logp_estimator = "trajectory"
+    remasking = "state_confidence"
 
     def __init__(
         self, model, tokenizer, mask_token_id: int | None = None, logit_shift: bool = False
@@ -415,6 +423,7 @@ class BlockDiffusionPolicy(MaskedDiffusionPolicy):
     """
 
     kind = "bd"
+    loss = "mdmrl.training.supervised:block_loss"
 
     def __init__(
         self, model, tokenizer, mask_token_id: int | None = None, logit_shift: bool = False

@@ -19,6 +19,7 @@ from mdmrl.policies.base import (
     no_progress_bars,
 )
 from mdmrl.policies.families import TOKENIZERS, load_model
+from mdmrl.provenance import pick_device
 
 ZOO = ("tiny-ar", "tiny-mdm", "tiny-bd")
 SMOLLM2 = "smollm2-135m"
@@ -29,7 +30,7 @@ def load_policy(
     name: str | Path,
     *,
     dtype: str = "float32",
-    device: str | torch.device = "cpu",
+    device: str | torch.device = "auto",
     adapter: str | Path | None = None,
 ) -> Policy:
     """Load a policy by name.
@@ -41,6 +42,7 @@ def load_policy(
             `model_type` is one of `families.FAMILIES`: `Dream-org/Dream-v0-Instruct-7B`,
             `GSAI-ML/LLaDA-8B-Instruct`, dllm's a2d. Code that comes with it is never run.
         dtype: of the body; the head is always float32, so that logits are.
+        device: see `mdmrl.provenance.pick_device`; `auto` is the card, if there is one.
         adapter: a peft adapter folder to put on top.
 
     Raises:
@@ -48,6 +50,7 @@ def load_policy(
             native class has (see `families.load_model`); a tokenizer or mask token that does not
             fit the embedding.
     """
+    device = pick_device(device)
     if dtype not in DTYPES:
         raise unknown("dtype", dtype, DTYPES)
     source = _source(str(name))

@@ -12,6 +12,7 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from mdmrl.policies.base import Policy
+from mdmrl.runs import kept_random_state
 
 THESIS_TARGETS = ["q_proj", "v_proj", "o_proj", "lm_head"]
 
@@ -35,7 +36,7 @@ def add_lora(
         target_modules=target_modules,
         task_type="CAUSAL_LM",
     )
-    with torch.random.fork_rng():
+    with kept_random_state(policy.device):
         torch.manual_seed(seed)
         policy.model = peft.get_peft_model(policy.model, config).eval()
     return policy

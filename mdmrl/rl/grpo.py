@@ -40,7 +40,7 @@ from torch import Tensor
 from mdmrl.config import InputError
 from mdmrl.evaluation.accuracy import evaluate
 from mdmrl.policies import Policy
-from mdmrl.rewards.protocol import RewardLog, check_rewards, complete_rows
+from mdmrl.rewards import RewardLog, check_rewards, complete_rows
 from mdmrl.rl.config import RATIO_FREE, GRPOConfig
 from mdmrl.rl.gradients import Gradients, kl_metrics, ratio_metrics
 from mdmrl.rl.logprobs import Noise, draw_noise, estimator
@@ -123,17 +123,9 @@ def train_grpo(
 
     def held_out() -> Metrics:
         greedy = config.sampler_for(policy, greedy=True)
-        found = evaluate(
-            policy,
-            eval_rows,
-            greedy,
-            rewards,
-            metric,
-            "eval/",
-            draw=draw,
-            watch=watch,
-            weights=config.reward_weights,
-        )
+        judged = {"rewards": rewards, "metric": metric, "watch": watch, "draw": draw}
+        judged |= {"reward_weights": config.reward_weights}
+        found = evaluate(policy, eval_rows, greedy, prefix="eval/", **judged)
         return found | {f"eval/{k}": v for k, v in (probe(policy) if probe else {}).items()}
 
     def make_update(step: int) -> tuple[Metrics, dict]:
@@ -157,7 +149,8 @@ def train_grpo(
         abstained = 0 if any(gather_object([bool(rollout.counted.any())])) else abstained + 1
         say_if_nothing_counts(abstained, names, step)
         if config.mask_truncated_completions:
-            ended = policy.ended(rollout.completion_ids)
+            ends = rollout.completion_ids.new_tensor(policy.end_token_ids)
+            ended = torch.isin(rollout.completion_ids, ends).any(1)
             rollout = replace(rollout, learnt=rollout.counted & ended)
         if scorer.records:
             rollout = rollout.whole()

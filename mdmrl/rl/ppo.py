@@ -40,7 +40,7 @@ from torch import Tensor
 
 from mdmrl.evaluation.accuracy import evaluate
 from mdmrl.policies import Policy
-from mdmrl.rewards.protocol import RewardLog, check_rewards, complete_rows
+from mdmrl.rewards import RewardLog, check_rewards, complete_rows
 from mdmrl.rl.config import PPOConfig
 from mdmrl.rl.episodes import (
     OldPolicyScores,

@@ -13,7 +13,7 @@ from torch import Tensor
 from mdmrl.config import require
 from mdmrl.evaluation.completions import completion_metrics
 from mdmrl.policies import Policy
-from mdmrl.rewards.protocol import RewardLog, reward_name, reward_values, total_reward
+from mdmrl.rewards import RewardLog, reward_name, reward_values, total_reward
 from mdmrl.sampling import SamplerConfig, SamplerOutput, generate
 
 

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from mdmrl.config import require
 from mdmrl.policies import Policy, load_policy
-from mdmrl.rewards.score import score
+from mdmrl.rewards import reward_values, total_reward
 from mdmrl.rewards.text import extract_answer
 from mdmrl.rl.config import PPOConfig
 from mdmrl.rl.values import Seen, ValueHead, base_states, explained_variance, fit, fit_to_base
-from mdmrl.runs import best_device, config_hash, generator_for
+from mdmrl.runs import config_hash, generator_for
 from mdmrl.sampling import SamplerConfig, SamplerOutput, generate
 from mdmrl.sampling.attempts import Value
 from mdmrl.sampling.denoise import denoise
@@ -197,7 +197,7 @@ def _piece(
     profile: str,
     compute: Callable[[Policy, Task], pd.DataFrame],
 ) -> pd.DataFrame:
-    policy, task = load_policy(name, device=best_device()), load_task("medcot")
+    policy, task = load_policy(name), load_task("medcot")
     identity = {
         "piece": kind,
         "weights": policy.fingerprint(),
@@ -281,4 +281,5 @@ def _table(
 def _rewards(task: Task, output: SamplerOutput, rows: Sequence[dict]) -> Tensor:
     """The whole reward of every completion, (B,) on the processor."""
     prompts, tokens = [row["prompt"] for row in rows], output.token_lists()
-    return score(task.rewards, prompts, output.completions, tokens, rows).sum(1)
+    values = reward_values(task.rewards, prompts, output.completions, tokens, rows)
+    return total_reward(values)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +13,10 @@ from mdmrl.config import InputError, require, unknown
 if TYPE_CHECKING:
     from mdmrl.sampling.hierarchy import Unit
 
-Reward = Callable[..., list[float | None]]
+Reward = Callable[..., Sequence[float | None]]
+Rows = Sequence[dict]
+
+MASKED = -1  # stands for a leftover [MASK] in the token ids that `Task.watch` gets
 
 
 @dataclass(frozen=True)
@@ -21,27 +24,33 @@ class Task:
     """Prompts and how their completions are judged.
 
     Attributes:
-        splits: name of a split -> function giving its rows; a row holds `prompt` (a string or a
-            message list) and the reference columns that rewards and metric read.
+        splits: rows by name of a split, or a function giving them: `rl` is trained on,
+            `validation` watched meanwhile, `test` evaluated; only those that are asked for are
+            needed. A row holds `prompt` (a string or a message list) and the reference columns
+            that rewards and metric read.
         rewards: summed in training, logged apart.
-        metric: `metric(completion, row) -> bool`, the true metric; never part of the reward.
+        metric: `metric(completion, row) -> bool`, the true metric, None where a row cannot be
+            judged; never part of the reward.
         stream: `stream(seed, start)`, the endless supply for pre-training, or None.
         units: what the hierarchy writes a completion in, none where it is written whole.
+        watch: `watch(texts, token_ids)`, what else to log of completions, a number by name.
     """
 
     name: str
-    splits: dict[str, Callable[[], list[dict]]]
-    rewards: Sequence[Reward]
-    metric: Callable[[str, dict], bool]
+    splits: Mapping[str, Rows | Callable[[], Rows]]
+    rewards: Sequence[Reward] = ()
+    metric: Callable[[str, dict], bool | None] | None = None
     stream: Callable | None = None
     units: Sequence[Unit] = ()
+    watch: Callable[[list[str], list[list[int]]], Mapping[str, float]] | None = None
 
     def rows(self, split: str, limit: int | None = None, system: str | None = None) -> list[dict]:
         """Rows of a split, the first `limit`; `system` puts a system message before each prompt,
         for a model that was not pre-trained on the task's format."""
         if split not in self.splits:
             raise unknown(f"split of {self.name}", split, self.splits)
-        rows = self.splits[split]()[:limit]
+        found = self.splits[split]
+        rows = list(found() if callable(found) else found)[:limit]
         require(len(rows) > 0, f"split {split!r} of {self.name} is empty")
         if system is None:
             return rows

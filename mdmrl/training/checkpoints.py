@@ -52,7 +52,7 @@ def restore(
         for name, value in load_file(folder / "policy.safetensors").items():
             parameters[name].copy_(value)
     policy.load_reference_state(load_file(folder / "reference.safetensors"))
-    optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location=policy.device))
+    optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location="cpu"))
     if values is not None:
         values.load_state_dict(load_file(folder / "values" / "model.safetensors"))
     return step

@@ -60,7 +60,7 @@ def open_run(
     }
     since = _known(type(config)().settings_for(policy))
     with accelerator.main_process_first():
-        return Run(config.output_dir, identity, since, accelerator.is_main_process)
+        return Run(config.output_dir, identity, since, accelerator.is_main_process, policy.device)
 
 
 def _known(part):

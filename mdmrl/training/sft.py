@@ -20,7 +20,7 @@ from mdmrl.config import require, resolve
 from mdmrl.evaluation.accuracy import evaluate
 from mdmrl.policies import Policy
 from mdmrl.policies.lora import merge_lora
-from mdmrl.runs import derived_seed, generator_for
+from mdmrl.runs import derived_seed, generator_for, kept_random_state
 from mdmrl.training.config import SFTConfig
 from mdmrl.training.data import rows_of_step
 from mdmrl.training.loop import Metrics, Optimizer, accelerator_for, open_run, train
@@ -124,12 +124,11 @@ def backward(
     """Add up the gradient of the summed loss, micro-batch by micro-batch; returns that loss and the
     number of positions it is a sum over."""
     total, count = 0.0, 0
-    cuda = [policy.device] if policy.device.type == "cuda" else []
     policy.model.train()
     for i, pairs in enumerate(micro_batches(drawn, config)):
         index = i * processes + rank
         noise = generator_for(config.seed, "noise", step, index, policy.device)
-        with torch.random.fork_rng(cuda):
+        with kept_random_state(policy.device):
             torch.manual_seed(derived_seed(config.seed, "dropout", step, index))
             loss, positions = summed_loss(policy, pairs, config, noise)
         loss.backward()

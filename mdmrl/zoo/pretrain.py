@@ -35,7 +35,8 @@ from mdmrl.policies import (
     load_policy,
 )
 from mdmrl.policies.load import load_tokenizer
-from mdmrl.runs import Run, environment, generator_for, read_rows, write_atomically
+from mdmrl.provenance import environment
+from mdmrl.runs import Run, generator_for, read_rows, write_atomically
 from mdmrl.tasks import load_task
 from mdmrl.training.supervised import Batch, collate
 from mdmrl.zoo import tokenizer_corpus
@@ -114,7 +115,7 @@ def make_policy(config: PretrainConfig, tokenizer) -> Policy:
     architecture.is_causal = config.family == "ar"
     if config.family == "bd":
         architecture.block_length = config.block_length
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([]):
         torch.manual_seed(config.seed)
         model = Qwen2ForCausalLM(architecture)
     if config.start:
@@ -221,7 +222,7 @@ def pretrain(config: PretrainConfig, tokenizer, stream, folder: str | Path) -> P
             run.save_checkpoint(step, write)
     policy.model.eval().to(torch.bfloat16)
     policy.save_pretrained(run.folder / "model")
-    return load_policy(run.folder / "model")
+    return load_policy(run.folder / "model", device="cpu")
 
 
 def pretrain_by_name(
@@ -252,7 +253,7 @@ def pretrain_by_name(
         "parameters": policy.model.num_parameters(),
         "data_sha256_of_first_documents": hashlib.sha256(documents.encode()).hexdigest(),
         "documents_hashed": HASHED_DOCUMENTS,
-        **environment(),
+        **environment(policy.device),
     }
     write_atomically(model / "recipe.json", json.dumps(recipe, indent=1) + "\n")
     write_atomically(model / "README.md", model_card(name, recipe, log))
