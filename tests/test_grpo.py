@@ -8,16 +8,15 @@ import os
 import subprocess
 import sys
 import traceback
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import replace
 
 import pytest
 import torch
+from conftest import nested
 
 import mdmrl.rl.grpo as grpo
 from mdmrl.evaluation.completions import completion_metrics
 from mdmrl.policies import add_lora
-from mdmrl.rewards import Accuracy
 from mdmrl.rewards.text import repetition
 from mdmrl.rl.config import GRPOConfig
 from mdmrl.rl.grpo import grpo_loss, train_grpo, update
@@ -27,8 +26,7 @@ from mdmrl.rl.rollout import Rollout, collect, group_advantages
 from mdmrl.runs import generator_for, read_rows
 from mdmrl.sampling import SamplerConfig, generate
 from mdmrl.tasks import load_rows
-from mdmrl.training.checkpoints import known_as
-from mdmrl.training.data import draw_rows
+from mdmrl.training.data import rows_of_step
 
 ROWS = [{"prompt": f"A patient has {x}. Which test is decisive?"} for x in ("fever", "a rash", "x")]
 
@@ -44,17 +42,17 @@ def parity(prompts, completions, completion_ids, **columns):
 
 
 def settings(folder="unused", policy=None, **changes):
-    kind = {"ar": "exact", "mdm": "one_step"}[policy.kind if policy else "mdm"]
     small = {
         "output_dir": str(folder),
         "max_steps": 3,
         "max_completion_length": 10,
-        "steps": 5,
-        "logp_estimator": kind,
+        "logp_estimator": "one_step",
         "learning_rate": 1e-3,
         "max_grad_norm": 1e6,
+        "log_gradients": True,
     }
-    return GRPOConfig.from_dict(small | changes)
+    own = {"logp_estimator": "exact"} if policy and not policy.denoises else {"steps": 5}
+    return GRPOConfig.thesis(**nested(small | own | changes))
 
 
 def a_rollout(policy, reward=parity, temperature=1.0, **changes):
@@ -169,7 +167,7 @@ def random_case(seed=0):
 @pytest.mark.parametrize("beta", [0.0, 0.3])
 def test_the_loss_equals_a_scalar_loop(kl_estimator, beta):
     logp, old, ref, rollout = random_case()
-    config = settings(kl_estimator=kl_estimator, beta=beta, epsilon=0.2)
+    config = settings(kl_estimator=kl_estimator, beta=beta, epsilon=0.2, log_kl=not beta)
     surrogate, kl, tokens = grpo_loss(logp, old, ref, rollout, config)
     expected = scalar_loss(logp.tolist(), old.tolist(), ref.tolist(), rollout, config)
     assert (surrogate.item(), kl.item()) == pytest.approx(expected)
@@ -254,7 +252,7 @@ def test_at_the_first_inner_step_the_ratio_is_one_and_the_kl_zero(request, famil
     )
     assert found["ratio/mean"] == found["ratio/max"] == 1
     assert found["kl"] == found["kl/max"] == found["kl/sum"] == found["loss/kl"] == 0
-    assert abs(found["kl/law"]) < 1e-6
+    assert abs(found["log_mean_exp_neg_d"]) < 1e-6
     assert found["clip_ratio"] == 0
     assert found["grad_norm/kl"] == 0
     assert found["grad_norm/surrogate"] > 0
@@ -341,7 +339,7 @@ def test_the_two_parts_add_up_and_the_log_says_what_they_are(mdm):
     assert found["kl"] == pytest.approx(k3.mean().item(), rel=1e-4)
     assert found["kl/max"] == pytest.approx(k3.max().item(), rel=1e-4)
     assert found["kl/sum"] == pytest.approx(k3.sum().item() / 12, rel=1e-4)
-    assert found["kl/law"] == pytest.approx(math.log((-d).exp().mean()), rel=1e-3)
+    assert found["log_mean_exp_neg_d"] == pytest.approx(math.log((-d).exp().mean()), rel=1e-3)
     lengths = rollout.completion_mask.sum(1)
     by_completion = torch.zeros(12, dtype=torch.float64)
     by_completion.index_add_(0, torch.arange(12).repeat_interleave(lengths), k3)
@@ -442,7 +440,9 @@ def test_a_wrong_estimator_is_refused_before_any_work(ar, tmp_path):
 
 def test_every_row_comes_once_an_epoch_and_processes_share_them():
     rows = [{"prompt": i} for i in range(7)]
-    alone = [row["prompt"] for step in range(14) for row in draw_rows(rows, 3, step, 0, 1, seed=1)]
+    alone = [
+        row["prompt"] for step in range(14) for row in rows_of_step(rows, 3, step, 0, 1, seed=1)
+    ]
     epochs = [alone[i : i + 7] for i in range(0, 42, 7)]
     assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) > 1
@@ -450,10 +450,12 @@ def test_every_row_comes_once_an_epoch_and_processes_share_them():
         row["prompt"]
         for step in range(7)
         for rank in range(2)
-        for row in draw_rows(rows, 3, step, rank, 2, seed=1)
+        for row in rows_of_step(rows, 3, step, rank, 2, seed=1)
     ]
     assert shared == alone
-    other = [row["prompt"] for step in range(14) for row in draw_rows(rows, 3, step, 0, 1, seed=2)]
+    other = [
+        row["prompt"] for step in range(14) for row in rows_of_step(rows, 3, step, 0, 1, seed=2)
+    ]
     assert other != alone
 
 
@@ -594,7 +596,7 @@ NAMES = {
     "kl",
     "kl/sum",
     "kl/max",
-    "kl/law",
+    "log_mean_exp_neg_d",
     "grad_norm",
     "grad_norm/surrogate",
     "grad_norm/kl",
@@ -604,7 +606,6 @@ NAMES = {
     "entropy",
     "completions/mean_length",
     "completions/clipped_ratio",
-    "format_rate",
     "repetition",
     "frac_reward_zero_std",
     "step_time",
@@ -662,9 +663,10 @@ class Interrupted(Exception):
 
 
 class Cut:
-    """A reward that breaks the run off at its n-th call."""
+    """A reward that breaks the run off at its n-th call, and is the same reward whatever n is."""
 
     __name__ = "parity"
+    fingerprint = staticmethod(lambda: "parity")
 
     def __init__(self, call=None):
         self.calls, self.call = 0, call
@@ -782,26 +784,6 @@ def test_an_edited_reward_makes_another_run(ar, tmp_path, monkeypatch):
     ar.model = start
     with pytest.raises(FileExistsError, match=r"another run.*rewards.*mine"):
         train_grpo(ar, versions[1:], ROWS, config)
-    assert known_as(eval("lambda prompts, **columns: [1.0] * len(prompts)")) == "<lambda>"
-
-
-def test_what_a_reward_is_known_as():
-    """All that a reader would call another reward, and nothing that a new process changes."""
-
-    @dataclass
-    class Wanted:
-        letter: str
-
-    class Counting:
-        def __call__(self, prompts, **columns):
-            return [0.0] * len(prompts)
-
-    rewards = [length, parity, Wanted("a"), Wanted("z"), Accuracy(), Accuracy(answer_only=True)]
-    rewards += [Accuracy("elsewhere"), partial(length, weight=1), partial(length, weight=2)]
-    names = [known_as(reward) for reward in [*rewards, Counting()]]
-    assert len(set(names)) == len(names)
-    assert known_as(Wanted("a")) == names[2] and known_as(Counting()) == names[-1]
-    assert not any("0x" in name for name in names)
 
 
 def test_a_folder_of_another_run_is_refused(ar, tmp_path):
@@ -875,7 +857,10 @@ def test_a_users_own_prompts_and_reward_take_ten_lines(mdm, tmp_path):
         return [float(w in text) for w, text in zip(wanted, completions, strict=True)]
 
     config = GRPOConfig(
-        output_dir=str(tmp_path / "run"), max_steps=2, max_completion_length=16, steps=8
+        output_dir=str(tmp_path / "run"),
+        max_steps=2,
+        max_completion_length=16,
+        sampler={"steps": 8},
     )
     folder = train_grpo(mdm, [has_letter], rows, config)
     # until here
@@ -910,13 +895,13 @@ def test_updates_that_are_not_finite_are_skipped_and_end_the_run(policy, tmp_pat
 
 
 def test_a_finite_update_starts_the_count_again(ar, tmp_path, monkeypatch):
-    finish, calls = grpo.finish_gradient, []
+    clip, calls = torch.nn.utils.clip_grad_norm_, []
 
-    def sometimes(parameters, accelerator, max_norm):
-        calls.append(finish(parameters, accelerator, max_norm))
-        return calls[-1] if len(calls) == 5 else NAN
+    def sometimes(parameters, max_norm):
+        calls.append(clip(parameters, max_norm))
+        return calls[-1] if len(calls) == 5 else torch.tensor(NAN)
 
-    monkeypatch.setattr(grpo, "finish_gradient", sometimes)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", sometimes)
     train_grpo(ar, [length], ROWS, settings(tmp_path / "run", ar, max_steps=9))
     skipped = [row["skipped_updates"] for row in rows_of(tmp_path / "run")[:-1]]
     assert skipped == [1, 2, 3, 4, 0, 1, 2, 3, 4]
@@ -935,8 +920,8 @@ folder, output = sys.argv[1:]
 policy = load_policy(folder)
 rows = [{"prompt": f"What is {i}?"} for i in range(8)]
 config = GRPOConfig(
-    output_dir=output, max_steps=2, steps=2, max_completion_length=6, num_generations=2,
-    per_device_train_batch_size=4, save_steps=1,
+    output_dir=output, max_steps=2, sampler={"steps": 2}, max_completion_length=6,
+    num_generations=2, per_device_train_batch_size=4, save_steps=1,
 )
 train_grpo(policy, [short], rows, config)
 weights = b"".join(p.detach().numpy().tobytes() for p in policy.model.parameters())

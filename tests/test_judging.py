@@ -31,8 +31,7 @@ SPLITS = {
 }
 CONFIG = PPOConfig(
     max_completion_length=8,
-    steps=8,
-    block_length=4,
+    sampler={"steps": 8, "block_length": 4},
     value_batches=4,
     per_device_train_batch_size=4,
     num_generations=1,
@@ -134,7 +133,7 @@ def test_half_of_a_text_is_a_state_only_between_blocks(policy):
 def test_v_explains_what_it_said_it_explains(policy):
     """What V says of the held-out completions, from the states of a run of its own."""
     found = judging.what_v_explains("toy", CONFIG, [2, 4], 4, "quick")
-    sampler = CONFIG.sampler(policy)
+    sampler = CONFIG.sampler_for(policy)
     prompts = [row["prompt"] for row in SPLITS["validation"]]
     output = generate(policy, prompts, sampler, generator_for(0, "held-out"), record=True)
     outcome = torch.tensor([float(odd(ids)) for ids in output.token_lists()])
@@ -161,7 +160,7 @@ def test_guided_completions_are_those_of_the_guided_sampler(policy):
     def value(states):
         return V(states.features).detach()
 
-    sampler = CONFIG.sampler(policy)
+    sampler = CONFIG.sampler_for(policy)
     asked = [row["prompt"] for row in SPLITS["test"][:2]]
     others = [row["prompt"] for row in SPLITS["validation"][:2]]
     plain = found[found.arm == "plain"]

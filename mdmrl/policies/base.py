@@ -349,6 +349,10 @@ class AutoregressivePolicy(Policy):
 
     kind = "ar"
     denoises = False
+    sampler = "mdmrl.sampling.autoregressive:sample"
+    loss = "mdmrl.training.supervised:next_token_loss"
+    logp_estimator = "exact"
+    remasking = None
     logit_shift = True
 
 

@@ -40,7 +40,7 @@ from torch import Tensor
 from mdmrl.config import InputError
 from mdmrl.evaluation.accuracy import evaluate
 from mdmrl.policies import Policy
-from mdmrl.rewards import RewardLog, check_rewards, complete_rows
+from mdmrl.rewards import RewardLog, check_rewards
 from mdmrl.rl.config import RATIO_FREE, GRPOConfig
 from mdmrl.rl.gradients import Gradients, kl_metrics, ratio_metrics
 from mdmrl.rl.logprobs import Noise, draw_noise, estimator
@@ -49,7 +49,7 @@ from mdmrl.rl.rollout import Rollout, collect
 from mdmrl.rl.scoring import charged, check_ratio, micro_batches, score_in_parts
 from mdmrl.runs import generator_for
 from mdmrl.sampling import generate
-from mdmrl.training.data import rows_of_step
+from mdmrl.training.data import checked_rows, rows_of_step
 from mdmrl.training.loop import (
     MAX_SKIPPED,
     Metrics,
@@ -104,10 +104,8 @@ def train_grpo(
     sampler = config.sampler_for(policy)
     if scorer.reads_on:
         sampler = sampler.replace(stop_at_end=False)
-    complete = complete_rows([*rows, *eval_rows])
-    rows, eval_rows = complete[: len(rows)], complete[len(rows) :]
-    names = check_rewards(rewards, config.reward_weights, complete)
-    policy.encode([row["prompt"] for row in rows], config.max_completion_length)  # they all fit
+    rows, eval_rows = checked_rows(policy, rows, eval_rows, config.max_completion_length)
+    names = check_rewards(rewards, config.reward_weights, rows)
     parts = {"rewards": dict(zip(names, rewards, strict=True)), "eval_rows": eval_rows}
     parts |= {"metric": metric, "probe": probe, "draw": draw, "watch": watch}
     parameters = policy.trainable_parameters()

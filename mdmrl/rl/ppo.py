@@ -40,7 +40,7 @@ from torch import Tensor
 
 from mdmrl.evaluation.accuracy import evaluate
 from mdmrl.policies import Policy
-from mdmrl.rewards import RewardLog, check_rewards, complete_rows
+from mdmrl.rewards import RewardLog, check_rewards
 from mdmrl.rl.config import PPOConfig
 from mdmrl.rl.episodes import (
     OldPolicyScores,
@@ -64,7 +64,7 @@ from mdmrl.rl.values import (
     value_loss,
 )
 from mdmrl.runs import generator_for
-from mdmrl.training.data import rows_of_step
+from mdmrl.training.data import checked_rows, rows_of_step
 from mdmrl.training.loop import Metrics, Optimizer, accelerator_for, open_run, train
 
 ALGORITHM = "ppo-3"  # part of a run's identity: raise it when results change
@@ -127,10 +127,8 @@ def train_ppo(
     accelerator = accelerator_for(policy)
     rank, processes = accelerator.process_index, accelerator.num_processes
     sampler = config.sampler_for(policy)
-    complete = complete_rows([*rows, *eval_rows])
-    rows, eval_rows = complete[: len(rows)], complete[len(rows) :]
-    names = check_rewards(rewards, rows=complete)
-    policy.encode([row["prompt"] for row in rows], config.max_completion_length)  # they all fit
+    rows, eval_rows = checked_rows(policy, rows, eval_rows, config.max_completion_length)
+    names = check_rewards(rewards, rows=rows)
     parts = {"rewards": dict(zip(names, rewards, strict=True)), "eval_rows": eval_rows}
     parts |= {"metric": metric, "probe": probe, "watch": watch}
     values = ValueHead(policy.model.config.hidden_size).to(policy.device)

@@ -15,7 +15,6 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from mdmrl.config import require
 from mdmrl.identity import described, digest, fingerprint
 from mdmrl.policies import Policy
 from mdmrl.runs import Run
@@ -47,10 +46,8 @@ def open_run(
         parts: what else was brought along: functions, and rows that are not trained on.
 
     Raises:
-        InputError: no rows.
         RunFolderError: the folder holds another run, or is being written to.
     """
-    require(len(rows) > 0, "no training rows given: expected at least one")
     settings = config.settings_for(policy)
     identity = _known(settings | parts) | {
         "algorithm": algorithm,

@@ -63,6 +63,7 @@ def train_sft(
     """
     accelerator = accelerator_for(policy)
     rank, processes = accelerator.process_index, accelerator.num_processes
+    require(len(rows) > 0, "no training rows given: expected at least one")
     own, length = policy.block_length, config.max_completion_length
     require(
         own is None or length % own == 0,
