@@ -286,7 +286,7 @@ def test_a_cold_start_with_float32_adapters_over_bfloat16_leads_into_rl(mdm, tmp
 
 
 def test_a_merged_adapter_says_what_it_said(policy, tmp_path):
-    from mdmrl.policies.lora import merge_lora
+    from mdmrl.policies import merge_lora
 
     add_lora(policy, r=4)
     with torch.no_grad():

@@ -23,8 +23,7 @@ from rich.table import Table
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from mdmrl.config import require, unknown
-from mdmrl.policies import Policy, load_policy
-from mdmrl.policies.load import load_tokenizer
+from mdmrl.policies import Policy, load_policy, load_tokenizer
 from mdmrl.provenance import environment, pick_device
 from mdmrl.runs import kept_random_state
 from mdmrl.sampling import SamplerConfig, generate

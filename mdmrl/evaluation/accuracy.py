@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from mdmrl.evaluation.completions import completion_metrics
-from mdmrl.policies.base import Policy
+from mdmrl.policies import Policy
 from mdmrl.rewards import RewardLog, check_rewards, complete_rows, reward_values, total_reward
 from mdmrl.runs import generator_for
 from mdmrl.sampling import SamplerConfig, generate

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from mdmrl.policies.base import Policy
+from mdmrl.policies import Policy
 from mdmrl.rewards.text import repetition
 from mdmrl.sampling import SamplerOutput
 from mdmrl.tasks.base import MASKED

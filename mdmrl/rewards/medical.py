@@ -54,7 +54,7 @@ class SentenceEncoder:
         import torch
         from sentence_transformers import SentenceTransformer
 
-        from mdmrl.policies.base import no_progress_bars
+        from mdmrl.policies import no_progress_bars
 
         path = self.name
         if self.name == PACKAGED_ENCODER:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mdmrl.config import require
-from mdmrl.policies.base import Policy
+from mdmrl.policies import Policy
 from mdmrl.rl.rollout import Rollout
 from mdmrl.sampling.choose import POSTPONED
 

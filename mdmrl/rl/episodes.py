@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from mdmrl.policies import BlockDiffusionPolicy, MaskedDiffusionPolicy
+from mdmrl.policies.patterns import hidden_beside
 from mdmrl.rl.rollout import Rollout
 from mdmrl.sampling.states import features, mean_embedding
 
@@ -203,22 +204,16 @@ def _packed(
     states, size = xt.shape[1:]
     clean = torch.cat([rollout.prompt_ids, rollout.completion_ids[:, :length]], 1)
     real = torch.cat([rollout.prompt_mask, torch.ones_like(clean[:, width:], dtype=torch.bool)], 1)
-    pattern = policy.pattern(width, length)
-    block = torch.cat([pattern, (1 + start // size).repeat_interleave(size)])
-    state = torch.arange(1, states + 1, device=xt.device).repeat_interleave(size)
-    copy = torch.cat([torch.zeros_like(pattern), state])  # 0: the clean text
-    sees = torch.where(
-        copy[:, None] == copy, block[:, None] >= block, (copy == 0) & (block[:, None] > block)
+    inside = torch.arange(size, device=xt.device)
+    text, blocks = hidden_beside(
+        policy,
+        clean,
+        real,
+        policy.pattern(width, length + size),
+        xt.flatten(1),
+        columns=(width + start[:, None] + inside).flatten(),
+        copy=torch.arange(1, states + 1, device=xt.device).repeat_interleave(size),
     )
-    columns = start[:, None] + torch.arange(size, device=xt.device)
-    positions = (real.long().cumsum(1) - 1).clamp(min=0)
-    active = rollout.prompt_mask.sum(1, keepdim=True) + columns.flatten()
-    ids = torch.cat([clean, xt.flatten(1)], 1)
-    visible = torch.cat([real, torch.ones_like(active, dtype=torch.bool)], 1)
-    hidden = policy.hidden_states(
-        ids, sees & visible[:, None, None], position_ids=torch.cat([positions, active], 1)
-    )
-    text, blocks = hidden.split([clean.shape[1], states * size], 1)
     context = real[:, None] & _before(start, width, clean.shape[1])
     return blocks.unflatten(1, (states, size)), _mean(text, context)
 

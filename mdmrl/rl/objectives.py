@@ -50,7 +50,7 @@ import torch
 from torch import Tensor
 
 from mdmrl.config import require
-from mdmrl.policies.base import Policy
+from mdmrl.policies import Policy
 from mdmrl.rl.config import RATIO_FREE, GRPOConfig, PPOConfig
 from mdmrl.rl.estimators import Noise, upper_bound
 from mdmrl.rl.kl import kl_form

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mdmrl.config import require
-from mdmrl.policies.base import MaskedDiffusionPolicy, Prompt
+from mdmrl.policies import MaskedDiffusionPolicy, Prompt
 from mdmrl.sampling.config import SamplerConfig
 from mdmrl.sampling.denoise import evenly
 from mdmrl.sampling.generate import blank_canvas

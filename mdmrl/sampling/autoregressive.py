@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import DynamicCache
 
-from mdmrl.policies.base import AutoregressivePolicy, Prompts
+from mdmrl.policies import AutoregressivePolicy, Prompts
 from mdmrl.sampling.choose import draw
 from mdmrl.sampling.config import SamplerConfig
 from mdmrl.sampling.output import EXACT, SamplerOutput

@@ -22,7 +22,7 @@ import itertools
 import torch
 from torch import Tensor
 
-from mdmrl.policies.base import MaskedDiffusionPolicy
+from mdmrl.policies import MaskedDiffusionPolicy
 from mdmrl.sampling.choose import choose, commit_score, draw, entropy, likeliest
 from mdmrl.sampling.config import SamplerConfig
 from mdmrl.sampling.output import APPROXIMATE, EXACT, SamplerOutput, Step

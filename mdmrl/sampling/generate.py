@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mdmrl.config import require
-from mdmrl.policies.base import (
+from mdmrl.policies import (
     MaskedDiffusionPolicy,
     Policy,
     Prompt,

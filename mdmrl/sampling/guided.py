@@ -40,7 +40,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mdmrl.policies.base import MaskedDiffusionPolicy, Prompt
+from mdmrl.policies import MaskedDiffusionPolicy, Prompt
 from mdmrl.runs import generator_for
 from mdmrl.sampling.attempts import Attempts, Judgement, Value
 from mdmrl.sampling.choose import choose, commit_score, draw, likeliest

@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 
 from mdmrl.config import require
-from mdmrl.policies.base import Policy, Prompt
+from mdmrl.policies import Policy, Prompt
 from mdmrl.runs import generator_for
 from mdmrl.sampling.autoregressive import sample_autoregressive
 from mdmrl.sampling.config import SamplerConfig

@@ -200,7 +200,7 @@ def _piece(
     policy, task = load_policy(name), load_task("medcot")
     identity = {
         "piece": kind,
-        "weights": policy.fingerprint(),
+        "weights": policy.weights_fingerprint(),
         "rows": config_hash({"rows": [task.rows(split) for split in ("rl", "validation", "test")]}),
         "version": VERSION,
         **config.changed(),

@@ -111,7 +111,7 @@ def train_arm(arm: Arm, seed: int, profile: str) -> pd.DataFrame:
         described
         | config.changed()
         | {
-            "weights": policy.fingerprint(),
+            "weights": policy.weights_fingerprint(),
             "rows": config_hash({"rows": load_task("medcot").rows("rl")}),
             "algorithm": version,
         }

@@ -18,8 +18,7 @@ from torch import Tensor
 
 from mdmrl.config import require, resolve
 from mdmrl.evaluation.accuracy import evaluate
-from mdmrl.policies import Policy
-from mdmrl.policies.lora import merge_lora
+from mdmrl.policies import Policy, merge_lora
 from mdmrl.runs import derived_seed, generator_for, kept_random_state
 from mdmrl.training.config import SFTConfig
 from mdmrl.training.data import rows_of_step

@@ -22,8 +22,8 @@ import torch.nn.functional as F
 
 from mdmrl.config import require
 from mdmrl.diffusion import linear_elbo_loss, mask_tokens, sample_times
-from mdmrl.policies import BlockDiffusionPolicy, Policy
-from mdmrl.policies.base import as_messages
+from mdmrl.policies import BlockDiffusionPolicy, Policy, as_messages
+from mdmrl.policies.patterns import hidden_beside
 
 Pair = tuple[list[int], list[int]]
 Loss = tuple[torch.Tensor, int]
@@ -188,19 +188,9 @@ def block_loss(policy: BlockDiffusionPolicy, batch: Batch, learn_prompt: bool, g
     t, weight = sample_times(len(x0) * int(block[-1] + 1), generator)
     t, weight = (v.view(len(x0), -1)[:, block] for v in (t, weight))  # (B, N)
     xt, masked = mask_tokens(x0, t, maskable, policy.mask_token_id, generator)
-
-    clean = pattern[:, None] >= pattern
-    before = pattern[learnt, None] > pattern
-    itself = block[:, None] == block
-    blind = torch.zeros(len(pattern), len(block), dtype=torch.bool, device=block.device)
-    sees = torch.cat([torch.cat([clean, blind], 1), torch.cat([before, itself], 1)])
-    real = torch.cat([batch.attention_mask, batch.attention_mask[:, learnt]], 1)
-    positions = (batch.attention_mask.long().cumsum(1) - 1).clamp(min=0)
-    hidden = policy.hidden_states(
-        torch.cat([batch.input_ids, xt], 1),
-        sees & real[:, None, None],
-        position_ids=torch.cat([positions, positions[:, learnt]], 1),
-    )[:, len(pattern) :]
+    columns = torch.arange(len(pattern), device=pattern.device)[learnt]
+    canvas = batch.input_ids, batch.attention_mask
+    _, hidden = hidden_beside(policy, *canvas, pattern, xt, columns)
     nll = F.cross_entropy(policy.head(hidden[masked]), x0[masked], reduction="none")
     count = int(maskable.sum())
     return linear_elbo_loss(nll, masked, weight, maskable) * count, count

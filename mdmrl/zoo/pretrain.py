@@ -33,8 +33,8 @@ from mdmrl.policies import (
     MaskedDiffusionPolicy,
     Policy,
     load_policy,
+    load_tokenizer,
 )
-from mdmrl.policies.load import load_tokenizer
 from mdmrl.provenance import environment
 from mdmrl.runs import Run, generator_for, read_rows, write_atomically
 from mdmrl.tasks import load_task
