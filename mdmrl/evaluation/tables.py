@@ -46,7 +46,7 @@ def evaluation_table(
     loaded, judged = load_policy(policy), load_task(task)
     rows = judged.rows(split, limit)
     table = []
-    for count in steps if loaded.kind != "ar" else [sampler.max_new_tokens]:
+    for count in steps if loaded.denoises else [None]:
         config = sampler.replace(steps=count)
         found = evaluate(loaded, rows, config, judged.rewards, judged.metric)
         right = round(found["accuracy"] * len(rows))
@@ -59,7 +59,8 @@ def evaluation_table(
             "prompts": len(rows),
         }
         other = config.described(but=("steps", "temperature"))
-        drawn = {"sampler": other, "steps": config.denoising_steps}
+        passes = config.denoising_steps if loaded.denoises else config.max_new_tokens
+        drawn = {"sampler": other, "steps": passes}
         drawn |= {"temperature": config.temperature, "low": interval.low}
         table.append(asked | drawn | {"high": interval.high} | found)
     return pd.DataFrame(table)

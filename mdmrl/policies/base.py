@@ -59,12 +59,17 @@ class Policy:
         kind: `"ar"` (autoregressive), `"mdm"` (masked diffusion) or `"bd"` (block diffusion).
         logit_shift: True where position i is predicted by the hidden state of position i-1.
         block_length: of the blocks a block diffusion policy was trained with, else None.
+        denoises: whether completions are made in denoising steps.
+        sampler: what `generate` calls, "module:function", of (policy, prompts, config, generator,
+            record).
         model: a transformers causal-LM, possibly wrapped by peft.
         pushed: positions pushed through the network so far.
     """
 
     kind: str
     logit_shift: bool
+    denoises: bool
+    sampler: str
     block_length: int | None = None
 
     def __init__(self, model, tokenizer):
@@ -347,6 +352,8 @@ class AutoregressivePolicy(Policy):
 
     kind = "ar"
     logit_shift = True
+    denoises = False
+    sampler = "mdmrl.sampling.autoregressive:sample"
 
 
 class MaskedDiffusionPolicy(Policy):
@@ -364,6 +371,8 @@ class MaskedDiffusionPolicy(Policy):
     """
 
     kind = "mdm"
+    denoises = True
+    sampler = "mdmrl.sampling.denoise:sample"
 
     def __init__(
         self, model, tokenizer, mask_token_id: int | None = None, logit_shift: bool = False
