@@ -337,7 +337,7 @@ def test_the_probability_of_an_order_is_that_of_drawing_it_step_by_step(toys, fa
     found = values(policy, "trajectory-positions", rollout)
     expected = output.logprobs.sum(1)
     size = BLOCK if family == "bd" else block or LENGTH
-    for canvas, step in output.replay(MASK):
+    for canvas, step in replay(output, MASK):
         for row in range(6):
             chosen = step.positions[step.rows == row].tolist()
             weights = weights_of(policy, canvas[row], temperature)

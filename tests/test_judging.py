@@ -14,7 +14,7 @@ from mdmrl.rl.rollout import Rollout
 from mdmrl.rl.values import explained_variance, fit_to_base
 from mdmrl.runs import generator_for
 from mdmrl.sampling import generate
-from mdmrl.sampling.guide import GuideConfig
+from mdmrl.sampling.guidance import GuideConfig
 from mdmrl.sampling.guided import calibrate, generate_guided
 from mdmrl.sampling.selection import PromptOnly, mean_logprob
 from mdmrl.study import judging, pieces

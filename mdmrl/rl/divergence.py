@@ -33,10 +33,10 @@ def path_kl(
             text and draws from the policy's own distribution.
     """
     require(
-        config.remasking == "state_confidence"
+        config.rule.before_drawing
         and not (config.order_temperature or config.stop_at_end or config.parallel),
-        f"{config.described() or 'the default sampler'}: expected remasking=state_confidence and "
-        "stop_at_end=False, a given number of positions a step, the surest",
+        f"{config.described() or 'the default sampler'}: expected a remasking that looks at the "
+        "state alone (state_confidence), stop_at_end=False and a given number of positions a step",
     )
     require(
         config.temperature == 1 and config.untempered and config.suppress_mask,

@@ -21,7 +21,7 @@ from mdmrl.rl.config import PPOConfig
 from mdmrl.rl.episodes import score_episodes
 from mdmrl.rl.rollout import Rollout, collect
 from mdmrl.runs import derived_seed, generator_for
-from mdmrl.sampling.guide import GuideConfig
+from mdmrl.sampling.guidance import GuideConfig
 from mdmrl.sampling.guided import generate_guided
 from mdmrl.sampling.states import Recorder
 from mdmrl.training.data import rows_of_step

@@ -23,12 +23,11 @@ from mdmrl.rl.config import PPOConfig
 from mdmrl.rl.values import Seen, ValueHead, base_states, explained_variance, fit, fit_to_base
 from mdmrl.runs import config_hash, generator_for
 from mdmrl.sampling import SamplerConfig, SamplerOutput, generate
-from mdmrl.sampling.attempts import Value
 from mdmrl.sampling.denoise import denoise
-from mdmrl.sampling.guide import GuideConfig, Thresholds
+from mdmrl.sampling.guidance import GuideConfig, Thresholds
 from mdmrl.sampling.guided import GuidedOutput, generate_guided
 from mdmrl.sampling.selection import Permuted, PromptOnly, mean_logprob
-from mdmrl.sampling.states import Recorder, States
+from mdmrl.sampling.states import Recorder, States, Value
 from mdmrl.study.pieces import kept
 from mdmrl.tasks import load_task
 from mdmrl.tasks.base import Task
@@ -161,7 +160,7 @@ def guided_completions(
         gates, bands = thresholds(first.values), thresholds(first.values, "faithful")
         several = [row for row in rows for _ in range(n * times)]
         base, base_logp = _looked(policy, several, config, "base", value)
-        stopped = base.values[:, half, 1].cpu() < gates.high[half, 1]
+        stopped = base.values[:, half, 1] < gates.high[half, 1]
         tables = [_table("plain", task, base, rows, **_columns(base, base_logp), stopped=stopped)]
 
         each = [row for row in rows for _ in range(n)]
@@ -245,7 +244,7 @@ def _looked(
     `GuidedOutput.values`."""
     judge = Recorder(mean_logprob, value)
     output = _draw(policy, rows, config, purpose, GuideConfig(), judge)
-    return output, judge.looks.double().view_as(output.values)
+    return output, judge.looks.cpu().double().view_as(output.values)
 
 
 def _columns(base: GuidedOutput, logp: Tensor) -> dict[str, Tensor]:

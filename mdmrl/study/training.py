@@ -147,12 +147,8 @@ def _train(policy: Policy, arm: Arm, config: GRPOConfig | PPOConfig) -> pd.DataF
     folder = train(policy, task.rewards, rows, config, held_out, task.metric, probe, **drawn)
     frame = pd.DataFrame(read_rows(folder / "metrics.jsonl"))
     for steps in arm.final_steps:
-        sampler = SamplerConfig(
-            max_new_tokens=config.max_completion_length,
-            steps=steps,
-            temperature=1.0,
-            suppress_mask=False,
-        )
+        own = {"steps": steps, "suppress_mask": False} if policy.denoises else {}
+        sampler = SamplerConfig(max_new_tokens=config.max_completion_length, temperature=1.0, **own)
         final = evaluate(
             policy,
             held_out,
@@ -206,7 +202,8 @@ def medcot_arms(
         Arm(
             name="AR",
             policy=autoregressive,
-            settings={**settings, "logp_estimator": "exact"},
+            settings={k: v for k, v in settings.items() if k != "suppress_mask"}
+            | {"logp_estimator": "exact"},
             final_steps=[length],
             eval_prompts=eval_prompts,
         )
