@@ -162,7 +162,8 @@ def train(
     if lora_r:
         add_lora(trained, r=lora_r, seed=settings.seed)
     held_out = judged.rows("validation", 48) if "validation" in judged.splits else ()
-    print(run(trained, judged.rewards, judged.rows("rl"), settings, held_out, judged.metric))
+    judging = {"metric": judged.metric, "watch": judged.watch}
+    print(run(trained, judged.rewards, judged.rows("rl"), settings, held_out, **judging))
 
 
 @app.command()

@@ -7,7 +7,6 @@ import math
 import os
 import subprocess
 import sys
-import traceback
 from dataclasses import replace
 
 import pytest
@@ -15,9 +14,7 @@ import torch
 from conftest import nested
 
 import mdmrl.rl.grpo as grpo
-from mdmrl.evaluation.completions import completion_metrics
 from mdmrl.policies import add_lora
-from mdmrl.rewards.text import repetition
 from mdmrl.rl.config import GRPOConfig
 from mdmrl.rl.grpo import grpo_loss, train_grpo, update
 from mdmrl.rl.kl import KL_ESTIMATORS
@@ -435,7 +432,7 @@ def test_a_wrong_estimator_is_refused_before_any_work(ar, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-# -- rows and monitors -----------------------------------------------------------------------------
+# -- rows ------------------------------------------------------------------------------------------
 
 
 def test_every_row_comes_once_an_epoch_and_processes_share_them():
@@ -459,105 +456,7 @@ def test_every_row_comes_once_an_epoch_and_processes_share_them():
     assert other != alone
 
 
-def test_repetition_by_hand():
-    assert repetition([1, 2, 3]) == 0
-    assert repetition([1, 2, 3, 4, 5]) == 0
-    assert repetition([1] * 8) == 1 - 1 / 5
-    assert repetition([1, 2, 3, 4, 1, 2, 3, 4]) == pytest.approx(1 - 4 / 5)
-
-
-def test_monitors_by_hand(mdm):
-    end, mask = mdm.tokenizer.eos_token_id, mdm.mask_token_id
-    good = mdm.tokenizer("<reasoning>fever</reasoning><answer>gout</answer>").input_ids
-    good.append(end)
-    size = len(good)
-    ids = torch.tensor(
-        [
-            good,
-            [good[0]] * size,  # repeats itself, never ends
-            [end, mask, *good[2:]],  # empty; the mask lies behind the end
-            [mask, *good[1:]],
-        ]
-    )
-    config = SamplerConfig(max_new_tokens=size, steps=1)
-    out = generate(mdm, ["x"] * 4, config)
-    out.completion_ids, out.completion_mask = ids, mdm.completion_mask(ids)
-    out.completions = mdm.decode(ids, out.completion_mask)
-    out.logprobs = torch.full(ids.shape, -2.0)
-    found = completion_metrics(mdm, out)
-    assert found["completions/mean_length"] == pytest.approx((3 * size + 1) / 4)
-    assert found["completions/clipped_ratio"] == 0.25
-    tagged = [
-        all(t in text for t in ("<reasoning>", "</reasoning>", "<answer>", "</answer>"))
-        for text in out.completions
-    ]
-    assert tagged[:3] == [True, False, False]
-    assert found["format_rate"] == sum(tagged) / 4
-    assert found["leftover_mask_rate"] == 0.25
-    assert found["failure_rate"] == 0.75
-    grams = size - 3
-    repeated = [len({tuple(r[i : i + 4]) for i in range(grams)}) for r in (good, ids[3].tolist())]
-    expected = [1 - repeated[0] / grams, 1 - 1 / grams, 0.0, 1 - repeated[1] / grams]
-    assert found["repetition"] == pytest.approx(sum(expected) / 4)
-    assert found["entropy"] == pytest.approx(2.0)
-
-
 # -- rewards ---------------------------------------------------------------------------------------
-
-
-def scored(reward):
-    return score([length, reward], ["q"] * 3, ["a", "b", "c"], [[1], [2], [3]], [{"x": 1}] * 3)
-
-
-BAD_REWARDS = {
-    "too short": (lambda: [1.0, 2.0], "expected a list of 3 values"),
-    "too long": (lambda: [1.0] * 4, "expected a list of 3 values"),
-    "a bool": (lambda: [1.0, True, 0.0], r"True \(bool\) for completion 1"),
-    "not a number": (lambda: [1.0, 0.0, NAN], r"nan \(float\) for completion 2"),
-    "infinite": (lambda: [math.inf, 0.0, 1.0], r"inf \(float\) for completion 0"),
-    "a string": (lambda: ["1", 0.0, 1.0], r"'1' \(str\) for completion 0"),
-    "text": (lambda: "abc", r"'a' \(str\) for completion 0"),
-    "a tensor": (lambda: torch.ones(3), "expected a list of 3 values"),
-    "tensors": (lambda: [torch.ones(())] * 3, r"\(Tensor\) for completion 0"),
-    "nothing": (lambda: None, "NoneType"),
-    "one number": (lambda: 1.0, "float"),
-}
-
-
-@pytest.mark.parametrize(("value", "message"), BAD_REWARDS.values(), ids=BAD_REWARDS)
-def test_what_a_reward_may_not_return(value, message):
-    def culprit(**columns):
-        return value()
-
-    with pytest.raises(ValueError, match=message) as info:
-        scored(culprit)
-    assert "'culprit'" in str(info.value)
-
-
-def test_a_reward_that_raises_is_named():
-    def culprit(completions, **columns):
-        return [1 / 0 for _ in completions]
-
-    with pytest.raises(ZeroDivisionError) as info:
-        scored(culprit)
-    assert "culprit" in "".join(traceback.format_exception(info.value))
-
-
-def test_rewards_get_columns_by_name_and_may_leave_samples_out():
-    seen = {}
-
-    def picky(prompts, completions, completion_ids, Answer, **columns):
-        seen.update(locals())
-        return [None, 2, 0.5]
-
-    rows = [{"prompt": "q", "Answer": str(i), "note": i} for i in range(3)]
-    found = score([length, picky], ["q"] * 3, ["a", "b", "c"], [[1], [2, 3], [3]], rows)
-    torch.testing.assert_close(
-        found, torch.tensor([[-0.1, NAN], [-0.2, 2], [-0.1, 0.5]]).double(), equal_nan=True
-    )
-    assert seen["Answer"] == ["0", "1", "2"]
-    assert seen["columns"] == {"note": [0, 1, 2]}
-    assert seen["completion_ids"] == [[1], [2, 3], [3]]
 
 
 def test_a_sample_left_out_has_no_part_in_the_update(ar):

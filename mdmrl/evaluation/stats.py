@@ -44,7 +44,8 @@ def ratio_interval(a: Values, b: Values, confidence: float = 0.95) -> Interval:
     Raises:
         ValueError: unequal lengths, fewer than two pairs, or a value that is not finite.
     """
-    a, b = _checked_pairs(a, b)
+    a, b = _checked(a, at_least=2), _checked(b, at_least=2)
+    _require_as_many(a, b)
     spread = _t(len(a), confidence) ** 2 * np.cov(a, b) / len(a)
     mean_a, mean_b = a.mean(), b.mean()
     # The ends solve square r^2 - 2 middle r + rest = 0.
@@ -147,9 +148,3 @@ def _checked(values: Values, at_least: int) -> np.ndarray:
     )
     require(bool(np.isfinite(values).all()), f"{values.tolist()}: expected finite values")
     return values
-
-
-def _checked_pairs(a: Values, b: Values) -> tuple[np.ndarray, np.ndarray]:
-    a, b = _checked(a, at_least=2), _checked(b, at_least=2)
-    _require_as_many(a, b)
-    return a, b

@@ -1,8 +1,7 @@
 """TRL's reward protocol: how rewards are checked, called and summed.
 
-A reward gets everything by name: `prompts`, `completions` and `completion_ids`, every column of the
-rows, and `trainer_state`, `log_metric` and `log_extra`. Nothing it returns is used before it has
-been checked.
+A reward gets by name `prompts`, `completions`, `completion_ids`, every column of the rows, and
+`trainer_state`, `log_metric`, `log_extra`. Nothing it returns is used before it has been checked.
 """
 
 from __future__ import annotations
@@ -13,8 +12,8 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 from mdmrl.config import InputError, require
@@ -23,42 +22,30 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 GIVEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_metric", "log_extra")
-NOT_GIVEN = ("prompt", "completion")  # columns that TRL keeps to itself
-
-
-@dataclass(frozen=True)
-class TrainerState:
-    """How far training has come, under transformers' names; zeros outside of training."""
-
-    global_step: int = 0
-    max_steps: int = 0
+NOT_GIVEN = ("prompt", "completion")  # columns that TRL, too, keeps from rewards
 
 
 class RewardLog:
     """What rewards report of a batch beside their values.
 
     Attributes:
-        extras: values by column, one a completion, from `log_extra(column, values)`.
+        offered: what rewards get to report with, `log_metric(name, value)` and `log_extra(column,
+            values)`, and `trainer_state`, which has `global_step` and `max_steps`.
+        extras: values by column, one a completion.
     """
 
     def __init__(self, global_step: int = 0, max_steps: int = 0):
+        self.extras: dict[str, list] = defaultdict(list)
+        self._metrics: dict[str, list[float]] = defaultdict(list)
         self.offered = {
-            "trainer_state": TrainerState(global_step, max_steps),
-            "log_metric": self.log_metric,
-            "log_extra": self.log_extra,
+            "trainer_state": SimpleNamespace(global_step=global_step, max_steps=max_steps),
+            "log_metric": lambda name, value: self._metrics[name].append(float(value)),
+            "log_extra": lambda column, values: self.extras[column].extend(values),
         }
-        self.extras: dict[str, list] = {}
-        self._reported: dict[str, list[float]] = defaultdict(list)
-
-    def log_metric(self, name: str, value: float) -> None:
-        self._reported[name].append(float(value))
-
-    def log_extra(self, column: str, values: Sequence) -> None:
-        self.extras.setdefault(column, []).extend(values)
 
     def metrics(self) -> dict[str, float]:
-        """The mean of what `log_metric(name, value)` was told, by name."""
-        return {name: sum(values) / len(values) for name, values in self._reported.items()}
+        """By name, the mean of the values reported."""
+        return {name: sum(values) / len(values) for name, values in self._metrics.items()}
 
 
 def reward_values(
@@ -70,12 +57,12 @@ def reward_values(
     **offered,
 ) -> Tensor:
     """The value of every reward for every completion, (B, number of rewards) float64 on the cpu;
-    NaN where a reward abstains (None).
+    NaN where a reward abstains by None.
 
     Args:
-        completions: texts; rewards get those of message prompts as a list with one message.
-        rows: give the columns, which rewards get by name, all but `prompt` and `completion`.
-        offered: in place of what a new `RewardLog` offers, such as that of `log.offered`.
+        completions: texts; rewards get that of a message prompt as a list of one message.
+        rows: whose columns rewards get, all but `prompt` and `completion`.
+        offered: `log.offered` of a `RewardLog`; that of a new one unless given.
 
     Raises:
         InputError: a reward returns the wrong number of values, or one that is no finite number;
@@ -83,21 +70,16 @@ def reward_values(
     """
     import torch
 
-    offered = RewardLog().offered | offered
     columns = {name: [row.get(name) for row in rows] for name in _columns(rows)}
     written = [
         text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
         for prompt, text in zip(prompts, completions, strict=True)
     ]
+    given = {"prompts": prompts, "completions": written, "completion_ids": completion_ids}
     values = []
     for reward in rewards:
-        found = reward(
-            prompts=list(prompts),
-            completions=list(written),
-            completion_ids=list(completion_ids),
-            **columns,
-            **offered,
-        )
+        lists = {name: list(items) for name, items in (given | columns).items()}
+        found = reward(**lists, **(RewardLog().offered | offered))
         if inspect.iscoroutine(found):  # in a thread, since a notebook's own loop is running
             with ThreadPoolExecutor(1) as thread:
                 found = thread.submit(asyncio.run, found).result()
@@ -132,11 +114,9 @@ def check_rewards(
     """
     import torch
 
-    example = "expected a list of functions, as in rewards=[short]"
-    if callable(rewards):
-        raise InputError(f"rewards={reward_name(rewards)}: {example}")
-    require(isinstance(rewards, list | tuple), f"rewards={rewards!r:.80}: {example}")
-    require(len(rewards) > 0, f"no reward functions given: {example}")
+    listed = isinstance(rewards, list | tuple) and len(rewards) > 0
+    said = reward_name(rewards) if callable(rewards) else f"{rewards!r:.80}"
+    require(listed, f"rewards={said}: expected a list of functions, as in rewards=[short]")
     for reward in rewards:
         fit = callable(reward) and not isinstance(reward, type | torch.nn.Module)
         said = f"reward {reward!s:.80} ({type(reward).__name__})"
@@ -144,24 +124,32 @@ def check_rewards(
     names = [reward_name(reward) for reward in rewards]
     twice = {name for name in names if names.count(name) > 1}
     require(not twice, f"two rewards share a name: {', '.join(twice)}; set one's __name__")
-    fits = weights is None or (len(weights) == len(names) and all(map(math.isfinite, weights)))
-    require(fits, f"reward_weights={weights}: expected {len(names)} numbers, of {', '.join(names)}")
-    if rows:
-        for name, reward in zip(names, rewards, strict=True):
-            _check_signature(name, reward, _columns(rows))
+    fit = weights is None or (len(weights) == len(names) and all(map(math.isfinite, weights)))
+    require(fit, f"reward_weights={weights}: expected a number for each of {', '.join(names)}")
+    given = (*GIVEN, *_columns(rows))
+    for name, reward in zip(names, rewards if rows else (), strict=False):
+        try:
+            inspect.signature(reward).bind(**dict.fromkeys(given))
+        except ValueError:  # a builtin may have no signature that can be read
+            continue
+        except TypeError as error:
+            raise InputError(
+                f"reward {name!r}: {error}; it is called with {', '.join(given)}, all by name: "
+                "take those it needs, and the others as **columns"
+            ) from None
     return names
 
 
 def complete_rows(rows: Sequence[Mapping]) -> list[Mapping]:
-    """The rows, each with every column of them all: None where it had none, so that what a reward
-    gets does not depend on which rows share its batch.
+    """The rows, each with every column that any has, None where it had none: what a reward gets
+    does not depend on which rows share a batch.
 
     Raises:
         InputError: a row without `prompt`, or a column that rewards know as something else.
     """
     for index, row in enumerate(rows):
-        fit = isinstance(row, Mapping) and "prompt" in row
-        require(fit, f"row {index}, {row!r:.80}: expected a dict with 'prompt'")
+        if not isinstance(row, Mapping) or "prompt" not in row:
+            raise InputError(f"row {index}, {row!r:.80}: expected a dict with 'prompt'")
     _columns(rows)
     every = dict.fromkeys(name for row in rows for name in row)
     return [row if len(row) == len(every) else {**every, **row} for row in rows]
@@ -178,45 +166,26 @@ def _columns(rows: Sequence[Mapping]) -> list[str]:
     """The columns of the rows that rewards get."""
     names = dict.fromkeys(name for row in rows for name in row)
     for name in names:
-        require(
-            name not in GIVEN,
-            f"column {name!r} of the rows: rewards get something else by this name; rename it",
-        )
+        fit = name not in GIVEN
+        require(fit, f"column {name!r}: rewards get something else by this name; rename it")
     return [name for name in names if name not in NOT_GIVEN]
 
 
-def _check_signature(name: str, reward: Callable, columns: Sequence[str]) -> None:
-    try:
-        signature = inspect.signature(reward)
-    except (TypeError, ValueError):  # a builtin may not tell
-        return
-    try:
-        signature.bind(**dict.fromkeys((*GIVEN, *columns)))
-    except TypeError as error:
-        raise InputError(
-            f"reward {name!r}: {error}; it is called with {', '.join((*GIVEN, *columns))} by name: "
-            "take those it needs, and the others as **columns"
-        ) from None
-
-
 def _checked(name: str, found, count: int) -> list[float]:
-    """What a reward returned, NaN for None."""
+    """What the reward of that name returned, NaN for None."""
     listed = isinstance(found, Sequence) or getattr(found, "ndim", 0) == 1
-    if not listed or len(found) != count:
-        raise InputError(
-            f"reward {name!r} returned {len(found) if listed else type(found).__name__}: expected "
-            f"a list of {count} values, one a completion"
-        )
-    return [_number(name, index, value) for index, value in enumerate(found)]
-
-
-def _number(name: str, index: int, value) -> float:
-    if value is None:
-        return math.nan
-    number = value.item() if getattr(value, "ndim", None) == 0 else value  # numpy's and torch's
-    if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
-        raise InputError(
-            f"reward {name!r} returned {value!r} ({type(value).__name__}) for completion {index}: "
-            "expected a finite number, or None to abstain"
-        )
-    return float(number)
+    size = len(found) if listed else type(found).__name__
+    wanted = f"expected a list of {count} values, one a completion"
+    require(size == count, f"reward {name!r} returned {size}: {wanted}")
+    values = []
+    for index, value in enumerate(found):
+        scalar = getattr(value, "ndim", None) == 0  # numpy's and torch's
+        number = math.nan if value is None else value.item() if scalar else value
+        fit = isinstance(number, int | float) and not isinstance(number, bool)
+        if value is not None and not (fit and math.isfinite(number)):
+            raise InputError(
+                f"reward {name!r} returned {value!r} ({type(value).__name__}) for completion "
+                f"{index}: expected a finite number, or None to abstain"
+            )
+        values.append(float(number))
+    return values
