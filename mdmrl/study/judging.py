@@ -29,7 +29,7 @@ from mdmrl.sampling.guide import GuideConfig, Thresholds
 from mdmrl.sampling.guided import GuidedOutput, generate_guided
 from mdmrl.sampling.selection import Permuted, PromptOnly, mean_logprob
 from mdmrl.sampling.states import Recorder, States
-from mdmrl.study.pieces import kept
+from mdmrl.study.pieces import cached_table
 from mdmrl.tasks import load_task
 from mdmrl.tasks.base import Task
 
@@ -207,7 +207,7 @@ def _piece(
         **settings,
     }
     slug = f"{Path(name).name}-{kind}-s{config.seed}"
-    table = kept(profile, slug, identity, lambda _: (compute(policy, task), {}))
+    table = cached_table(profile, slug, identity, lambda _: (compute(policy, task), {}))
     table.insert(0, "seed", config.seed)
     return table
 
