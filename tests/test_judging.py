@@ -78,18 +78,18 @@ def test_a_piece_is_computed_once_for_all_that_decides_it(tmp_path, monkeypatch)
         computed.append(name)
         return pd.DataFrame({"x": [1 / 3], "said": ["n/a"]}), {"why": "a test"}
 
-    first = pieces.kept("quick", "slug", {"a": 1}, compute)
-    pd.testing.assert_frame_equal(pieces.kept("quick", "slug", {"a": 1}, compute), first)
+    first = pieces.cached_table("quick", "slug", {"a": 1}, compute)
+    pd.testing.assert_frame_equal(pieces.cached_table("quick", "slug", {"a": 1}, compute), first)
     assert first.x.tolist() == [0.333333] and first.said.tolist() == ["n/a"]
     assert first.run.tolist() == computed
     facts = pieces.facts("quick", computed[0])
     assert facts["why"] == "a test" and facts["identity"] == {"a": 1}
     assert facts["machine"] == machine("cpu") and facts["revision"] == revision()
-    pieces.kept("quick", "slug", {"a": 2}, compute)
-    pieces.kept("other", "slug", {"a": 1}, compute)
+    pieces.cached_table("quick", "slug", {"a": 2}, compute)
+    pieces.cached_table("other", "slug", {"a": 1}, compute)
     assert len(computed) == 3 and computed[0] == computed[2] != computed[1]
     with pytest.raises(ZeroDivisionError):
-        pieces.kept("quick", "slug", {"a": 3}, lambda name: 1 / 0)
+        pieces.cached_table("quick", "slug", {"a": 3}, lambda name: 1 / 0)
     assert len(list(pieces.pieces_folder("quick").iterdir())) == 4  # nothing half done
 
 

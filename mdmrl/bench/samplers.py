@@ -133,8 +133,8 @@ def print_bench(numbers: dict) -> None:
 
 
 def bench_markdown(folder: Path) -> str:
-    """The README's table, from the `bench_samplers*.json` that `mdmrl bench samplers --json` wrote
-    to `folder`."""
+    """The table of `docs/bench.md`, from the `bench_samplers*.json` that `mdmrl bench samplers`
+    wrote to `folder`."""
     lines = [
         "| policy | sampler | batch | tokens | steps | positions computed | samples/s | speed-up "
         "| same tokens | machine |",

@@ -101,7 +101,7 @@ def append_rows(frame: pd.DataFrame, path: str | Path) -> None:
 
 
 def models_markdown(path: str | Path) -> str:
-    """The README's table of the tiny models, from the CSV that `mdmrl eval --csv` appends to."""
+    """The table of the tiny models, from the CSV that `mdmrl eval --csv` appends to."""
     frame = pd.read_csv(path, keep_default_na=False)
     lines = [
         "| model | sampler | steps | temperature | exact answer | reward | all four tags |",

@@ -26,7 +26,7 @@ from mdmrl.runs import config_hash, generator_for, read_rows
 from mdmrl.sampling import SamplerConfig
 from mdmrl.sampling.hierarchy import Hierarchical
 from mdmrl.study.outputs import project_root
-from mdmrl.study.pieces import facts, kept
+from mdmrl.study.pieces import cached_table, facts
 from mdmrl.tasks import load_task
 from mdmrl.tasks.medcot import SYSTEM_PROMPT
 from mdmrl.training.config import SFTConfig
@@ -124,7 +124,7 @@ def train_arm(arm: Arm, seed: int, profile: str) -> pd.DataFrame:
         frame = _train(policy, arm, config.replace(output_dir=str(folder)))
         return frame, read_rows(folder / "samples.jsonl")[-1]
 
-    frame = kept(profile, slug, identity, compute)
+    frame = cached_table(profile, slug, identity, compute)
     frame.insert(0, "seed", seed)
     frame.insert(0, "arm", arm.name)
     return frame
