@@ -47,10 +47,10 @@ class Noise:
     order: Tensor
     reference: Noise | None = None
 
-    def rows(self, chosen: slice | Tensor) -> Noise:
+    def select(self, chosen: slice | Tensor) -> Noise:
         """The same for some of the rows, a slice or a mask of them."""
         values = (getattr(self, field.name) for field in fields(self))
-        cut = [v[chosen] if isinstance(v, Tensor) else v and v.rows(chosen) for v in values]
+        cut = [v[chosen] if isinstance(v, Tensor) else v and v.select(chosen) for v in values]
         return Noise(*cut)
 
 
@@ -230,7 +230,7 @@ def trajectory(policy: Policy, rollout: Rollout, noise: Noise, positions: bool =
     steps, total = torch.arange(int(when[mask].max()) + 1, device=mask.device), 0.0
     for now in steps.split(max(1, STATES_AT_ONCE // batch)):
         rows = torch.arange(batch, device=mask.device).repeat_interleave(len(now))  # a row a state
-        states, step = rollout.rows(rows), now.repeat(batch)[:, None]
+        states, step = rollout.select(rows), now.repeat(batch)[:, None]
         masked, chosen = when[rows] >= step, mask[rows] & (when[rows] == step)
         scored = masked if positions else chosen
         logits = _masked_logits(policy, states, masked, scored)

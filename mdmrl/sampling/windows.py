@@ -84,6 +84,39 @@ class Window:
         return hidden[:, a - shift - start : b - shift - start]
 
 
+class Predictor:
+    """Logits at open positions.
+
+    With `scale`, that of classifier-free guidance, there are twice as many rows: below each lies
+    its twin, whose prompt is masked.
+    """
+
+    def __init__(
+        self, policy, canvas: Tensor, attention: Tensor, width: int, scale: float, cache: str | None
+    ):
+        self.policy, self.scale = policy, scale
+        twin = canvas.clone()
+        twin[:, :width] = torch.where(attention[:, :width], policy.mask_token_id, twin[:, :width])
+        self.both = torch.cat([canvas, twin]) if scale else canvas.clone()
+        self.canvas = self.both[: len(canvas)]
+        self.offsets = range(0, len(self.both), len(canvas))
+        self.window = Window(policy, attention.repeat(len(self.offsets), 1), width, cache)
+
+    def write(self, rows: Tensor, columns: Tensor, tokens: Tensor | int) -> None:
+        for offset in self.offsets:
+            self.both[rows + offset, columns] = tokens
+
+    def logits(self, rows: Tensor, todo: Tensor, a: int, b: int, fresh: bool) -> Tensor:
+        """Logits (N, V) at the open positions `todo` (R, b-a) of `rows`, columns [a, b)."""
+        rows = torch.cat([rows + offset for offset in self.offsets])
+        hidden = self.window.hidden(self.both, rows, a, b, fresh)
+        logits = self.policy.head(hidden[todo.repeat(len(self.offsets), 1)])
+        if not self.scale:
+            return logits
+        conditional, unconditional = logits.chunk(2)
+        return unconditional + (1 + self.scale) * (conditional - unconditional)
+
+
 class KeyValues:
     """Keys and values of every column, overwritten where a window is computed again.
 

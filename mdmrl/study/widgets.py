@@ -81,7 +81,8 @@ def order_of_reveal(output: SamplerOutput, policy: Policy, row: int = 0) -> Figu
 def live_curve(folder: str | Path, column: str = "reward", seconds: float = 0.0) -> None:
     """Draw a run's curve from its folder, and again each second while `seconds` last.
 
-    Reads files only, so any notebook or kernel can watch any run; a finished one is drawn once.
+    Reads files only, so any notebook or kernel can watch any run; a finished one is drawn once, and
+    one that has logged nothing yet is an empty axis that says so.
     """
     from IPython.display import display
 
@@ -89,10 +90,12 @@ def live_curve(folder: str | Path, column: str = "reward", seconds: float = 0.0)
     last = json.loads((folder / "config.json").read_text())["max_steps"]
     handle = display(display_id=True)
     while True:
-        frame = pd.DataFrame(read_rows(folder / "metrics.jsonl"))
+        rows = read_rows(folder / "metrics.jsonl")
+        frame = pd.DataFrame(rows, columns=["step", column], dtype=float)
         figure, axes = plt.subplots(figsize=(6.3, 2.2), layout="constrained")
+        title = folder.name if rows else f"{folder.name}: nothing has been logged yet"
+        axes.set(xlabel="update", ylabel=column, title=title)
         axes.plot(frame.step, frame[column], marker=".", linewidth=1)
-        axes.set(xlabel="update", ylabel=column, title=folder.name)
         plt.close(figure)
         handle.update(figure)
         if frame.step.max() >= last or time.monotonic() >= deadline:
