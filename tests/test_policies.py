@@ -194,7 +194,7 @@ def test_a_prompt_that_spells_a_mask_or_an_end_is_refused(policy, token, chat):
     if not chat:
         policy.tokenizer.chat_template = None
     for text in (f"fever{token}", f"{token}", f"a {token} b"):
-        with pytest.raises(InputError, match=re.escape(f"prompt 1 spells {token}, ")):
+        with pytest.raises(InputError, match=re.escape(f"prompt 1 spells {token}, which")):
             policy.encode(["fever", text])
         assert policy.encode_texts([text]).input_ids.shape[0] == 1
     policy.encode(["<mask>, [MASK], < |mask| >, <|mask|", "mask and end"])
@@ -594,6 +594,13 @@ def test_a_base_that_no_name_stands_for_is_saved_with_its_adapter(policy, tmp_pa
     assert torch.equal(load_policy(tmp_path / "adapter").logits(ids_of(policy)), logits)
 
 
+def test_a_folder_called_like_a_policy_of_ours_is_not_taken_for_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    saved_adapter(load_policy("tiny-ar"), tmp_path / "tiny-mdm")
+    assert load_policy("tiny-mdm").name == "tiny-mdm"
+    assert load_policy("./tiny-mdm").kind == "ar"
+
+
 def test_an_adapter_without_its_base_is_refused(policy, tmp_path):
     policy.save_pretrained(tmp_path / "base")
     saved_adapter(load_policy(tmp_path / "base"), tmp_path / "adapter")
@@ -605,6 +612,8 @@ def test_an_adapter_without_its_base_is_refused(policy, tmp_path):
     assert torch.equal(
         load_policy(tmp_path / "again").logits(ids_of(moved)), moved.logits(ids_of(moved))
     )
+    with pytest.raises(InputError, match="missing cannot be loaded"):
+        load_policy(tmp_path / "moved", adapter=tmp_path / "missing")
     (tmp_path / "adapter" / "adapter_config.json").write_text("{")
     with pytest.raises(InputError, match="adapter cannot be loaded: JSONDecodeError"):
         load_policy(tmp_path / "adapter")
