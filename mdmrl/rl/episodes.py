@@ -97,7 +97,7 @@ class Old:
     def rewards(self, charge: float) -> Tensor:
         """r_t, (B, T): the completion's reward at the last step, and `charge` for a nat of KL."""
         rewards = torch.zeros_like(self.kl)
-        rewards[:, -1] = self.rollout.rewards.nan_to_num(0)
+        rewards[:, -1] = self.rollout.rewards.nan_to_num(0).float()
         return rewards - charge * self.kl if charge else rewards
 
 

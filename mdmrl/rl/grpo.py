@@ -195,8 +195,8 @@ def charged(
     with policy.reference():
         ref = score_in_parts(policy, rollout, scorer, noise.reference or noise, config)
     cost = charge(logp, ref, rollout, config)
-    advantages, _ = group_advantages(rollout.rewards - cost, config.num_generations)
-    return replace(rollout, advantages=advantages), cost.mean().item()
+    advantages, _ = group_advantages(rollout.rewards - cost.cpu(), config.num_generations)
+    return replace(rollout, advantages=advantages.to(cost.device)), cost.mean().item()
 
 
 def check_ratio(
@@ -283,7 +283,10 @@ def micro_batches(rollout: Rollout, config: GRPOConfig) -> list[slice]:
 
 
 def _norm(tensors: Sequence[Tensor]) -> float:
-    return math.sqrt(sum(t.double().square().sum().item() for t in tensors))
+    """Of all together; in double where the device is sure to have it."""
+    on_cpu = all(t.device.type == "cpu" for t in tensors)
+    squares = (t.double() if on_cpu else t for t in tensors)
+    return math.sqrt(sum(t.square().sum().item() for t in squares))
 
 
 def finish_gradient(parameters: dict[str, Tensor], accelerator, max_norm: float) -> float:

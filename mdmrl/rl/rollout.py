@@ -23,7 +23,8 @@ class Rollout:
     prompt_ids, prompt_mask: (B, P), left-padded. completion_ids: (B, L). completion_mask: (B, L),
     True up to and including the first end token; loss, KL and metrics count these positions.
     advantages: (B,). counted: (B,), False for samples that a reward left out of their group.
-    sampler: what drew them; scoring applies its temperature. rewards: (B,), NaN where left out.
+    sampler: what drew them; scoring applies its temperature. rewards: (B,), NaN where left out,
+    float64 and on the processor, as not every device has float64.
     logprobs: (B, L), as the tokens were drawn. revealed_at: (B, L), the denoising step that
     revealed each position, -1 where none did; place: (B, L), its place among those of that step, in
     the order drawn; both None unless the trajectory was recorded.
@@ -107,9 +108,13 @@ class Rollout:
 
     def rows(self, chosen: slice | Tensor) -> Rollout:
         """The same for some of the rows, a slice or a mask of them."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        cut = {k: v[chosen] if isinstance(v, Tensor) else v for k, v in values.items()}
-        return Rollout(**cut)
+
+        def cut(value):
+            if not isinstance(value, Tensor):
+                return value
+            return value[chosen if isinstance(chosen, slice) else chosen.to(value.device)]
+
+        return Rollout(**{f.name: cut(getattr(self, f.name)) for f in fields(self)})
 
 
 def group_advantages(rewards: Tensor, num_generations: int) -> tuple[Tensor, Tensor]:
@@ -175,7 +180,5 @@ def collect(
         "rewards": total[:num_generations].nan_to_num(0).tolist(),
     }
     device = policy.device
-    rollout = Rollout.of(
-        output, advantages.to(device), counted.to(device), config, total.to(device)
-    )
+    rollout = Rollout.of(output, advantages.to(device), counted.to(device), config, total)
     return rollout, metrics, sample
