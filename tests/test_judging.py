@@ -14,7 +14,7 @@ from mdmrl.rl.rollout import Rollout
 from mdmrl.rl.values import explained_variance, fit_to_base
 from mdmrl.runs import generator_for
 from mdmrl.sampling import generate
-from mdmrl.sampling.guide import GuideConfig
+from mdmrl.sampling.guidance import GuideConfig
 from mdmrl.sampling.guided import calibrate, generate_guided
 from mdmrl.sampling.selection import PromptOnly, mean_logprob
 from mdmrl.study import judging, pieces
@@ -31,8 +31,7 @@ SPLITS = {
 }
 CONFIG = PPOConfig(
     max_completion_length=8,
-    steps=8,
-    block_length=4,
+    sampler={"steps": 8, "block_length": 4},
     value_batches=4,
     per_device_train_batch_size=4,
     num_generations=1,
@@ -79,18 +78,18 @@ def test_a_piece_is_computed_once_for_all_that_decides_it(tmp_path, monkeypatch)
         computed.append(name)
         return pd.DataFrame({"x": [1 / 3], "said": ["n/a"]}), {"why": "a test"}
 
-    first = pieces.kept("quick", "slug", {"a": 1}, compute)
-    pd.testing.assert_frame_equal(pieces.kept("quick", "slug", {"a": 1}, compute), first)
+    first = pieces.cached_table("quick", "slug", {"a": 1}, compute)
+    pd.testing.assert_frame_equal(pieces.cached_table("quick", "slug", {"a": 1}, compute), first)
     assert first.x.tolist() == [0.333333] and first.said.tolist() == ["n/a"]
     assert first.run.tolist() == computed
     facts = pieces.facts("quick", computed[0])
     assert facts["why"] == "a test" and facts["identity"] == {"a": 1}
     assert facts["machine"] == machine("cpu") and facts["revision"] == revision()
-    pieces.kept("quick", "slug", {"a": 2}, compute)
-    pieces.kept("other", "slug", {"a": 1}, compute)
+    pieces.cached_table("quick", "slug", {"a": 2}, compute)
+    pieces.cached_table("other", "slug", {"a": 1}, compute)
     assert len(computed) == 3 and computed[0] == computed[2] != computed[1]
     with pytest.raises(ZeroDivisionError):
-        pieces.kept("quick", "slug", {"a": 3}, lambda name: 1 / 0)
+        pieces.cached_table("quick", "slug", {"a": 3}, lambda name: 1 / 0)
     assert len(list(pieces.pieces_folder("quick").iterdir())) == 4  # nothing half done
 
 
@@ -134,7 +133,7 @@ def test_half_of_a_text_is_a_state_only_between_blocks(policy):
 def test_v_explains_what_it_said_it_explains(policy):
     """What V says of the held-out completions, from the states of a run of its own."""
     found = judging.what_v_explains("toy", CONFIG, [2, 4], 4, "quick")
-    sampler = CONFIG.sampler(policy)
+    sampler = CONFIG.sampler_for(policy)
     prompts = [row["prompt"] for row in SPLITS["validation"]]
     output = generate(policy, prompts, sampler, generator_for(0, "held-out"), record=True)
     outcome = torch.tensor([float(odd(ids)) for ids in output.token_lists()])
@@ -161,7 +160,7 @@ def test_guided_completions_are_those_of_the_guided_sampler(policy):
     def value(states):
         return V(states.features).detach()
 
-    sampler = CONFIG.sampler(policy)
+    sampler = CONFIG.sampler_for(policy)
     asked = [row["prompt"] for row in SPLITS["test"][:2]]
     others = [row["prompt"] for row in SPLITS["validation"][:2]]
     plain = found[found.arm == "plain"]

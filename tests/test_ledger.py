@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
-from mdmrl.study.ledger import Claim, load, record, render, slug, update_readme
+from mdmrl.study.ledger import Claim, fill_claims, load, record, render, slug
 from mdmrl.study.outputs import Outputs, figures_folder, figures_of, project_root
 from mdmrl.study.verdicts import fig41_ar_rises
 
@@ -109,7 +109,7 @@ def test_the_table_gives_number_interval_and_condition():
     ]
     lines = render(rows).splitlines()
     assert lines[0] == "| Claim | Thesis | Measured here | Seeds | Verdict | Notebook |"
-    link = "[03_reward_curves](notebooks/03_reward_curves.ipynb)"
+    link = "[03_reward_curves](../notebooks/03_reward_curves.ipynb)"
     assert lines[2] == (
         "| The AR model's mean reward rises | Fig. 4-1 | reward gained: 0.413 [0.32, 0.5] points "
         f"| 5 | reproduced, conditional on these checkpoints | {link} |"
@@ -118,7 +118,7 @@ def test_the_table_gives_number_interval_and_condition():
     assert "32,243,712 parameters |" in lines[4]
 
 
-# ------------------------------------------------------------------ the README
+# ------------------------------------------------------------------ the page
 
 
 def test_a_sentence_with_its_interval_is_left_as_it_is():
@@ -127,31 +127,31 @@ def test_a_sentence_with_its_interval_is_left_as_it_is():
     assert f"| {said}: 0.413 [0.32, 0.51] |" in render([claim(measured=said, high=0.51)])
 
 
-def test_the_readme_gets_full_claims_only_and_again_the_same(tmp_path):
-    readme = tmp_path / "README.md"
-    readme.write_text(f"# Title\n\n{START}\nold\n{END}\n\nThe end.\n")
-    update_readme(readme, tmp_path / "claims.json")
-    assert readme.read_text().startswith(f"# Title\n\n{START}\n\nNo `full` run")
+def test_the_page_gets_full_claims_only_and_again_the_same(tmp_path):
+    page = tmp_path / "results.md"
+    page.write_text(f"# Title\n\n{START}\nold\n{END}\n\nThe end.\n")
+    fill_claims(page, tmp_path / "claims.json")
+    assert page.read_text().startswith(f"# Title\n\n{START}\n\nNo `full` run")
 
     record(claim(), tmp_path)
     path = record(claim(id="z", says="a trial", profile="cpu"), tmp_path)
-    update_readme(readme, path)
-    once = readme.read_text()
+    fill_claims(page, path)
+    once = page.read_text()
     assert "mean reward rises" in once
     assert "a trial" not in once
     assert "old" not in once
     assert once.endswith(f"\n\n{END}\n\nThe end.\n")
-    update_readme(readme, path)
-    assert readme.read_text() == once
+    fill_claims(page, path)
+    assert page.read_text() == once
 
 
 @pytest.mark.parametrize("text", ["", START, f"{END}\n{START}", f"{START}{END}{START}{END}"])
-def test_a_readme_without_its_markers_is_left_alone(tmp_path, text):
-    readme = tmp_path / "README.md"
-    readme.write_text(text)
-    with pytest.raises(ValueError, match=r"README\.md has no place for the claims"):
-        update_readme(readme, record(claim(), tmp_path))
-    assert readme.read_text() == text
+def test_a_page_without_its_markers_is_left_alone(tmp_path, text):
+    page = tmp_path / "results.md"
+    page.write_text(text)
+    with pytest.raises(ValueError, match=r"results\.md has no place for the claims"):
+        fill_claims(page, record(claim(), tmp_path))
+    assert page.read_text() == text
 
 
 # ------------------------------------------------------------------ outputs

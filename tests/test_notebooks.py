@@ -1,17 +1,28 @@
 """The notebooks' form, and the runner that executes them."""
 
 import ast
+import io
 import json
 import os
+import re
+import shutil
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import nbformat
 import papermill
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+from rich.console import Console
 
-from mdmrl.study.reproduce import load_profile, notebook_parameters, plan, reproduce
+from mdmrl.study import progress
+from mdmrl.study.notebooks import code_cells, load_profile, notebook_parameters, plan
+from mdmrl.study.outputs import figures_folder
+from mdmrl.study.progress import Progress, expected_seconds
+from mdmrl.study.reproduce import reproduce, write_docs
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
@@ -102,11 +113,12 @@ def write_notebook(path: Path, *sources: str, parameters: str = PARAMETERS) -> N
 
 @pytest.fixture
 def study(tmp_path, monkeypatch):
-    """A checkout with one notebook, its README and its profiles."""
+    """A checkout with one notebook, its page of results and its profiles."""
     write_notebook(tmp_path / "notebooks" / "00_fine.ipynb", FINE, WHERE)
     for profile in ("smoke", "full"):
         write_profile(tmp_path, "00_fine: {size: 5}", profile)
-    (tmp_path / "README.md").write_text(f"{START}\n{END}\n")
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "results.md").write_text(f"{START}\n{END}\n")
     monkeypatch.setenv("MDMRL_ROOT", str(tmp_path))
     return tmp_path
 
@@ -151,7 +163,7 @@ def test_a_failure_is_shown_and_the_others_run(study, capsys, monkeypatch):
 def test_what_has_not_changed_is_not_run_again(study, capsys, monkeypatch):
     runs = []
 
-    def run_notebook(path, output, parameters):
+    def run_notebook(path, output, parameters, cell_ends):
         runs.append(parameters)
         output.parent.mkdir(parents=True, exist_ok=True)
         output.touch()
@@ -173,15 +185,15 @@ def test_what_has_not_changed_is_not_run_again(study, capsys, monkeypatch):
     assert [again(), again()] == [1, 0]
     (study / "runs" / "smoke" / "notebooks" / "00_fine.ipynb").unlink()
     assert [again(), again()] == [1, 0]
-    monkeypatch.setattr("mdmrl.study.reproduce._package_digest", lambda: "another version")
+    monkeypatch.setattr("mdmrl.study.reproduce.package_digest", lambda: "another version")
     assert [again(), again()] == [1, 0]
     outcome = "a traceback"
     assert [again(force=True), again()] == [1, 1]  # a failure is never taken for done
     assert "unchanged" in capsys.readouterr().out
 
 
-def test_a_full_run_writes_figures_and_the_readme(study, monkeypatch):
-    def in_this_process(path, output, parameters):
+def test_a_full_run_writes_figures_and_docs(study, monkeypatch):
+    def in_this_process(path, output, parameters, cell_ends):
         monkeypatch.setenv("MDMRL_NOTEBOOK", path.stem)
         exec(FINE, parameters)
         return ""
@@ -193,14 +205,30 @@ def test_a_full_run_writes_figures_and_the_readme(study, monkeypatch):
         "fig_a.pdf",
         "fig_a.png",
     ]
-    assert "| erratum | [00_fine](notebooks/00_fine.ipynb) |" in (study / "README.md").read_text()
+    page = (study / "docs" / "results.md").read_text()
+    assert "| erratum | [00_fine](../notebooks/00_fine.ipynb) |" in page
 
 
-def test_a_full_run_without_a_place_for_its_claims_does_not_start(study, monkeypatch):
-    (study / "README.md").write_text("no markers")
+@pytest.mark.parametrize("page", ["no markers", None])
+def test_a_full_run_without_a_place_for_its_claims_does_not_start(study, monkeypatch, page):
+    """Nor is the page made for them."""
+    path = study / "docs" / "results.md"
+    path.unlink() if page is None else path.write_text(page)
     monkeypatch.setattr("mdmrl.study.reproduce.run_notebook", lambda *_: pytest.fail("it ran"))
-    with pytest.raises(ValueError, match="no place for the claims"):
+    with pytest.raises(ValueError, match=r"docs/results\.md has no place for the claims"):
         reproduce("full")
+    assert (path.read_text() if path.exists() else None) == page
+
+
+def test_the_tables_in_docs_are_those_of_the_committed_figures(tmp_path, monkeypatch):
+    (tmp_path / "notebooks").mkdir()
+    shutil.copytree(FOLDER.parent / "docs", tmp_path / "docs")
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setenv("MDMRL_ROOT", str(tmp_path))
+        write_docs(FOLDER.parent / "figures")
+    for page in ("results.md", "bench.md"):
+        written, committed = (root / "docs" / page for root in (tmp_path, FOLDER.parent))
+        assert written.read_text() == committed.read_text()
 
 
 def test_a_dead_kernel_is_a_failure(study, capsys):
@@ -245,3 +273,93 @@ def test_a_notebook_has_one_parameters_cell(tmp_path):
     nbformat.write(new_notebook(cells=[new_code_cell("a = 1")]), tmp_path / "n.ipynb")
     with pytest.raises(ValueError, match="0 cells are tagged"):
         notebook_parameters(tmp_path / "n.ipynb")
+
+
+# ------------------------------------------------------------------ progress
+
+
+def test_time_left_is_what_was_measured_times_the_pace_so_far(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(progress, "PRIOR", 10.0)
+    said = Progress({"a": [10.0, 60.0, 30.0], "b": [200.0]}, clock=lambda: now)
+    said.begin("a", "[1/2] a")
+    assert said.left() == (100, 300)
+    now = 30.0  # three times as long as expected: (10 + 30) / (10 + 10) as slow
+    said.cell_ends()
+    assert said.left() == (2 * 90, 2 * 290)
+    now = 90.0
+    assert said.left() == (2 * 90 - 60, 2 * 290 - 60)
+    assert (
+        said.line() == "[1/2] a: cell 2 of 3, 1 min 30 s, about 2 min left; whole: about 9 min left"
+    )
+    now = 300.0  # the cell should have ended at 150: the pace is (40 + 270) / (20 + 60)
+    assert said.left() == pytest.approx((310 / 80 * 30, 310 / 80 * 230))
+    said.cell_ends()
+    said.cell_ends()
+    assert said.end() == 300
+    said.begin("b", "[2/2] b")
+    now = 10_000.0
+    assert "under a minute left" in said.line()  # long overdue, and never below nothing
+
+
+def test_estimates_are_the_last_runs_then_the_committed_ones(study):
+    cells = {"00_fine": 3, "01_new": 4}
+    assert expected_seconds("smoke", cells) == {"00_fine": [20.0] * 3, "01_new": [15.0] * 4}
+    committed = {"smoke": {"00_fine": [1, 2, 3], "01_new": [6, 6]}}
+    (study / "notebooks" / "profiles" / "seconds.json").write_text(json.dumps(committed))
+    assert expected_seconds("smoke", cells) == {"00_fine": [1, 2, 3], "01_new": [3.0] * 4}
+    progress.record_seconds("smoke", "00_fine", [4.04, 5.0, 6.0])
+    assert expected_seconds("smoke", cells) == {"00_fine": [4.0, 5.0, 6.0], "01_new": [3.0] * 4}
+    assert expected_seconds("cpu", {"00_fine": 1}) == {"00_fine": [60.0]}
+
+
+@pytest.mark.parametrize("profile", ["smoke", "cpu"])
+def test_every_notebook_has_a_committed_estimate(profile):
+    committed = json.loads((FOLDER / "profiles" / "seconds.json").read_text())[profile]
+    assert committed.keys() == {path.stem for path in NOTEBOOKS}
+
+
+def test_what_runs_is_said_again_and_again(study, capsys, monkeypatch):
+    monkeypatch.setattr(progress, "EVERY", 0.3)
+    write_notebook(study / "notebooks" / "00_fine.ipynb", "import time", "time.sleep(2)")
+    assert reproduce("smoke") == 0
+    lines = [x for x in capsys.readouterr().out.splitlines() if x.startswith("[1/1] 00_fine: cell")]
+    form = r"\[1/1\] 00_fine: cell \d of 4, \d+ s, .* left; whole: .* left"
+    assert len(lines) > 5 and all(re.fullmatch(form, line) for line in lines)
+    assert any("cell 4 of 4" in line for line in lines)
+    (taken,) = json.loads((study / "runs" / "smoke" / "seconds.json").read_text()).values()
+    assert len(taken) == code_cells(study / "notebooks" / "00_fine.ipynb") == 4
+    assert 2 <= taken[-1] < 5
+
+
+def test_on_a_terminal_one_line_changes(monkeypatch):
+    screen = io.StringIO()
+    monkeypatch.setattr(
+        progress, "Console", lambda: Console(file=screen, force_terminal=True, width=90)
+    )
+    with Progress({"a": [120.0]}) as said:
+        said.begin("a", "[1/1] a")
+        time.sleep(1.5)
+    shown = screen.getvalue()
+    assert "[1/1] a: cell 1 of 1, 1 s, about 2 min left" in shown
+    assert "\x1b[2K" in shown  # each in the place of the one before
+
+
+def test_ctrl_c_ends_the_kernel_says_how_to_go_on_and_keeps_what_is_done(study):
+    waits = "import os, pathlib, time\npathlib.Path('pid').write_text(str(os.getpid()))"
+    write_notebook(study / "notebooks" / "01_slow.ipynb", waits, "time.sleep(600)")
+    write_profile(study, "00_fine:\n01_slow:")
+    command = [sys.executable, "-m", "mdmrl", "reproduce", "--profile", "smoke", "--only", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as running:
+        pid = study / "notebooks" / "pid"
+        while not pid.exists() or not pid.read_text():
+            assert running.poll() is None
+            time.sleep(0.2)
+        running.send_signal(signal.SIGINT)
+        text = running.communicate(timeout=30)[0]
+    assert running.returncode == 130
+    assert text.endswith("To go on: mdmrl reproduce --profile smoke --only 0\n")
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
+    done = json.loads((figures_folder("smoke").parent / "done.json").read_text())
+    assert done.keys() == {"00_fine"}

@@ -1,14 +1,18 @@
 """Runs that notebooks share, and the figures made of them."""
 
+import itertools
 import shutil
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.colors import to_rgb
 from safetensors.torch import load_file
 
 from mdmrl.runs import read_rows
-from mdmrl.study import plots, training
+from mdmrl.study import plots, training, widgets
+from mdmrl.study.colours import UNNAMED
 
 
 @pytest.fixture
@@ -63,7 +67,7 @@ def test_curves_show_every_seed_their_mean_and_interval():
         for step in range(3)
     )
     _, axes = plt.subplots()
-    plots.curves(axes, runs, "reward", {"AR": "C0"})
+    plots.curves(axes, runs, "reward", ["AR"])
     *seeds, mean = axes.get_lines()
     assert [list(line.get_ydata()) for line in seeds] == [[0, 1, 2], [2, 3, 4]]
     assert list(mean.get_ydata()) == [1, 2, 3]
@@ -71,6 +75,78 @@ def test_curves_show_every_seed_their_mean_and_interval():
     low, high = band.get_paths()[0].get_extents().intervaly
     half = 12.7062  # t quantile of one degree of freedom times the standard error of 1
     assert (low, high) == pytest.approx((1 - half, 3 + half), rel=1e-4)
+
+
+def test_a_colour_says_what_an_arm_is():
+    """Whatever its place, steps or weight of the KL term; variants differ by their line."""
+    assert plots.colour("AR") == plots.colour("tiny-ar, flat") == plots.colour("AR, k2, β = 0.05")
+    one_step = plots.colour("MDM one_step, 16 steps")
+    assert one_step == plots.colour("one_step") == plots.colour("MDM one_step, k3, β = 1")
+    assert plots.colour("bd blocks") == plots.colour("bd PPO") == plots.colour("block diffusion")
+    assert plots.colour("MDM") == plots.colour("whole completion") != one_step
+    assert plots.colour("my own") == UNNAMED
+    names = ["AR", "MDM one_step, 4 steps", "MDM one_step, 16 steps", "MDM one_step, 64 steps"]
+    assert list(plots.line_styles(names).values()) == ["-", "-", "--", ":"]
+
+    runs = pd.DataFrame([{"arm": n, "seed": 0, "step": s, "x": s} for n in names for s in (0, 1)])
+    _, axes = plt.subplots()
+    plots.curves(axes, runs, "x", names)
+    lines = [line for line in axes.get_lines() if line.get_label() in names]
+    assert [line.get_color() for line in lines] == [plots.colour(name) for name in names]
+    assert [line.get_linestyle() for line in lines] == ["-", "-", "--", ":"]
+
+
+# Machado et al. 2009, full severity, on linear RGB.
+BLINDNESS = {
+    "none": [[1, 0, 0], [0, 1, 0], [0, 0, 1]],
+    "protanopia": [[0.1523, 1.0526, -0.2049], [0.1145, 0.7863, 0.0992], [-0.0039, -0.0481, 1.052]],
+    "deuteranopia": [[0.3673, 0.8606, -0.228], [0.2801, 0.6725, 0.0474], [-0.0118, 0.0429, 0.9689]],
+}
+TO_XYZ = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+
+
+def seen_colour(colour: str, blindness: str) -> np.ndarray:
+    """CIELAB of a colour as someone with that blindness sees it."""
+    rgb = np.array(to_rgb(colour))
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    seen = np.clip(np.array(BLINDNESS[blindness]) @ linear, 0, 1)
+    xyz = TO_XYZ @ seen / [0.9505, 1, 1.089]
+    x, y, z = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+@pytest.mark.parametrize("blindness", BLINDNESS)
+@pytest.mark.parametrize(
+    "shown",
+    [
+        ("AR", "MDM", "bd"),
+        ("AR", "MDM ar_style, 16 steps", "MDM one_step, 16 steps", "recommended, 64 steps"),
+        ("whole", "exact", "PPO", "bd blocks"),
+        ("elbo", "complementary", "overlapping", "quadrature", "coupled", "upper_bound"),
+        (
+            *("AR", "whole completion", "blocks", "blocks, prefix cache", "blocks, dual cache"),
+            *("blocks, threshold", "block diffusion"),
+        ),
+        ("flat", "unit after unit", "units at once"),
+        ("V", "mean log-probability"),
+        (
+            *("two gates", "mean log-probability", "permuted", "the thesis's bands"),
+            *("prompt alone", "majority vote"),
+        ),
+        (
+            *("base", "many steps", "few steps, equal updates", "few steps, equal cost"),
+            "few steps, equal cost, depth capped",
+        ),
+    ],
+    ids=lambda shown: shown[1],
+)
+def test_colours_of_one_figure_differ_for_everyone(shown, blindness):
+    seen = [seen_colour(plots.colour(name), blindness) for name in shown]
+    apart = {
+        (shown[i], shown[j]): np.linalg.norm(seen[i] - seen[j])
+        for i, j in itertools.combinations(range(len(shown)), 2)
+    }
+    assert min(apart.values()) > 20, min(apart, key=apart.get)
 
 
 def test_log_curves_show_the_median_and_range_and_leave_gaps_at_zero():
@@ -81,7 +157,7 @@ def test_log_curves_show_the_median_and_range_and_leave_gaps_at_zero():
         for step, kl in enumerate(curve)
     )
     _, axes = plt.subplots()
-    plots.curves(axes, runs, "kl", {"AR": "C0"}, log=True)
+    plots.curves(axes, runs, "kl", ["AR"], log=True)
     assert axes.get_yscale() == "log"
     median = list(axes.get_lines()[-1].get_ydata())
     assert median == pytest.approx([float("nan"), 2, 10], nan_ok=True)
@@ -105,6 +181,25 @@ def test_bars_show_the_mean_over_seeds_its_interval_and_nothing_where_a_group_ha
     expected = [(2 - half, 2 + half), (2, 2), (5 - half, 5 + half)]
     drawn = [tuple(span) for span in spans if span[0] == span[0]]
     assert drawn == [pytest.approx(span, rel=1e-4) for span in expected]
+
+
+def test_a_run_that_has_logged_nothing_is_watched_until_it_has(tmp_path, monkeypatch):
+    """An empty axis that says so, then the curve; a column that the first rows lack is a gap."""
+    (tmp_path / "config.json").write_text('{"max_steps": 2}')
+    log, drawn = tmp_path / "metrics.jsonl", []
+
+    class Display:
+        def update(self, figure):
+            axes = figure.axes[0]
+            drawn.append((axes.get_title(), list(axes.get_lines()[0].get_xdata())))
+
+    monkeypatch.setattr("IPython.display.display", lambda **_: Display())
+    widgets.live_curve(tmp_path)
+    rows = iter(['{"step": 0, "reward": null}\n{"step": 1}\n', '{"step": 2, "reward": 1.5}\n'])
+    monkeypatch.setattr("time.sleep", lambda _: log.open("a").write(next(rows)))
+    widgets.live_curve(tmp_path, seconds=60)  # ends when the run does
+    waiting, named = f"{tmp_path.name}: nothing has been logged yet", tmp_path.name
+    assert drawn == [(waiting, []), (waiting, []), (named, [0, 1]), (named, [0, 1, 2])]
 
 
 def test_per_seed_curves_leave_out_updates_without_the_column():

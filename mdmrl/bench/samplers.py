@@ -23,8 +23,7 @@ from rich.table import Table
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from mdmrl.config import require, unknown
-from mdmrl.policies import Policy, load_policy
-from mdmrl.policies.load import load_tokenizer
+from mdmrl.policies import Policy, load_policy, load_tokenizer
 from mdmrl.provenance import environment, pick_device
 from mdmrl.runs import kept_random_state
 from mdmrl.sampling import SamplerConfig, generate
@@ -107,7 +106,7 @@ def bench_samplers(
         {"batch": batch, "length": length, "steps": count}
         for length in lengths
         for batch in batches
-        for count in (steps if loaded.kind != "ar" else [length])
+        for count in (steps if loaded.denoises else [length])
     ]
     # All of them before the first is timed, so that bad input costs nothing.
     groups = [
@@ -134,8 +133,8 @@ def print_bench(numbers: dict) -> None:
 
 
 def bench_markdown(folder: Path) -> str:
-    """The README's table, from the `bench_samplers*.json` that `mdmrl bench samplers --json` wrote
-    to `folder`."""
+    """The table of `docs/bench.md`, from the `bench_samplers*.json` that `mdmrl bench samplers`
+    wrote to `folder`."""
     lines = [
         "| policy | sampler | batch | tokens | steps | positions computed | samples/s | speed-up "
         "| same tokens | machine |",
@@ -196,11 +195,12 @@ def _samplers(
     policy: Policy, length: int, steps: int, block_length: int
 ) -> list[tuple[Callable, SamplerConfig, dict[str, SamplerConfig]]]:
     """Plain loops, their settings, and what is to be compared with each."""
+    if not policy.denoises:
+        base = SamplerConfig(max_new_tokens=length)
+        return [(plain_autoregressive, base, {"key-value cache": base})]
     # As the peers do: end tokens are neither postponed nor waited for.
     base = SamplerConfig(max_new_tokens=length, steps=steps, end_last=False, stop_at_end=False)
-    if policy.kind == "ar":
-        return [(plain_autoregressive, base, {"key-value cache": base})]
-    if policy.kind == "bd":
+    if policy.block_length is not None:
         return [(plain_denoising, base, {"block cache": base})]
     whole = [(plain_denoising, base, {"exact": base})]
     blocks = base.replace(block_length=block_length)
@@ -285,7 +285,7 @@ def plain_denoising(policy, prompts: list[str], config: SamplerConfig):
     starts = range(width, width + length, size)
     for start, steps in zip(starts, evenly(config.denoising_steps, len(starts)), strict=True):
         # Blocks to come are no part of a block-causal canvas.
-        seen = start + size if policy.kind == "bd" else width + length
+        seen = width + length if pattern is None else start + size
         for quota in evenly(size, steps):
             masked = canvas[:, :seen] == policy.mask_token_id
             logits = policy.logits(

@@ -121,37 +121,36 @@ def cells(claim: Claim) -> tuple[str, ...]:
 
 
 def render(claims: Iterable[Claim]) -> str:
-    """The claims as a Markdown table, without a newline at its end."""
+    """The claims as a Markdown table for a page of `docs/`, without a newline at its end."""
     lines = [COLUMNS, ("---",) * len(COLUMNS)]
     for claim in claims:
         *texts, notebook = (" ".join(c.split()).replace("|", r"\|") for c in cells(claim))
-        lines.append((*texts, f"[{notebook}](notebooks/{notebook}.ipynb)"))
+        lines.append((*texts, f"[{notebook}](../notebooks/{notebook}.ipynb)"))
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def update_readme(readme_path: str | Path, claims_path: str | Path) -> None:
-    """Put the `full` profile's claims into the README's section `claims`."""
+def fill_claims(page: Path, claims_path: str | Path) -> None:
+    """Put the `full` profile's claims into the page's section `claims`."""
     claims = [claim for claim in load(claims_path) if claim.profile == "full"]
     body = render(claims) if claims else "No `full` run has been recorded yet."
-    fill_section(readme_path, "claims", body)
+    fill_section(page, "claims", body)
 
 
-def fill_section(readme_path: str | Path, name: str, body: str) -> None:
+def fill_section(page: Path, name: str, body: str) -> None:
     """Replace what stands between the lines `<!-- name:start -->` and `<!-- name:end -->`.
 
     Raises:
-        ValueError: the markers are missing, repeated or out of order.
+        ValueError: there is no such page, or its markers are missing, repeated or out of order.
     """
-    readme_path = Path(readme_path)
     start, end = f"<!-- {name}:start -->", f"<!-- {name}:end -->"
-    text = readme_path.read_text(encoding="utf-8")
+    text = page.read_text(encoding="utf-8") if page.exists() else ""
     require(
         text.count(start) == text.count(end) == 1 and text.index(start) < text.index(end),
-        f"{readme_path.name} has no place for the {name}: "
+        f"{page.parent.name}/{page.name} has no place for the {name}: "
         f"it needs one line {start} and, below it, one line {end}",
     )
     before, after = text[: text.index(start)], text[text.index(end) :]
-    write_atomically(readme_path, f"{before}{start}\n\n{body}\n\n{after}")
+    write_atomically(page, f"{before}{start}\n\n{body}\n\n{after}")
 
 
 def _number(value: float) -> str:

@@ -1,4 +1,4 @@
-"""Results that take long, each computed once and kept.
+"""Results that take long, each computed once.
 
 A piece is one table. Its name is a readable slug and a hash of its identity: settings, weights,
 rows, the version of the algorithm. That decides the law of the result; its bits also depend on the
@@ -21,7 +21,7 @@ from mdmrl.runs import config_hash, write_atomically
 from mdmrl.study.outputs import figures_folder, project_root
 
 
-def kept(
+def cached_table(
     profile: str, slug: str, identity: dict, compute: Callable[[str], tuple[pd.DataFrame, dict]]
 ) -> pd.DataFrame:
     """The table that `compute` makes, or the one that an earlier call of the same identity left.

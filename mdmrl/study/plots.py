@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -14,9 +14,24 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from mdmrl.evaluation.stats import t_interval
+from mdmrl.study.colours import colour, line_styles, palette
+
+__all__ = [
+    "COLOURS",
+    "bars",
+    "colour",
+    "curves",
+    "interval",
+    "line_styles",
+    "palette",
+    "panels",
+    "shared_legend",
+    "title",
+    "use_style",
+]
 
 TEXT_WIDTH = 6.3  # inches, a page of A4 with the thesis's margins
-COLOURS = sns.color_palette("colorblind").as_hex()
+COLOURS = sns.color_palette("colorblind").as_hex()  # of what `palette` does not name
 
 
 def use_style() -> None:
@@ -24,28 +39,23 @@ def use_style() -> None:
     sns.set_theme(context="paper", style="ticks", font_scale=0.9, rc={"axes.titlesize": "medium"})
 
 
-def palette(arms: Sequence[str]) -> dict[str, str]:
-    """The colour of each arm, by its place in `arms`."""
-    return {arm: COLOURS[i % len(COLOURS)] for i, arm in enumerate(arms)}
-
-
 def curves(
     axes: Axes,
     runs: pd.DataFrame,
     column: str,
-    colours: dict[str, str],
+    arms: Iterable[str],
     smooth: int = 1,
-    dashed: Sequence[str] = (),
     log: bool = False,
 ) -> None:
-    """One line an arm: the mean over seeds, each seed thin behind it, and with two seeds or more
-    the 95 % t-interval of the mean as a band. `smooth` is the width of the running mean in updates
-    (1 shows the raw trace).
+    """One line an arm, in its colour and style: the mean over seeds, each seed thin behind it, and
+    with two seeds or more the 95 % t-interval of the mean as a band. `smooth` is the width of the
+    running mean in updates (1 shows the raw trace).
 
     With `log`, for positive quantities that span powers of ten, where a mean is its largest value
     and a t-interval reaches below 0: a log axis, the median over seeds, their range as the band. A
     value of 0 is a gap."""
-    for arm, colour in colours.items():
+    styles = line_styles(arms)
+    for arm, shade in palette(styles).items():
         table = runs[runs.arm == arm].pivot(index="step", columns="seed", values=column)
         table = table.dropna(how="all").rolling(smooth, min_periods=1).mean()
         if table.empty:
@@ -57,11 +67,10 @@ def curves(
             middle, band = table.mean(axis=1), None
             if table.shape[1] > 1:
                 band = np.array([t_interval(row.dropna())[1:] for _, row in table.iterrows()]).T
-        axes.plot(table.index, table, color=colour, linewidth=0.4, alpha=0.4)
-        style = "--" if arm in dashed else "-"
-        axes.plot(table.index, middle, style, color=colour, linewidth=1.5, label=arm)
+        axes.plot(table.index, table, color=shade, linewidth=0.4, alpha=0.4)
+        axes.plot(table.index, middle, styles[arm], color=shade, linewidth=1.5, label=arm)
         if band is not None:
-            axes.fill_between(table.index, *band, color=colour, alpha=0.15, linewidth=0)
+            axes.fill_between(table.index, *band, color=shade, alpha=0.15, linewidth=0)
     if log:
         axes.set_yscale("log")
     axes.set_xlabel("update")

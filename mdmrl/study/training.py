@@ -26,7 +26,7 @@ from mdmrl.runs import config_hash, generator_for, read_rows
 from mdmrl.sampling import SamplerConfig
 from mdmrl.sampling.hierarchy import Hierarchical
 from mdmrl.study.outputs import project_root
-from mdmrl.study.pieces import facts, kept
+from mdmrl.study.pieces import cached_table, facts
 from mdmrl.tasks import load_task
 from mdmrl.tasks.medcot import SYSTEM_PROMPT
 from mdmrl.training.config import SFTConfig
@@ -111,7 +111,7 @@ def train_arm(arm: Arm, seed: int, profile: str) -> pd.DataFrame:
         described
         | config.changed()
         | {
-            "weights": policy.fingerprint(),
+            "weights": policy.weights_fingerprint(),
             "rows": config_hash({"rows": load_task("medcot").rows("rl")}),
             "algorithm": version,
         }
@@ -124,7 +124,7 @@ def train_arm(arm: Arm, seed: int, profile: str) -> pd.DataFrame:
         frame = _train(policy, arm, config.replace(output_dir=str(folder)))
         return frame, read_rows(folder / "samples.jsonl")[-1]
 
-    frame = kept(profile, slug, identity, compute)
+    frame = cached_table(profile, slug, identity, compute)
     frame.insert(0, "seed", seed)
     frame.insert(0, "arm", arm.name)
     return frame
@@ -143,15 +143,12 @@ def _train(policy: Policy, arm: Arm, config: GRPOConfig | PPOConfig) -> pd.DataF
         train_sft(policy, shown, SFTConfig.from_dict(arm.sft | own))
         if arm.lora:  # that of the cold start is merged
             add_lora(policy, **arm.lora, seed=config.seed)
+    drawn["watch"] = task.watch
     folder = train(policy, task.rewards, rows, config, held_out, task.metric, probe, **drawn)
     frame = pd.DataFrame(read_rows(folder / "metrics.jsonl"))
     for steps in arm.final_steps:
-        sampler = SamplerConfig(
-            max_new_tokens=config.max_completion_length,
-            steps=steps,
-            temperature=1.0,
-            suppress_mask=False,
-        )
+        own = {"steps": steps, "suppress_mask": False} if policy.denoises else {}
+        sampler = SamplerConfig(max_new_tokens=config.max_completion_length, temperature=1.0, **own)
         final = evaluate(
             policy,
             held_out,
@@ -180,7 +177,8 @@ def _probe(arm: Arm, config: GRPOConfig | PPOConfig, held_out: Sequence[dict]) -
         generator = generator_for(config.seed, "path_kl", device=policy.device)
         moved = path_kl(policy, start, prompts, sampler, generator).mean().item()
         greedy = sampler.replace(temperature=0.0)
-        found = evaluate(policy, held_out, greedy, task.rewards, task.metric, "path/")
+        judged = (task.rewards, task.metric)
+        found = evaluate(policy, held_out, greedy, *judged, "path/", watch=task.watch)
         return {"path_kl": moved, **found}
 
     return probe
@@ -204,7 +202,8 @@ def medcot_arms(
         Arm(
             name="AR",
             policy=autoregressive,
-            settings={**settings, "logp_estimator": "exact"},
+            settings={k: v for k, v in settings.items() if k != "suppress_mask"}
+            | {"logp_estimator": "exact"},
             final_steps=[length],
             eval_prompts=eval_prompts,
         )

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pandas as pd
+import torch
 from matplotlib.figure import Figure
 
 from mdmrl.policies import Policy
@@ -20,14 +21,18 @@ MASK_SHOWN = "░"
 
 def canvas_after(output: SamplerOutput, policy: Policy, row: int, steps: int) -> list[str]:
     """The completion of `row` after `steps` denoising steps: one string a position."""
-    shown = [MASK_SHOWN] * output.completion_ids.shape[1]
+    canvas = torch.full_like(output.completion_ids[row], policy.mask_token_id)
     for step in output.trajectory[:steps]:
-        for position in step.remasked[1, step.remasked[0] == row]:
-            shown[position] = MASK_SHOWN
+        canvas[step.remasked[1, step.remasked[0] == row]] = policy.mask_token_id
         mine = step.rows == row
-        for position, token in zip(step.positions[mine], step.tokens[mine], strict=True):
-            shown[position] = policy.tokenizer.decode([token.item()])
-    return shown
+        canvas[step.positions[mine]] = step.tokens[mine]
+    return shown_canvas(policy, canvas.tolist())
+
+
+def shown_canvas(policy: Policy, ids: list[int]) -> list[str]:
+    """Token ids as text, one string a position, with `MASK_SHOWN` for the mask token."""
+    pairs = zip(ids, policy.pieces(ids), strict=True)
+    return [MASK_SHOWN if token == policy.mask_token_id else piece for token, piece in pairs]
 
 
 def as_html(pieces: list[str], fresh: set[int] = frozenset()) -> str:
@@ -76,7 +81,8 @@ def order_of_reveal(output: SamplerOutput, policy: Policy, row: int = 0) -> Figu
 def live_curve(folder: str | Path, column: str = "reward", seconds: float = 0.0) -> None:
     """Draw a run's curve from its folder, and again each second while `seconds` last.
 
-    Reads files only, so any notebook or kernel can watch any run; a finished one is drawn once.
+    Reads files only, so any notebook or kernel can watch any run; a finished one is drawn once, and
+    one that has logged nothing yet is an empty axis that says so.
     """
     from IPython.display import display
 
@@ -84,10 +90,12 @@ def live_curve(folder: str | Path, column: str = "reward", seconds: float = 0.0)
     last = json.loads((folder / "config.json").read_text())["max_steps"]
     handle = display(display_id=True)
     while True:
-        frame = pd.DataFrame(read_rows(folder / "metrics.jsonl"))
+        rows = read_rows(folder / "metrics.jsonl")
+        frame = pd.DataFrame(rows, columns=["step", column], dtype=float)
         figure, axes = plt.subplots(figsize=(6.3, 2.2), layout="constrained")
+        title = folder.name if rows else f"{folder.name}: nothing has been logged yet"
+        axes.set(xlabel="update", ylabel=column, title=title)
         axes.plot(frame.step, frame[column], marker=".", linewidth=1)
-        axes.set(xlabel="update", ylabel=column, title=folder.name)
         plt.close(figure)
         handle.update(figure)
         if frame.step.max() >= last or time.monotonic() >= deadline:

@@ -26,19 +26,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from mdmrl.config import Config, require, unknown
+from mdmrl.config import Config, require, resolve, unknown
 from mdmrl.policies import (
     AutoregressivePolicy,
     BlockDiffusionPolicy,
     MaskedDiffusionPolicy,
     Policy,
     load_policy,
+    load_tokenizer,
 )
-from mdmrl.policies.load import load_tokenizer
 from mdmrl.provenance import environment
 from mdmrl.runs import Run, generator_for, read_rows, write_atomically
 from mdmrl.tasks import load_task
-from mdmrl.training.supervised import Batch, collate, loss_of
+from mdmrl.training.supervised import Batch, collate
 from mdmrl.zoo import tokenizer_corpus
 from mdmrl.zoo.tokenizer_training import train_tokenizer
 
@@ -197,7 +197,8 @@ def pretrain(config: PretrainConfig, tokenizer, stream, folder: str | Path) -> P
         for optim, rate in zip(optims, base_rates, strict=True):
             optim.param_groups[0]["lr"] = rate * learning_rate_factor(seen / config.tokens, config)
         with torch.autocast("cpu", torch.bfloat16, enabled=config.bf16):
-            loss = loss_of(policy, batch, learn_prompt, draw)
+            total, count = resolve(policy.loss)(policy, batch, learn_prompt, draw)
+            loss = total / count
         loss.backward()
         torch.nn.utils.clip_grad_norm_(policy.model.parameters(), config.max_grad_norm)
         for optim in optims:
