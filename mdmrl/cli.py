@@ -82,7 +82,7 @@ def evaluate(
     """Exact answers and rewards on held-out prompts, greedy unless asked, with intervals."""
     from mdmrl.evaluation.tables import append_rows, evaluation_table, print_table
 
-    frame = evaluation_table(policy, task, split, limit, _sampler(sampler), steps or [None])
+    frame = evaluation_table(policy, task, split, limit, _sampler(sampler), steps or [])
     print_table(frame)
     if csv is not None:
         append_rows(frame, csv)
@@ -161,8 +161,9 @@ def train(
     trained = load_policy(policy)
     if lora_r:
         add_lora(trained, r=lora_r, seed=settings.seed)
-    held_out = judged.rows("validation", 48)
-    print(run(trained, judged.rewards, judged.rows("rl"), settings, held_out, judged.metric))
+    held_out = judged.rows("validation", 48) if "validation" in judged.splits else ()
+    judging = {"metric": judged.metric, "watch": judged.watch}
+    print(run(trained, judged.rewards, judged.rows("rl"), settings, held_out, **judging))
 
 
 @app.command()

@@ -110,7 +110,7 @@ class Config:
         return {k: v for k, v in self.to_dict().items() if v != _default(fields[k])}
 
     def replace(self, **changes):
-        return type(self).from_dict({**self.to_dict(), **changes})
+        return dataclasses.replace(self, **changes)
 
 
 def _default(field: dataclasses.Field):

@@ -1,20 +1,22 @@
-"""Run folders, configuration hashes, metrics, atomic checkpoints, random-number derivation."""
+"""Run folders, metrics, atomic checkpoints, random-number derivation."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
-import platform
-import shlex
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Mapping
-from importlib import metadata
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
+
+from mdmrl.config import InputError
+from mdmrl.provenance import environment
+
+LOCK = ".lock"
 
 
 def derived_seed(seed: int, purpose: str, step: int = 0, index: int = 0) -> int:
@@ -28,6 +30,12 @@ def generator_for(
 ) -> torch.Generator:
     """The generator of one purpose at one step; the global random state is never touched."""
     return torch.Generator(device).manual_seed(derived_seed(seed, purpose, step, index))
+
+
+def kept_random_state(device: torch.device):
+    """A context that puts back the global random state of the processor and of `device`, and makes
+    nothing on any other card."""
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
 
 def config_hash(config: Mapping) -> str:
@@ -55,50 +63,8 @@ def read_rows(path: Path) -> list[dict]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def environment() -> dict:
-    """What a number was measured on: versions, processor, threads, source revision."""
-    packages = ("torch", "transformers", "peft", "accelerate", "sentence-transformers")
-    return {
-        "python": platform.python_version(),
-        **{name: metadata.version(name) for name in packages},
-        "machine": machine(),
-        "threads": torch.get_num_threads(),
-        "revision": revision(),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-    }
-
-
-def best_device() -> str:
-    """The card where there is one, else the processor."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def machine() -> str:
-    """The processor's name and core count, or the card's name where there is one."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = cpuinfo.read_text().splitlines()
-        name = next((x.split(": ", 1)[1] for x in lines if x.startswith("model name")), name)
-    return f"{name}, {os.cpu_count()} cores"
-
-
-def revision() -> str | None:
-    """The git revision of the sources, marked if they were changed; None outside a checkout."""
-
-    def git(*arguments: str) -> str:
-        folder = Path(__file__).parent
-        done = subprocess.run(
-            ["git", *arguments], cwd=folder, capture_output=True, text=True, check=True
-        )
-        return done.stdout.strip()
-
-    try:
-        return git("rev-parse", "--short", "HEAD") + ("-dirty" if git("status", "-s", ".") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
+class RunFolderError(InputError, FileExistsError):
+    """A run folder that cannot be used: it holds something else, or another process writes it."""
 
 
 class Run:
@@ -107,53 +73,92 @@ class Run:
 
     Args:
         folder: made if missing.
-        config: the full configuration; a folder that holds another one is refused.
+        identity: all that decides the results. A folder that holds another run is refused; only
+            `max_steps` may be raised, so that a run can be extended.
+        since: values of settings that a folder of an older version does not name yet.
+        writes: False on all processes but one; device: of the policy, for `environment.json`.
 
     Raises:
-        FileExistsError: the folder holds a run of another configuration, or other files.
+        RunFolderError: the folder holds another run, or other files, or a process that is still
+            alive writes to it.
     """
 
-    def __init__(self, folder: str | Path, config: Mapping):
+    def __init__(
+        self,
+        folder: str | Path,
+        identity: Mapping,
+        since: Mapping | None = None,
+        writes: bool = True,
+        device: str | torch.device = "cpu",
+    ):
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = FileLock(self.folder / LOCK)  # let go by the system when its process dies
+        if writes:
+            try:
+                self._lock.acquire(timeout=0)
+            except Timeout:
+                raise RunFolderError(
+                    f"another process is writing to {self.folder}: wait for it, end it, or choose "
+                    "another output_dir"
+                ) from None
+        try:
+            self._open(json.loads(_json(identity)), since or {}, writes, device)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, wanted: dict, since: Mapping, writes: bool, device) -> None:
         path = self.folder / "config.json"
-        text = json.dumps(config, indent=1, sort_keys=True, default=str)
-        if path.exists():
-            held = json.loads(path.read_text())
-            wanted = json.loads(text)
-            changed = sorted(k for k in held.keys() | wanted.keys() if held.get(k) != wanted.get(k))
-            if changed:
-                detail = ", ".join(f"{k} {held.get(k)!r} -> {wanted.get(k)!r}" for k in changed)
-                raise FileExistsError(
-                    f"{self.folder} holds another run ({detail[:500]}): "
-                    "choose another output_dir or delete the folder"
+        if not path.exists():
+            if any(file.name != LOCK for file in self.folder.iterdir()):
+                raise RunFolderError(
+                    f"{self.folder} is not empty and holds no run: choose another output_dir"
                 )
-        elif any(self.folder.iterdir()):
-            raise FileExistsError(
-                f"{self.folder} is not empty and holds no run: choose another output_dir"
+            write_atomically(path, _json(wanted, indent=1))
+            made_on = _json(environment(device), indent=1)
+            write_atomically(self.folder / "environment.json", made_on)
+            return
+        held = _filled(json.loads(path.read_text(encoding="utf-8")), since)
+        changed = sorted(k for k in held.keys() | wanted.keys() if held.get(k) != wanted.get(k))
+        extended = changed == ["max_steps"] and wanted["max_steps"] > held["max_steps"]
+        if changed and not extended:
+            detail = ", ".join(f"{k} {held.get(k)!r} -> {wanted.get(k)!r}" for k in changed)
+            raise RunFolderError(
+                f"{self.folder} holds another run ({detail[:500]}): choose another output_dir or "
+                "delete the folder (only max_steps may be raised)"
             )
-        else:
-            write_atomically(path, text)
-            write_atomically(self.folder / "environment.json", json.dumps(environment(), indent=1))
+        if extended and writes:
+            write_atomically(path, _json(wanted, indent=1))
+
+    def close(self) -> None:
+        """Let other processes write to the folder."""
+        self._lock.release()
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
 
     def log(self, row: Mapping, name: str = "metrics") -> None:
-        """Append one row to `<name>.jsonl`."""
+        """Append one row to `<name>.jsonl`; what is no finite number becomes null."""
         with open(self.folder / f"{name}.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(_json(row) + "\n")
 
-    def rows(self, name: str = "metrics") -> list[dict]:
+    def logged(self, name: str = "metrics") -> list[dict]:
         """The complete rows of `<name>.jsonl`."""
         return read_rows(self.folder / f"{name}.jsonl")
 
     def complete(self, max_steps: int) -> bool:
         """Whether the run's last row, that of step `max_steps`, has been logged."""
-        rows = self.rows()
+        rows = self.logged()
         return bool(rows) and rows[-1]["step"] == max_steps
 
     def rewind(self, step: int) -> None:
         """Drop logged rows of steps at or after `step`: a resumed run writes them again."""
         for name in (path.stem for path in self.folder.glob("*.jsonl")):
-            kept = [json.dumps(row) + "\n" for row in self.rows(name) if row["step"] < step]
+            kept = [_json(row) + "\n" for row in self.logged(name) if row["step"] < step]
             write_atomically(self.folder / f"{name}.jsonl", "".join(kept))
 
     def save_checkpoint(self, step: int, write: Callable[[Path], None]) -> Path:
@@ -191,6 +196,25 @@ class Run:
             if all((folder / n).exists() and _sha256(folder / n) == d for n, d in listed.items()):
                 return int(folder.name.removeprefix("step-")), folder
         return None
+
+
+def _filled(held: Mapping, since: Mapping) -> dict:
+    """`held`, and what it does not name yet from `since`, settings inside settings too."""
+    both = {k: _filled(held[k], v) for k, v in since.items() if isinstance(held.get(k), Mapping)}
+    return {**since, **held, **both}
+
+
+def _json(value, **options) -> str:
+    """Strict JSON, in which nan and infinities are null."""
+
+    def strict(x):
+        if isinstance(x, Mapping):
+            return {str(key): strict(inner) for key, inner in x.items()}
+        if isinstance(x, list | tuple):
+            return [strict(inner) for inner in x]
+        return None if isinstance(x, float) and not math.isfinite(x) else x
+
+    return json.dumps(strict(value), sort_keys="indent" in options, allow_nan=False, **options)
 
 
 def _sha256(path: Path) -> str:

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoTokenizer
 
 import mdmrl.zoo
+from mdmrl.training.config import NESTED
 from mdmrl.zoo.pretrain import PretrainConfig, make_policy
 
 # Workers share the cores, and the kernels of notebooks inherit this.
@@ -22,6 +23,12 @@ def tokenizer():
     """The tokenizer that ships with the package."""
     folder = mdmrl.zoo.__path__[0] + "/tokenizer"
     return AutoTokenizer.from_pretrained(folder)
+
+
+def nested(changes):
+    """Settings of a training run, those of its sampler moved to where a config has them."""
+    own = {name: value for name, value in changes.items() if name not in NESTED}
+    return own | {"sampler": {name: changes[name] for name in changes if name in NESTED}}
 
 
 def random_policy(family, tokenizer, seed=0, **shapes):

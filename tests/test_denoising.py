@@ -9,8 +9,9 @@ import math
 
 import pytest
 import torch
-from test_sampling import PROMPTS, double, ender, mask_lover, revealed_once
+from test_sampling import PROMPTS, double, ender, mask_lover, replay, revealed_once
 
+from mdmrl.config import InputError
 from mdmrl.sampling import SamplerConfig, generate, infill, windows
 from mdmrl.sampling.choose import keep_most_probable
 from mdmrl.sampling.denoise import evenly
@@ -255,11 +256,13 @@ def test_revised_tokens_are_the_least_probable_and_are_revealed_again(mdm):
 def test_a_trajectory_can_be_replayed(mdm, temperature, changes):
     """At every step the recorded probabilities are the model's on the canvas of that step."""
     ender(mdm, 3)
+    if not temperature:  # nothing is filtered
+        changes = {k: v for k, v in changes.items() if k not in ("top_k", "top_p")}
     found = run(mdm, PROMPTS, temperature=temperature, **changes)
     width = found.prompt_mask.shape[1]
     attention = torch.cat([found.prompt_mask, torch.ones(4, 12, dtype=torch.bool)], 1)
     completion = None
-    for completion, step in found.replay(mdm.mask_token_id):
+    for completion, step in replay(found, mdm.mask_token_id):
         canvas = torch.cat([found.sequences[:, :width], completion], 1)
         assert (completion[step.rows, step.positions] == mdm.mask_token_id).all()
         logits = mdm.logits(canvas, attention)[:, width:][step.rows, step.positions]
@@ -410,7 +413,7 @@ def test_gaps_are_filled_as_the_plain_loop_would(mdm, steps):
     double(mdm)
     mask = mdm.tokenizer.mask_token
     texts = [f"{mask}The patient has {mask}{mask} and fever{mask}", f"x{mask}{mask}{mask}"]
-    found = infill(mdm, texts, settings(steps=steps, end_last=False), record=True)
+    found = infill(mdm, texts, SamplerConfig(steps=steps, end_last=False), record=True)
     config = settings(end_last=False)
     for row, text in enumerate(texts):
         ids = torch.tensor(mdm.tokenizer(text).input_ids)
@@ -425,7 +428,7 @@ def test_gaps_are_filled_as_the_plain_loop_would(mdm, steps):
     given = found.completion_ids.clone()
     for step in found.trajectory:
         given[step.rows, step.positions] = mdm.mask_token_id
-    first, _ = next(found.replay(mdm.mask_token_id))
+    first, _ = next(replay(found, mdm.mask_token_id))
     assert torch.equal(first, given)
 
 
@@ -436,9 +439,9 @@ def test_an_end_token_in_a_text_with_gaps_ends_nothing(mdm, padding):
     if padding == "end":
         mdm.tokenizer.pad_token = end
     texts = [f"one turn{end}and {mask}{mask}{mask} more{mask}", f"x{mask}{mask}"]
-    together = infill(mdm, texts, settings(steps=3))
+    together = infill(mdm, texts, SamplerConfig(steps=3))
     for row, text in enumerate(texts):
-        alone = infill(mdm, [text], settings(steps=3 if row == 0 else 2))
+        alone = infill(mdm, [text], SamplerConfig(steps=3 if row == 0 else 2))
         real = together.completion_mask[row]
         kept = [i for i in mdm.tokenizer(text).input_ids if i != mdm.mask_token_id]
         written = together.completion_ids[row][real].tolist()
@@ -465,7 +468,9 @@ def test_what_cannot_be_filled_is_refused(mdm, ar, bd):
     with pytest.raises(ValueError, match="block_length=4"):
         infill(mdm, [f"a{mask}"], settings(block_length=4))
     with pytest.raises(ValueError, match="steps=6: expected 1 to max_new_tokens=1"):
-        infill(mdm, [f"a{mask}"], settings(steps=6))
+        infill(mdm, [f"a{mask}"], SamplerConfig(steps=6))
+    with pytest.raises(ValueError, match="max_new_tokens=12: a text of 2 mask tokens gets as many"):
+        infill(mdm, [f"a{mask}", f"{mask}{mask}"], SamplerConfig(max_new_tokens=12))
     mdm.logit_shift = True
     with pytest.raises(ValueError, match="starts with a mask token"):
         infill(mdm, [f"a long text {mask}", f"{mask}a"])
@@ -478,23 +483,30 @@ def test_what_cannot_be_filled_is_refused(mdm, ar, bd):
 @pytest.mark.parametrize(
     "changes",
     [
+        {"steps": 4},
+        {"remasking": "random"},
+        {"remasking": "state_confidence", "end_last": False, "order_temperature": 1.0},
+        {"end_last": False},
+        {"stop_at_end": False},
+        {"suppress_mask": False},
         {"block_length": 4},
-        {"threshold": 0.5, "steps": None},
-        {"entropy_bound": 0.5, "steps": None},
+        {"threshold": 0.5},
+        {"entropy_bound": 0.5},
         {"revise": 1},
         {"cfg_scale": 1.0},
         {"cache": "dual"},
     ],
     ids=str,
 )
-def test_left_to_right_sampling_refuses_denoising_options(ar, changes):
-    with pytest.raises(ValueError, match=f"{next(iter(changes))}=.*one token after the other"):
-        run(ar, PROMPTS, **changes)
+def test_left_to_right_sampling_refuses_what_it_would_ignore(ar, changes):
+    config = SamplerConfig(max_new_tokens=12, **changes)
+    with pytest.raises(InputError, match=f"{next(iter(changes))}=.*one token after the other"):
+        generate(ar, PROMPTS, config)
 
 
 def test_left_to_right_sampling_has_no_trajectory(ar):
-    with pytest.raises(ValueError, match="record=True: an autoregressive policy has no"):
-        run(ar, PROMPTS)
+    with pytest.raises(InputError, match="record=True: an autoregressive policy has no"):
+        generate(ar, PROMPTS, SamplerConfig(max_new_tokens=12), record=True)
 
 
 def test_block_diffusion_keeps_its_own_blocks_and_cache(bd):

@@ -579,5 +579,5 @@ def test_pretraining_cut_before_its_first_checkpoint_logs_no_step_twice(tokenize
     with pytest.raises(InterruptedError):
         pretrain(config, tokenizer, cut_stream(2 * POOL), tmp_path)
     pretrain(config, tokenizer, medcot.stream, tmp_path)
-    steps = [row["step"] for row in Run(tmp_path, config.to_dict()).rows()]
+    steps = [row["step"] for row in Run(tmp_path, config.to_dict()).logged()]
     assert steps == sorted(set(steps))

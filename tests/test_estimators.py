@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
+from conftest import nested
 from scipy import stats
 
 from mdmrl import load_policy, load_task
@@ -336,7 +337,7 @@ def test_the_probability_of_an_order_is_that_of_drawing_it_step_by_step(toys, fa
     found = values(policy, "trajectory-positions", rollout)
     expected = output.logprobs.sum(1)
     size = BLOCK if family == "bd" else block or LENGTH
-    for canvas, step in output.replay(MASK):
+    for canvas, step in replay(output, MASK):
         for row in range(6):
             chosen = step.positions[step.rows == row].tolist()
             weights = weights_of(policy, canvas[row], temperature)
@@ -857,11 +858,13 @@ def test_parts_of_a_rollout_are_scored_as_in_the_whole(toys, family, name):
     assert whole.shape in ((6,), (6, LENGTH))
     assert whole.dtype == torch.float32
     parts = (slice(0, 2), slice(2, 6))
-    found = [score(policy, rollout.rows(part), noise.rows(part)) for part in parts]
+    found = [score(policy, rollout.select(part), noise.select(part)) for part in parts]
     torch.testing.assert_close(torch.cat(found), whole, atol=1e-5, rtol=1e-5)
     if not score.shared:
         other = score(policy, rollout, noise.reference)
-        found = [score(policy, rollout.rows(part), noise.rows(part).reference) for part in parts]
+        found = [
+            score(policy, rollout.select(part), noise.select(part).reference) for part in parts
+        ]
         torch.testing.assert_close(torch.cat(found), other, atol=1e-5, rtol=1e-5)
         assert not torch.equal(other, whole)
 
@@ -896,7 +899,8 @@ def even(prompts, completions, completion_ids, **columns):
 
 def settings(**changes):
     small = {"max_steps": 2, "max_completion_length": LENGTH, "steps": 4, "learning_rate": 1e-3}
-    return GRPOConfig.from_dict(small | changes)
+    small |= {"logp_estimator": "one_step", "log_gradients": True}
+    return GRPOConfig.thesis(**nested(small | changes))
 
 
 @each_family
@@ -907,7 +911,7 @@ def test_at_the_first_inner_step_the_ratio_is_one_and_the_kl_zero(family, name):
     score = estimator(name, policy)
     rows = [{"prompt": PROMPT}, {"prompt": "bc"}]
     draw = generator_for(0, "rollout")
-    rollout, *_ = collect(policy, rows, [even], 6, config.sampler(), draw, score.records)
+    rollout, *_ = collect(policy, rows, [even], 6, config.sampler_for(policy), draw, score.records)
     assert (rollout.revealed_at is None) == (not name.startswith("trajectory"))
     rollout = rollout.whole() if score.records else rollout
     noise = draw_noise(rollout, 0.3, generator_for(0, "noise"), score.samples, score.shared)
@@ -923,7 +927,12 @@ def test_noise_of_its_own_for_the_reference_makes_a_kl_where_there_is_none():
     policy.sync_reference()
     score = estimator("elbo-1-unshared", policy)
     rollout, *_ = collect(
-        policy, [{"prompt": PROMPT}], [even], 6, config.sampler(), generator_for(0, "rollout")
+        policy,
+        [{"prompt": PROMPT}],
+        [even],
+        6,
+        config.sampler_for(policy),
+        generator_for(0, "rollout"),
     )
     noise = draw_noise(rollout, 0.0, generator_for(0, "noise"), score.samples, score.shared)
     found = update(policy, rollout, score, noise, None, policy.trainable_parameters(), config)

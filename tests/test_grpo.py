@@ -7,18 +7,14 @@ import math
 import os
 import subprocess
 import sys
-import traceback
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import replace
 
 import pytest
 import torch
+from conftest import nested
 
 import mdmrl.rl.grpo as grpo
-from mdmrl.evaluation.completions import completion_metrics, repetition
 from mdmrl.policies import add_lora
-from mdmrl.rewards import Accuracy
-from mdmrl.rewards.score import score
 from mdmrl.rl.config import GRPOConfig
 from mdmrl.rl.grpo import grpo_loss, train_grpo, update
 from mdmrl.rl.kl import KL_ESTIMATORS
@@ -27,8 +23,7 @@ from mdmrl.rl.rollout import Rollout, collect, group_advantages
 from mdmrl.runs import generator_for, read_rows
 from mdmrl.sampling import SamplerConfig, generate
 from mdmrl.tasks import load_rows
-from mdmrl.training.checkpoints import known_as
-from mdmrl.training.data import draw_rows
+from mdmrl.training.data import rows_of_step
 
 ROWS = [{"prompt": f"A patient has {x}. Which test is decisive?"} for x in ("fever", "a rash", "x")]
 
@@ -44,17 +39,17 @@ def parity(prompts, completions, completion_ids, **columns):
 
 
 def settings(folder="unused", policy=None, **changes):
-    kind = {"ar": "exact", "mdm": "one_step"}[policy.kind if policy else "mdm"]
     small = {
         "output_dir": str(folder),
         "max_steps": 3,
         "max_completion_length": 10,
-        "steps": 5,
-        "logp_estimator": kind,
+        "logp_estimator": "one_step",
         "learning_rate": 1e-3,
         "max_grad_norm": 1e6,
+        "log_gradients": True,
     }
-    return GRPOConfig.from_dict(small | changes)
+    own = {"logp_estimator": "exact"} if policy and not policy.denoises else {"steps": 5}
+    return GRPOConfig.thesis(**nested(small | own | changes))
 
 
 def a_rollout(policy, reward=parity, temperature=1.0, **changes):
@@ -169,7 +164,7 @@ def random_case(seed=0):
 @pytest.mark.parametrize("beta", [0.0, 0.3])
 def test_the_loss_equals_a_scalar_loop(kl_estimator, beta):
     logp, old, ref, rollout = random_case()
-    config = settings(kl_estimator=kl_estimator, beta=beta, epsilon=0.2)
+    config = settings(kl_estimator=kl_estimator, beta=beta, epsilon=0.2, log_kl=not beta)
     surrogate, kl, tokens = grpo_loss(logp, old, ref, rollout, config)
     expected = scalar_loss(logp.tolist(), old.tolist(), ref.tolist(), rollout, config)
     assert (surrogate.item(), kl.item()) == pytest.approx(expected)
@@ -254,7 +249,7 @@ def test_at_the_first_inner_step_the_ratio_is_one_and_the_kl_zero(request, famil
     )
     assert found["ratio/mean"] == found["ratio/max"] == 1
     assert found["kl"] == found["kl/max"] == found["kl/sum"] == found["loss/kl"] == 0
-    assert abs(found["kl/law"]) < 1e-6
+    assert abs(found["log_mean_exp_neg_d"]) < 1e-6
     assert found["clip_ratio"] == 0
     assert found["grad_norm/kl"] == 0
     assert found["grad_norm/surrogate"] > 0
@@ -341,7 +336,7 @@ def test_the_two_parts_add_up_and_the_log_says_what_they_are(mdm):
     assert found["kl"] == pytest.approx(k3.mean().item(), rel=1e-4)
     assert found["kl/max"] == pytest.approx(k3.max().item(), rel=1e-4)
     assert found["kl/sum"] == pytest.approx(k3.sum().item() / 12, rel=1e-4)
-    assert found["kl/law"] == pytest.approx(math.log((-d).exp().mean()), rel=1e-3)
+    assert found["log_mean_exp_neg_d"] == pytest.approx(math.log((-d).exp().mean()), rel=1e-3)
     lengths = rollout.completion_mask.sum(1)
     by_completion = torch.zeros(12, dtype=torch.float64)
     by_completion.index_add_(0, torch.arange(12).repeat_interleave(lengths), k3)
@@ -437,12 +432,14 @@ def test_a_wrong_estimator_is_refused_before_any_work(ar, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-# -- rows and monitors -----------------------------------------------------------------------------
+# -- rows ------------------------------------------------------------------------------------------
 
 
 def test_every_row_comes_once_an_epoch_and_processes_share_them():
     rows = [{"prompt": i} for i in range(7)]
-    alone = [row["prompt"] for step in range(14) for row in draw_rows(rows, 3, step, 0, 1, seed=1)]
+    alone = [
+        row["prompt"] for step in range(14) for row in rows_of_step(rows, 3, step, 0, 1, seed=1)
+    ]
     epochs = [alone[i : i + 7] for i in range(0, 42, 7)]
     assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) > 1
@@ -450,112 +447,16 @@ def test_every_row_comes_once_an_epoch_and_processes_share_them():
         row["prompt"]
         for step in range(7)
         for rank in range(2)
-        for row in draw_rows(rows, 3, step, rank, 2, seed=1)
+        for row in rows_of_step(rows, 3, step, rank, 2, seed=1)
     ]
     assert shared == alone
-    other = [row["prompt"] for step in range(14) for row in draw_rows(rows, 3, step, 0, 1, seed=2)]
+    other = [
+        row["prompt"] for step in range(14) for row in rows_of_step(rows, 3, step, 0, 1, seed=2)
+    ]
     assert other != alone
 
 
-def test_repetition_by_hand():
-    assert repetition([1, 2, 3]) == 0
-    assert repetition([1, 2, 3, 4, 5]) == 0
-    assert repetition([1] * 8) == 1 - 1 / 5
-    assert repetition([1, 2, 3, 4, 1, 2, 3, 4]) == pytest.approx(1 - 4 / 5)
-
-
-def test_monitors_by_hand(mdm):
-    end, mask = mdm.tokenizer.eos_token_id, mdm.mask_token_id
-    good = mdm.tokenizer("<reasoning>fever</reasoning><answer>gout</answer>").input_ids
-    good.append(end)
-    size = len(good)
-    ids = torch.tensor(
-        [
-            good,
-            [good[0]] * size,  # repeats itself, never ends
-            [end, mask, *good[2:]],  # empty; the mask lies behind the end
-            [mask, *good[1:]],
-        ]
-    )
-    config = SamplerConfig(max_new_tokens=size, steps=1)
-    out = generate(mdm, ["x"] * 4, config)
-    out.completion_ids, out.completion_mask = ids, mdm.completion_mask(ids)
-    out.completions = mdm.decode(ids, out.completion_mask)
-    out.logprobs = torch.full(ids.shape, -2.0)
-    found = completion_metrics(mdm, out)
-    assert found["completions/mean_length"] == pytest.approx((3 * size + 1) / 4)
-    assert found["completions/clipped_ratio"] == 0.25
-    tagged = [
-        all(t in text for t in ("<reasoning>", "</reasoning>", "<answer>", "</answer>"))
-        for text in out.completions
-    ]
-    assert tagged[:3] == [True, False, False]
-    assert found["format_rate"] == sum(tagged) / 4
-    assert found["leftover_mask_rate"] == 0.25
-    assert found["failure_rate"] == 0.75
-    grams = size - 3
-    repeated = [len({tuple(r[i : i + 4]) for i in range(grams)}) for r in (good, ids[3].tolist())]
-    expected = [1 - repeated[0] / grams, 1 - 1 / grams, 0.0, 1 - repeated[1] / grams]
-    assert found["repetition"] == pytest.approx(sum(expected) / 4)
-    assert found["entropy"] == pytest.approx(2.0)
-
-
 # -- rewards ---------------------------------------------------------------------------------------
-
-
-def scored(reward):
-    return score([length, reward], ["q"] * 3, ["a", "b", "c"], [[1], [2], [3]], [{"x": 1}] * 3)
-
-
-BAD_REWARDS = {
-    "too short": (lambda: [1.0, 2.0], "expected a list of 3 values"),
-    "too long": (lambda: [1.0] * 4, "expected a list of 3 values"),
-    "a bool": (lambda: [1.0, True, 0.0], r"True \(bool\) for completion 1"),
-    "not a number": (lambda: [1.0, 0.0, NAN], r"nan \(float\) for completion 2"),
-    "infinite": (lambda: [math.inf, 0.0, 1.0], r"inf \(float\) for completion 0"),
-    "a string": (lambda: ["1", 0.0, 1.0], r"'1' \(str\) for completion 0"),
-    "text": (lambda: "abc", r"'a' \(str\) for completion 0"),
-    "a tensor": (lambda: torch.ones(3), "expected a list of 3 values"),
-    "tensors": (lambda: [torch.ones(())] * 3, r"\(Tensor\) for completion 0"),
-    "nothing": (lambda: None, "NoneType"),
-    "one number": (lambda: 1.0, "float"),
-}
-
-
-@pytest.mark.parametrize(("value", "message"), BAD_REWARDS.values(), ids=BAD_REWARDS)
-def test_what_a_reward_may_not_return(value, message):
-    def culprit(**columns):
-        return value()
-
-    with pytest.raises(ValueError, match=message) as info:
-        scored(culprit)
-    assert "'culprit'" in str(info.value)
-
-
-def test_a_reward_that_raises_is_named():
-    def culprit(completions, **columns):
-        return [1 / 0 for _ in completions]
-
-    with pytest.raises(ZeroDivisionError) as info:
-        scored(culprit)
-    assert "culprit" in "".join(traceback.format_exception(info.value))
-
-
-def test_rewards_get_columns_by_name_and_may_leave_samples_out():
-    seen = {}
-
-    def picky(prompts, completions, completion_ids, Answer, **columns):
-        seen.update(locals())
-        return [None, 2, 0.5]
-
-    rows = [{"prompt": "q", "Answer": str(i), "note": i} for i in range(3)]
-    found = score([length, picky], ["q"] * 3, ["a", "b", "c"], [[1], [2, 3], [3]], rows)
-    torch.testing.assert_close(
-        found, torch.tensor([[-0.1, NAN], [-0.2, 2], [-0.1, 0.5]]).double(), equal_nan=True
-    )
-    assert seen["Answer"] == ["0", "1", "2"]
-    assert seen["columns"] == {"note": [0, 1, 2]}
-    assert seen["completion_ids"] == [[1], [2, 3], [3]]
 
 
 def test_a_sample_left_out_has_no_part_in_the_update(ar):
@@ -594,7 +495,7 @@ NAMES = {
     "kl",
     "kl/sum",
     "kl/max",
-    "kl/law",
+    "log_mean_exp_neg_d",
     "grad_norm",
     "grad_norm/surrogate",
     "grad_norm/kl",
@@ -604,7 +505,6 @@ NAMES = {
     "entropy",
     "completions/mean_length",
     "completions/clipped_ratio",
-    "format_rate",
     "repetition",
     "frac_reward_zero_std",
     "step_time",
@@ -662,9 +562,10 @@ class Interrupted(Exception):
 
 
 class Cut:
-    """A reward that breaks the run off at its n-th call."""
+    """A reward that breaks the run off at its n-th call, and is the same reward whatever n is."""
 
     __name__ = "parity"
+    fingerprint = staticmethod(lambda: "parity")
 
     def __init__(self, call=None):
         self.calls, self.call = 0, call
@@ -782,26 +683,6 @@ def test_an_edited_reward_makes_another_run(ar, tmp_path, monkeypatch):
     ar.model = start
     with pytest.raises(FileExistsError, match=r"another run.*rewards.*mine"):
         train_grpo(ar, versions[1:], ROWS, config)
-    assert known_as(eval("lambda prompts, **columns: [1.0] * len(prompts)")) == "<lambda>"
-
-
-def test_what_a_reward_is_known_as():
-    """All that a reader would call another reward, and nothing that a new process changes."""
-
-    @dataclass
-    class Wanted:
-        letter: str
-
-    class Counting:
-        def __call__(self, prompts, **columns):
-            return [0.0] * len(prompts)
-
-    rewards = [length, parity, Wanted("a"), Wanted("z"), Accuracy(), Accuracy(answer_only=True)]
-    rewards += [Accuracy("elsewhere"), partial(length, weight=1), partial(length, weight=2)]
-    names = [known_as(reward) for reward in [*rewards, Counting()]]
-    assert len(set(names)) == len(names)
-    assert known_as(Wanted("a")) == names[2] and known_as(Counting()) == names[-1]
-    assert not any("0x" in name for name in names)
 
 
 def test_a_folder_of_another_run_is_refused(ar, tmp_path):
@@ -875,7 +756,10 @@ def test_a_users_own_prompts_and_reward_take_ten_lines(mdm, tmp_path):
         return [float(w in text) for w, text in zip(wanted, completions, strict=True)]
 
     config = GRPOConfig(
-        output_dir=str(tmp_path / "run"), max_steps=2, max_completion_length=16, steps=8
+        output_dir=str(tmp_path / "run"),
+        max_steps=2,
+        max_completion_length=16,
+        sampler={"steps": 8},
     )
     folder = train_grpo(mdm, [has_letter], rows, config)
     # until here
@@ -910,13 +794,13 @@ def test_updates_that_are_not_finite_are_skipped_and_end_the_run(policy, tmp_pat
 
 
 def test_a_finite_update_starts_the_count_again(ar, tmp_path, monkeypatch):
-    finish, calls = grpo.finish_gradient, []
+    clip, calls = torch.nn.utils.clip_grad_norm_, []
 
-    def sometimes(parameters, accelerator, max_norm):
-        calls.append(finish(parameters, accelerator, max_norm))
-        return calls[-1] if len(calls) == 5 else NAN
+    def sometimes(parameters, max_norm):
+        calls.append(clip(parameters, max_norm))
+        return calls[-1] if len(calls) == 5 else torch.tensor(NAN)
 
-    monkeypatch.setattr(grpo, "finish_gradient", sometimes)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", sometimes)
     train_grpo(ar, [length], ROWS, settings(tmp_path / "run", ar, max_steps=9))
     skipped = [row["skipped_updates"] for row in rows_of(tmp_path / "run")[:-1]]
     assert skipped == [1, 2, 3, 4, 0, 1, 2, 3, 4]
@@ -935,8 +819,8 @@ folder, output = sys.argv[1:]
 policy = load_policy(folder)
 rows = [{"prompt": f"What is {i}?"} for i in range(8)]
 config = GRPOConfig(
-    output_dir=output, max_steps=2, steps=2, max_completion_length=6, num_generations=2,
-    per_device_train_batch_size=4, save_steps=1,
+    output_dir=output, max_steps=2, sampler={"steps": 2}, max_completion_length=6,
+    num_generations=2, per_device_train_batch_size=4, save_steps=1,
 )
 train_grpo(policy, [short], rows, config)
 weights = b"".join(p.detach().numpy().tobytes() for p in policy.model.parameters())

@@ -14,12 +14,11 @@ from mdmrl.rl.oracle import denoiser_of, tabulate
 from mdmrl.rl.rollout import Rollout
 from mdmrl.runs import generator_for
 from mdmrl.sampling import SamplerConfig, generate
-from mdmrl.sampling.guide import GuideConfig, Thresholds
+from mdmrl.sampling.guidance import GuideConfig, Thresholds
 from mdmrl.sampling.guided import calibrate, generate_guided
 from mdmrl.sampling.selection import (
     Permuted,
     PromptOnly,
-    best_of,
     best_of_curve,
     majority,
     mean_logprob,
@@ -466,12 +465,11 @@ def test_stand_ins_for_v(mdm):
     )
 
 
-def test_the_best_and_the_commonest():
-    assert best_of(torch.tensor([1.0, 3, 2, 5, 5, 4]), 3) == [1, 3]
+def test_the_commonest():
     assert majority(["x", "y", "y", None, None, "z", None, None, None], 3) == [1, 5, 6]
     assert majority(["y", "x", "x", "y"], 4) == [0]
     with pytest.raises(ValueError, match="n=4: expected a divisor of the 6 rows"):
-        best_of(torch.zeros(6), 4)
+        majority([None] * 6, 4)
 
 
 def test_what_to_expect_of_the_best_of_n():

@@ -22,7 +22,10 @@ UNIT = SamplerConfig(max_new_tokens=8, steps=8)
 
 
 def run(policy, prompts=PROMPTS[:2], units=UNITS, **changes):
-    options = {"description": DESCRIPTION, "unit": UNIT, "length": 64, "gap": 3} | changes
+    phases = {"description": DESCRIPTION, "unit": UNIT}
+    if not policy.denoises:
+        phases = {name: config.replace(steps=None) for name, config in phases.items()}
+    options = phases | {"length": 64, "gap": 3} | changes
     return generate_hierarchy(policy, prompts, units, **options)
 
 
@@ -94,7 +97,8 @@ def test_every_unit_goes_on_from_what_is_known(kind, request):
     """All contexts spelled out by hand: the prompt, and beginnings of the units so far."""
     policy = double(request.getfixturevalue(kind))
     prompt, width = PROMPTS[0], len(policy.encode(PROMPTS[:1]).input_ids[0])
-    found = run(policy, [prompt], description=DESCRIPTION.replace(steps=4))
+    steps = 4 if policy.denoises else None
+    found = run(policy, [prompt], description=DESCRIPTION.replace(steps=steps))
     rest = "<|mask|><|mask|><|mask|>;\n" if kind == "mdm" else ";\n"
 
     def next_text(begun, count):
@@ -136,8 +140,9 @@ def test_a_unit_that_its_description_ends_is_left_out(any_policy, pushed):
 
 
 def test_the_same_seed_gives_the_same_texts(any_policy, rng_untouched):
+    own = {} if any_policy.denoises else {"steps": None}
     hot = {
-        name: c.replace(temperature=1.0)
+        name: c.replace(temperature=1.0, **own)
         for name, c in {"description": DESCRIPTION, "unit": UNIT}.items()
     }
     texts = [
@@ -158,7 +163,9 @@ def test_what_is_refused(mdm, bd, ar):
     ):
         run(bd, unit=UNIT.replace(block_length=2))
     with pytest.raises(ValueError, match="block_length=4: an autoregressive policy"):
-        run(ar, unit=UNIT.replace(block_length=4))
+        run(ar, unit=UNIT.replace(steps=None, block_length=4))
+    with pytest.raises(ValueError, match="steps=8: an autoregressive policy"):
+        run(ar, unit=UNIT)
 
 
 # -- the task --------------------------------------------------------------------------------------

@@ -7,13 +7,14 @@ import pytest
 import torch
 from test_sampling import double
 
+from mdmrl.provenance import machine, revision
 from mdmrl.rl.config import PPOConfig
 from mdmrl.rl.episodes import score
 from mdmrl.rl.rollout import Rollout
 from mdmrl.rl.values import explained_variance, fit_to_base
-from mdmrl.runs import generator_for, machine, revision
+from mdmrl.runs import generator_for
 from mdmrl.sampling import generate
-from mdmrl.sampling.guide import GuideConfig
+from mdmrl.sampling.guidance import GuideConfig
 from mdmrl.sampling.guided import calibrate, generate_guided
 from mdmrl.sampling.selection import PromptOnly, mean_logprob
 from mdmrl.study import judging, pieces
@@ -30,8 +31,7 @@ SPLITS = {
 }
 CONFIG = PPOConfig(
     max_completion_length=8,
-    steps=8,
-    block_length=4,
+    sampler={"steps": 8, "block_length": 4},
     value_batches=4,
     per_device_train_batch_size=4,
     num_generations=1,
@@ -64,7 +64,7 @@ def policy(mdm, reward, tmp_path, monkeypatch):
     policy = double(mdm)
     splits = {split: partial(list, rows) for split, rows in SPLITS.items()}
     task = Task("toy", splits, [judge], lambda text, row: "e" in text)
-    monkeypatch.setattr(judging, "load_policy", lambda name, device: policy)
+    monkeypatch.setattr(judging, "load_policy", lambda name: policy)
     monkeypatch.setattr(judging, "load_task", lambda name: task)
     return policy
 
@@ -84,7 +84,7 @@ def test_a_piece_is_computed_once_for_all_that_decides_it(tmp_path, monkeypatch)
     assert first.run.tolist() == computed
     facts = pieces.facts("quick", computed[0])
     assert facts["why"] == "a test" and facts["identity"] == {"a": 1}
-    assert facts["machine"] == machine() and facts["revision"] == revision()
+    assert facts["machine"] == machine("cpu") and facts["revision"] == revision()
     pieces.cached_table("quick", "slug", {"a": 2}, compute)
     pieces.cached_table("other", "slug", {"a": 1}, compute)
     assert len(computed) == 3 and computed[0] == computed[2] != computed[1]
@@ -133,7 +133,7 @@ def test_half_of_a_text_is_a_state_only_between_blocks(policy):
 def test_v_explains_what_it_said_it_explains(policy):
     """What V says of the held-out completions, from the states of a run of its own."""
     found = judging.what_v_explains("toy", CONFIG, [2, 4], 4, "quick")
-    sampler = CONFIG.sampler(policy)
+    sampler = CONFIG.sampler_for(policy)
     prompts = [row["prompt"] for row in SPLITS["validation"]]
     output = generate(policy, prompts, sampler, generator_for(0, "held-out"), record=True)
     outcome = torch.tensor([float(odd(ids)) for ids in output.token_lists()])
@@ -160,7 +160,7 @@ def test_guided_completions_are_those_of_the_guided_sampler(policy):
     def value(states):
         return V(states.features).detach()
 
-    sampler = CONFIG.sampler(policy)
+    sampler = CONFIG.sampler_for(policy)
     asked = [row["prompt"] for row in SPLITS["test"][:2]]
     others = [row["prompt"] for row in SPLITS["validation"][:2]]
     plain = found[found.arm == "plain"]

@@ -7,6 +7,7 @@ from collections import Counter
 
 import pytest
 
+from mdmrl.config import InputError
 from mdmrl.rewards.text import extract_answer, normalise_answer
 from mdmrl.tasks import load_rows, load_task, medcot
 from mdmrl.tasks.medcot import (
@@ -276,6 +277,8 @@ def test_an_empty_file_is_refused(tmp_path, content):
     path.write_text('[\n{"prompt": "x"},\n{')
     with pytest.raises(ValueError, match=rf"{re.escape(str(path))}:3: no JSON"):
         load_rows(path)
+    with pytest.raises(InputError, match="no such file"):
+        load_rows(tmp_path / "yours.jsonl")
 
 
 @pytest.mark.parametrize("suffix", ["json", "jsonl"])
@@ -299,7 +302,8 @@ def test_the_real_format_is_loaded(tmp_path, suffix):
     assert load_task("medcot", data=path).rows("rl") == of["rl"]
     assert task.stream is None
     assert task.metric("<answer>Zero.</answer>", found["Question 0?"])
-    assert not task.metric("<answer></answer>", found["Question 1?"])
+    assert task.metric("<answer>One.</answer>", found["Question 0?"]) is False
+    assert task.metric("<answer></answer>", found["Question 1?"]) is None  # nothing to judge by
 
 
 def test_a_malformed_real_file_is_named(tmp_path):
@@ -325,7 +329,7 @@ def test_an_answer_of_null_counts_as_none(tmp_path):
     path.write_text(json.dumps(row))
     task = load_task("medcot", data=path)
     (found,) = [row for split in SPLITS for row in task.splits[split]()]
-    assert not task.metric("<answer>z</answer>", found)
+    assert task.metric("<answer>z</answer>", found) is None
 
 
 def test_the_split_of_a_real_question_depends_on_its_text_alone(tmp_path):

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import nested
 
 import mdmrl.rl.grpo as grpo
 from mdmrl.policies import add_lora
@@ -37,7 +38,8 @@ def even(prompts, completions, completion_ids, **columns):
 
 def settings(**changes):
     small = {"max_steps": 3, "max_completion_length": 8, "steps": 4, "learning_rate": 1e-3}
-    return GRPOConfig.from_dict(small | changes)
+    small |= {"logp_estimator": "one_step", "log_gradients": True}
+    return GRPOConfig.thesis(**nested(small | changes))
 
 
 def toy(family="mdm", letters="abc"):
@@ -53,7 +55,9 @@ def toy(family="mdm", letters="abc"):
 
 def a_rollout(policy, config, reward=even):
     """Two groups of six, of different lengths."""
-    rollout, *_ = collect(policy, ROWS, [reward], 6, config.sampler(), generator_for(0, "rollout"))
+    rollout, *_ = collect(
+        policy, ROWS, [reward], 6, config.sampler_for(policy), generator_for(0, "rollout")
+    )
     assert rollout.completion_mask.sum(1).unique().numel() > 2
     return rollout
 

@@ -416,8 +416,6 @@ def test_a_saved_adapter_is_loaded_as_it_was(policy, tmp_path):
     settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert settings["r"] == 4
     assert not (tmp_path / "adapter" / "reference").exists()
-    with pytest.raises(ValueError, match=r"config\.json"):
-        load_policy(tmp_path / "adapter")
 
 
 @torch.no_grad()
@@ -435,12 +433,12 @@ def test_shift_and_mask_survive_saving(mdm, tmp_path):
 
 
 def test_fingerprints_tell_weights_families_and_training_apart(ar, mdm):
-    found = {ar.fingerprint(), mdm.fingerprint()}
+    found = {ar.weights_fingerprint(), mdm.weights_fingerprint()}
     add_lora(mdm, r=4)
-    found.add(mdm.fingerprint())
+    found.add(mdm.weights_fingerprint())
     with torch.no_grad():
         ar.model.lm_head.weight[0, 0] += 1e-6
-    found.add(ar.fingerprint())
+    found.add(ar.weights_fingerprint())
     assert len(found) == 4
 
 
@@ -529,6 +527,7 @@ def test_a_mask_id_outside_the_embedding_is_refused(mdm):
         def __len__(self):
             return 10
 
+    mdm.model.config.mask_token_id = None
     with pytest.raises(ValueError, match=r"mask token id 5000 .* 4096 rows"):
         MaskedDiffusionPolicy(mdm.model, Sparse())
 

@@ -12,17 +12,18 @@ import sys
 import pytest
 import torch
 from accelerate import Accelerator
+from conftest import nested
 from scipy import stats
 from test_sampling import ender
 
 import mdmrl.rl.ppo as ppo
 from mdmrl.policies import add_lora
 from mdmrl.rl.config import PPOConfig
-from mdmrl.rl.episodes import kl_divergence, log_probabilities, look, score
+from mdmrl.rl.episodes import kl_divergence, log_probabilities, score_episodes, score_states
 from mdmrl.rl.ppo import check_first_inner_step, ppo_loss, train_ppo, update
 from mdmrl.rl.rollout import Rollout, collect
 from mdmrl.rl.values import (
-    Seen,
+    ValueData,
     ValueHead,
     base_states,
     explained_variance,
@@ -34,7 +35,7 @@ from mdmrl.rl.values import (
     value_loss,
 )
 from mdmrl.runs import derived_seed, generator_for
-from mdmrl.training.data import draw_rows
+from mdmrl.training.data import rows_of_step
 
 ROWS = [{"prompt": f"A patient has {x}. Which test is decisive?"} for x in ("fever", "a rash", "x")]
 FAMILIES = ("mdm", "shifted", "bd")
@@ -56,8 +57,10 @@ def settings(folder="unused", **changes):
         "learning_rate": 1e-3,
         "max_grad_norm": 1e6,
         "value_batches": 2,
+        "beta": 1.0,
+        "log_gradients": True,
     }
-    return PPOConfig.from_dict(small | changes)
+    return PPOConfig(**nested(small | changes))
 
 
 @pytest.fixture(params=FAMILIES)
@@ -73,7 +76,7 @@ def a_rollout(policy, reward=parity, seed=0, rows=ROWS[:2], **changes):
     """Two groups of six with prompts of different lengths: 5 steps, 3 in the first block of 4."""
     config = settings(**changes)
     rollout, *_ = collect(
-        policy, rows, [reward], 6, config.sampler(policy), generator_for(seed, "x"), record=True
+        policy, rows, [reward], 6, config.sampler_for(policy), generator_for(seed, "x"), record=True
     )
     assert not rollout.prompt_mask.all()
     assert not rollout.completion_mask.all()
@@ -83,7 +86,7 @@ def a_rollout(policy, reward=parity, seed=0, rows=ROWS[:2], **changes):
 def scored(policy, rollout, states=30):
     if not policy.uses_lora and policy._reference is None:
         policy.sync_reference()
-    return score(policy, rollout, states)
+    return score_episodes(policy, rollout, states)
 
 
 def moved(policy, size=0.01):
@@ -270,7 +273,7 @@ def test_explained_variance_by_hand():
 @pytest.mark.parametrize("steps", [slice(0, 5), slice(1, 4), slice(3, 5), slice(0, 1)])
 def test_a_packed_look_equals_one_state_at_a_time(denoiser, steps):
     rollout = a_rollout(denoiser)
-    seen = look(denoiser, rollout, steps)
+    seen = score_states(denoiser, rollout, steps)
     features = seen.features(8)
     for row in range(0, 12, 5):
         for step, inside, masked, hidden, context in single_states(denoiser, rollout, row):
@@ -294,7 +297,7 @@ def test_a_packed_look_equals_one_state_at_a_time(denoiser, steps):
 def test_packed_log_probabilities_are_those_the_sampler_recorded(denoiser, states):
     rollout = a_rollout(denoiser)
     old = scored(denoiser, rollout, states)
-    assert old.off_sampler < 1e-4
+    assert old.max_logprob_mismatch < 1e-4
     total = sum(logp.sum().item() for logp in old.logp)
     assert total == pytest.approx(rollout.logprobs.sum().item(), rel=1e-5)
     # Every position counts, behind the end of the text too.
@@ -312,9 +315,9 @@ def test_the_work_is_counted(mdm, bd):
         (bd, 1000, width + 4 + 5 * 4),
         (bd, 3, 2 * width + 4 + 5 * 4),
     ):
-        before = policy.pushed
+        before = policy.positions_computed
         scored(policy, rollout, states)
-        assert policy.pushed - before == 2 * 12 * cost  # policy and reference
+        assert policy.positions_computed - before == 2 * 12 * cost  # policy and reference
 
 
 @torch.no_grad()
@@ -322,7 +325,7 @@ def test_what_is_selected_is_compared_with_what_would_be(denoiser):
     rollout = a_rollout(denoiser)
 
     def changed():
-        seen = look(denoiser, rollout, slice(0, 5))
+        seen = score_states(denoiser, rollout, slice(0, 5))
         logp = log_probabilities(denoiser, seen.block[seen.revealed])
         return seen.selection_changed(denoiser, logp)
 
@@ -377,7 +380,9 @@ def every_completion(policy, tokens, length, block):
         torch.ones_like(ids, dtype=torch.bool),
         torch.zeros(n),
         torch.ones(n, dtype=torch.bool),
-        settings(max_completion_length=length, steps=length, block_length=block).sampler(policy),
+        settings(max_completion_length=length, steps=length, block_length=block).sampler_for(
+            policy
+        ),
         torch.randn(n, generator=generator_for(0, "rewards")),
         logprobs,
         when,
@@ -397,7 +402,7 @@ def enumerated(request, shared_policies):
 
 def test_probabilities_of_paths_sum_to_one(enumerated):
     policy, rollout = enumerated
-    old = score(policy, rollout, 1000)
+    old = score_episodes(policy, rollout, 1000)
     logp = torch.zeros(81, 4).masked_scatter(torch.ones(81, 4).bool(), old.logp[0]).sum(1)
     torch.testing.assert_close(logp, rollout.logprobs.sum(1), atol=1e-4, rtol=1e-4)
     assert logp.exp().sum().item() == pytest.approx(1, abs=1e-5)
@@ -413,7 +418,7 @@ def test_the_sampler_takes_these_paths(enumerated):
         [{"prompt": "x"}],
         [parity],
         300,
-        config.sampler(policy),
+        config.sampler_for(policy),
         generator_for(0, "x"),
         record=True,
     )
@@ -433,8 +438,8 @@ def test_with_the_kl_in_the_reward_the_gradient_is_that_of_the_whole_objective(e
     beta = 0.7
     config = settings(max_completion_length=4, block_length=2, steps=4)
     parameters = [*policy.trainable_parameters().values()]
-    old = score(policy, rollout, 1000)
-    seen = look(policy, rollout, slice(0, 4))
+    old = score_episodes(policy, rollout, 1000)
+    seen = score_states(policy, rollout, slice(0, 4))
     at = seen.revealed
     logp = log_probabilities(policy, seen.block[at])
     with policy.reference():
@@ -491,7 +496,7 @@ def test_at_the_first_inner_step_the_ratio_is_one_and_the_kl_zero(denoiser, lora
     assert found["ratio/min"] == found["ratio/mean"] == found["ratio/max"] == 1
     assert found["kl"] == found["kl/max"] == found["loss/kl"] == 0
     assert found["clip_ratio"] == found["selection_drift"] == 0
-    assert abs(found["kl/law"]) < 1e-6
+    assert abs(found["log_mean_exp_neg_d"]) < 1e-6
     assert found["grad_norm/kl"] < 1e-4 < found["grad_norm/surrogate"]
     check_first_inner_step(found, True)
 
@@ -547,7 +552,7 @@ def test_micro_batches_give_the_gradient_of_the_whole(denoiser):
     for name, value in expected.items():
         torch.testing.assert_close(gradient[name], value, atol=1e-4, rtol=1e-3, msg=name)
     # Samples that a reward left out have no part in it.
-    kept = scored(denoiser, rollout.rows(rollout.counted), 1000)
+    kept = scored(denoiser, rollout.select(rollout.counted), 1000)
     kept.logp = [whole.logp[0].view(12, 8)[rollout.counted].flatten()]
     kept.reference = [whole.reference[0].view(12, 8, -1)[rollout.counted].flatten(0, 1)]
     alone = update(
@@ -612,9 +617,9 @@ def fit_to(values, base):
     for old in base:
         counted, steps = old.rollout.counted, old.features.shape[1]
         returns = old.rollout.rewards[counted].float().repeat_interleave(steps)
-        asked = [prompt for prompt in prompts_of(old.rollout.rows(counted)) for _ in range(steps)]
-        seen.append(Seen(old.features[counted].flatten(0, 1), returns, asked))
-    return fit(values, Seen.all(seen), Accelerator(cpu=True))
+        asked = [prompt for prompt in prompts_of(old.rollout.select(counted)) for _ in range(steps)]
+        seen.append(ValueData(old.features[counted].flatten(0, 1), returns, asked))
+    return fit(values, ValueData.joined(seen), Accelerator(cpu=True))
 
 
 def test_the_first_fit_finds_what_states_say_of_the_outcome(denoiser):
@@ -675,11 +680,11 @@ def test_the_first_fit_is_ridge_regression_of_the_samples_that_count(denoiser, m
 
 def test_without_the_reference_states_are_looked_at_once(denoiser):
     rollout = a_rollout(denoiser)
-    start = denoiser.pushed
+    start = denoiser.positions_computed
     both = scored(denoiser, rollout)
-    middle = denoiser.pushed
-    alone = score(denoiser, rollout, 30, reference=False)
-    assert denoiser.pushed - middle == (middle - start) / 2
+    middle = denoiser.positions_computed
+    alone = score_episodes(denoiser, rollout, 30, reference=False)
+    assert denoiser.positions_computed - middle == (middle - start) / 2
     assert torch.equal(alone.features, both.features)
     assert all(torch.equal(*pair) for pair in zip(alone.logp, both.logp, strict=True))
     assert (alone.kl == 0).all()
@@ -694,14 +699,14 @@ NAMES = {
     "loss/kl",
     "kl",
     "kl/max",
-    "kl/law",
+    "log_mean_exp_neg_d",
     "grad_norm",
     "grad_norm/surrogate",
     "grad_norm/kl",
     "ratio/mean",
     "clip_ratio",
     "selection_drift",
-    "off_sampler",
+    "max_logprob_mismatch",
     "values/explained_variance",
     "values/loss",
     "advantages/std",
@@ -727,7 +732,7 @@ def test_a_run_logs_what_it_promises_and_touches_nothing_global(
     for row in rows[:3]:
         assert row.keys() >= NAMES
         assert row["loss"] == pytest.approx(row["loss/surrogate"] + row["loss/kl"])
-        assert row["off_sampler"] < 1e-4
+        assert row["max_logprob_mismatch"] < 1e-4
         # Sampling looks at each state once too; a block-causal sampler keeps more.
         if family == "mdm" and row["step"]:
             assert row["token_forwards/scoring"] == 4 * row["token_forwards"]
@@ -753,11 +758,11 @@ def test_base_states_are_those_of_recorded_rollouts_with_discounted_outcomes(den
     batches = list(base_states(denoiser, [parity], ROWS, config))
     assert len(batches) == 2
     for i, seen in enumerate(batches):
-        rows = draw_rows(ROWS, 3, i, 0, 1, derived_seed(5, "values"))
+        rows = rows_of_step(ROWS, 3, i, 0, 1, derived_seed(5, "values"))
         generator = generator_for(5, "values", i, 0)
-        sampler = config.sampler(denoiser)
+        sampler = config.sampler_for(denoiser)
         rollout, *_ = collect(denoiser, rows, [parity], 1, sampler, generator, record=True)
-        features = score(denoiser, rollout, 1000, reference=False).features  # (3, 4, F)
+        features = score_episodes(denoiser, rollout, 1000, reference=False).features  # (3, 4, F)
         torch.testing.assert_close(seen.features, features.flatten(0, 1), atol=1e-4, rtol=1e-4)
         outcomes = [[r * 0.9**k for k in (3, 2, 1, 0)] for r in rollout.rewards.tolist()]
         torch.testing.assert_close(seen.returns, torch.tensor(outcomes).flatten())
@@ -967,9 +972,9 @@ def test_policies_that_have_no_such_episodes_are_refused_before_any_work(ar, bd,
 
 def test_block_diffusion_takes_its_own_blocks_and_masked_diffusion_may_have_one(bd, mdm):
     config = settings(block_length=None)
-    assert config.sampler(bd).block_length == 4
-    assert config.sampler(mdm).block_length is None
-    assert config.sampler(mdm, 0.0).temperature == 0
+    assert config.sampler_for(bd).block_length == 4
+    assert config.sampler_for(mdm).block_length is None
+    assert config.sampler_for(mdm, greedy=True).temperature == 0
 
 
 # -- several processes -----------------------------------------------------------------------------
@@ -986,8 +991,8 @@ folder, output = sys.argv[1:]
 policy = load_policy(folder)
 rows = [{"prompt": f"What is {i}?"} for i in range(8)]
 config = PPOConfig(
-    output_dir=output, max_steps=2, steps=4, max_completion_length=8, num_generations=2,
-    per_device_train_batch_size=4, value_batches=2,
+    output_dir=output, max_steps=2, sampler={"steps": 4}, max_completion_length=8,
+    num_generations=2, per_device_train_batch_size=4, value_batches=2,
 )
 values, _ = fit_to_base(policy, [short], rows[int(os.environ["RANK"]) :: 2], config)
 state = b"".join(x.numpy().tobytes() for x in values.state_dict().values())

@@ -10,19 +10,24 @@ import numpy as np
 import pytest
 import torch
 
-from mdmrl.rewards import (
+from mdmrl.config import InputError
+from mdmrl.provenance import pick_device
+from mdmrl.rewards.medical import (
+    REFERENCES_KEPT,
     Accuracy,
+    SentenceEncoder,
     capped_depth,
-    completion_text,
     depth,
-    exact_answer,
-    extract_answer,
     format_tags,
     medical_rewards,
+)
+from mdmrl.rewards.text import (
+    completion_text,
+    exact_answer,
+    extract_answer,
+    repetition,
     strip_tags,
 )
-from mdmrl.rewards.medical import REFERENCES_KEPT, SentenceEncoder
-from mdmrl.runs import best_device
 
 FULL = "<reasoning>Hot joint.\n\nUrate.</reasoning>\n\n<answer>Gout</answer>"
 
@@ -90,6 +95,13 @@ def test_exact_answer():
     assert not exact_answer(FULL, "urate")
     assert not exact_answer("gout", "gout")
     assert not exact_answer("<answer></answer>", "")
+
+
+def test_repetition_by_hand():
+    assert repetition([1, 2, 3]) == 0
+    assert repetition([1, 2, 3, 4, 5]) == 0
+    assert repetition([1] * 8) == 1 - 1 / 5
+    assert repetition([1, 2, 3, 4, 1, 2, 3, 4]) == pytest.approx(1 - 4 / 5)
 
 
 @pytest.mark.parametrize(
@@ -198,11 +210,11 @@ def test_texts_beyond_the_window_are_counted_and_reported_once(accuracy):
     long = "gout " * 300
     with pytest.warns(UserWarning, match="1 of 2 texts exceed the 256 tokens"):
         accuracy(["", ""], [long, "short"], Response=["r", "r"])
-    assert accuracy.truncated == 1
+    assert accuracy.encoder.truncated == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         accuracy([""], [long + "more"], Response=[long])
-    assert accuracy.truncated == 3
+    assert accuracy.encoder.truncated == 3
 
 
 def test_encoding_leaves_global_state_alone():
@@ -210,7 +222,7 @@ def test_encoding_leaves_global_state_alone():
     threads = torch.get_num_threads()
     encoder = SentenceEncoder()
     encoder.embed(["a", "b"])
-    assert encoder.model.device.type == best_device()
+    assert encoder.model.device.type == torch.device(pick_device()).type
     assert torch.equal(before[0], torch.get_rng_state())
     assert before[1] == random.getstate()
     assert (before[2] == np.random.get_state()[1]).all()
@@ -229,7 +241,7 @@ def test_an_encoder_that_cannot_be_loaded_is_named(monkeypatch):
         raise OSError("no connection")
 
     monkeypatch.setattr("sentence_transformers.SentenceTransformer", unreachable)
-    with pytest.raises(OSError, match="encoder 'no/model': expected 'minilm', a folder"):
+    with pytest.raises(InputError, match="encoder 'no/model': expected 'minilm', a folder"):
         SentenceEncoder("no/model").embed(["a"])
 
 

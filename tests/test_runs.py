@@ -92,7 +92,7 @@ def test_write_atomically_replaces_and_leaves_nothing_aside(tmp_path):
 
 def test_metrics_cut_at_any_byte_give_the_complete_rows(tmp_path):
     run = Run(tmp_path / "run", CONFIG)
-    assert run.rows() == []
+    assert run.logged() == []
     rows = [{"step": s, "text": f"ü\u2028\n{s}", "loss": s / 3} for s in range(4)]
     for row in rows:
         run.log(row)
@@ -101,7 +101,7 @@ def test_metrics_cut_at_any_byte_give_the_complete_rows(tmp_path):
     ends = [i + 1 for i, byte in enumerate(whole) if byte == ord("\n")]
     for size in range(len(whole) + 1):
         path.write_bytes(whole[:size])
-        assert run.rows() == rows[: sum(end <= size for end in ends)]
+        assert run.logged() == rows[: sum(end <= size for end in ends)]
 
 
 def test_a_resumed_run_writes_over_the_cut_line(tmp_path):
@@ -115,8 +115,8 @@ def test_a_resumed_run_writes_over_the_cut_line(tmp_path):
     run.rewind(2)
     for step in (2, 3):
         run.log({"step": step})
-    assert [row["step"] for row in run.rows()] == [0, 1, 2, 3]
-    assert [row["step"] for row in run.rows("samples")] == [0, 1]
+    assert [row["step"] for row in run.logged()] == [0, 1, 2, 3]
+    assert [row["step"] for row in run.logged("samples")] == [0, 1]
     assert run.complete(3)
 
 

@@ -7,7 +7,7 @@ from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from mdmrl.runs import generator_for
 from mdmrl.sampling import SamplerConfig, generate
-from mdmrl.sampling.choose import draw, draw_in_proportion, keep_most_probable, likeliest
+from mdmrl.sampling.choose import draw_in_proportion, draw_tokens, keep_most_probable, likeliest
 from mdmrl.sampling.denoise import evenly
 
 PROMPTS = [
@@ -20,6 +20,11 @@ PROMPTS = [
 
 def settings(**changes):
     return SamplerConfig(**{"max_new_tokens": 12, "steps": 5} | changes)
+
+
+def fitting(policy, **changes):
+    """`settings` without what would be ignored."""
+    return settings(**({} if policy.denoises else {"steps": None}) | changes)
 
 
 def double(policy):
@@ -35,7 +40,7 @@ def double(policy):
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_the_prompt_is_untouched(policy, temperature):
     given = policy.encode(PROMPTS)
-    found = generate(policy, PROMPTS, settings(temperature=temperature))
+    found = generate(policy, PROMPTS, fitting(policy, temperature=temperature))
     width = given.input_ids.shape[1]
     assert torch.equal(found.sequences[:, :width], given.input_ids)
     assert torch.equal(found.prompt_mask, given.attention_mask)
@@ -80,6 +85,15 @@ def revealed_once(output):
     return bool((times == 1).all())
 
 
+def replay(output, mask_token_id):
+    """The recorded trajectory again: the completion each step saw, (B, L), and the step."""
+    completion = output.completion_ids.masked_fill(output.asked, mask_token_id)
+    for step in output.trajectory:
+        completion[tuple(step.remasked)] = mask_token_id
+        yield completion.clone(), step
+        completion[step.rows, step.positions] = step.tokens
+
+
 def mask_lover(mdm):
     """About half of the positions, whatever the canvas, prefer [MASK] to any other token."""
     with torch.no_grad():
@@ -107,7 +121,8 @@ def test_masks_are_left_only_where_they_may_be_drawn(mdm, temperature, remasking
 @pytest.mark.parametrize("suppress_mask", [True, False])
 def test_a_batch_gives_what_each_prompt_gives_alone(policy, suppress_mask):
     double(policy)
-    config = settings(steps=12, suppress_mask=suppress_mask)
+    changes = {"steps": 12, "suppress_mask": suppress_mask} if policy.denoises else {}
+    config = fitting(policy, **changes)
     together = generate(policy, PROMPTS, config)
     assert not together.prompt_mask.all()
     for row, prompt in enumerate(PROMPTS):
@@ -119,7 +134,8 @@ def test_a_batch_gives_what_each_prompt_gives_alone(policy, suppress_mask):
 
 @pytest.mark.parametrize("remasking", ["low_confidence", "random"])
 def test_the_generator_decides_and_nothing_global_moves(policy, remasking, rng_untouched):
-    config = settings(temperature=1.0, remasking=remasking)
+    changes = {"remasking": remasking} if policy.denoises else {}
+    config = fitting(policy, temperature=1.0, **changes)
 
     def text(seed):
         return generate(policy, PROMPTS, config, generator_for(seed, "test")).completions
@@ -144,7 +160,7 @@ def ender(ar, strength):
 
 def test_greedy_left_to_right_equals_transformers(ar):
     ender(ar, 4)
-    found = generate(ar, PROMPTS, settings(max_new_tokens=40))
+    found = generate(ar, PROMPTS, fitting(ar, max_new_tokens=40))
     given = ar.encode(PROMPTS)
     expected = ar.model.generate(
         input_ids=given.input_ids,
@@ -167,7 +183,7 @@ def test_greedy_left_to_right_equals_transformers(ar):
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
 def test_left_to_right_probabilities_are_those_of_a_whole_forward(ar, temperature):
     ender(ar, 2)
-    found = generate(ar, PROMPTS, settings(temperature=temperature))
+    found = generate(ar, PROMPTS, fitting(ar, temperature=temperature))
     rows = zip(found.sequences, found.prompt_mask, found.completion_mask, strict=True)
     for row, (ids, seen, written) in enumerate(rows):
         keep = torch.cat([seen, written])
@@ -181,7 +197,8 @@ def test_left_to_right_probabilities_are_those_of_a_whole_forward(ar, temperatur
 
 def test_texts_stop_at_the_end_token(policy):
     ender(policy, {"ar": 10, "mdm": 5}[policy.kind])
-    found = generate(policy, PROMPTS, settings(temperature=1.0, max_new_tokens=24, steps=24))
+    config = fitting(policy, temperature=1.0, max_new_tokens=24)
+    found = generate(policy, PROMPTS, config.replace(steps=24 if policy.denoises else None))
     end = policy.tokenizer.eos_token_id
     lengths = found.completion_mask.sum(1)
     assert lengths.max() > 1
@@ -202,7 +219,7 @@ def test_draws_follow_the_tempered_softmax(temperature):
     logits = torch.tensor([2.0, 0.0, -1.0, 1.0, -torch.inf, 0.5])
     n = 20_000
     config = settings(temperature=temperature)
-    tokens, logprobs = draw(logits.repeat(n, 1), config, generator_for(0, "draw"))
+    tokens, logprobs = draw_tokens(logits.repeat(n, 1), config, generator_for(0, "draw"))
     weights = [2.718281828459045 ** (x / temperature) for x in logits.tolist()]
     expected = torch.tensor(weights, dtype=torch.float64)
     expected = expected / expected.sum()
@@ -244,7 +261,7 @@ def test_draws_reach_the_tail_of_a_large_vocabulary():
 
 def test_a_draw_at_temperature_zero_is_the_best_token():
     logits = torch.randn(50, 9, generator=torch.Generator().manual_seed(0))
-    tokens, logprobs = draw(logits.clone(), settings(), generator_for(0, "draw"))
+    tokens, logprobs = draw_tokens(logits.clone(), settings(), generator_for(0, "draw"))
     assert tokens.tolist() == [max(range(9), key=row.__getitem__) for row in logits.tolist()]
     torch.testing.assert_close(logprobs, logits.softmax(-1).max(-1).values.log())
 
@@ -253,7 +270,7 @@ def test_a_draw_at_temperature_zero_is_the_best_token():
 def test_the_likeliest_token_is_known_whatever_was_drawn(temperature):
     logits = torch.randn(200, 9, generator=torch.Generator().manual_seed(0))
     best = logits.argmax(-1)
-    draw(logits, settings(temperature=temperature), generator_for(0, "draw"))
+    draw_tokens(logits, settings(temperature=temperature), generator_for(0, "draw"))
     found = likeliest(logits, torch.tensor([1, 4]))
     assert found.equal((best == 1) | (best == 4))
     assert 0 < found.sum() < 200
@@ -283,7 +300,7 @@ def test_filters_are_those_of_transformers(top_k, top_p):
 def test_filters_follow_the_temperature_and_count_in_the_probability():
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0]).repeat(2000, 1)
     config = settings(temperature=0.5, top_k=2)
-    tokens, logprobs = draw(logits, config, generator_for(0, "draw"))
+    tokens, logprobs = draw_tokens(logits, config, generator_for(0, "draw"))
     first = 1 / (1 + 2.718281828459045**-2)
     assert tokens.max() == 1
     assert (tokens == 0).float().mean().item() == pytest.approx(first, abs=0.03)
@@ -324,6 +341,8 @@ def test_filters_follow_the_temperature_and_count_in_the_probability():
         ({"temperature": -0.1}, "temperature=-0.1"),
         ({"temperature": "nan"}, "temperature=nan"),
         ({"temperature": "inf"}, "temperature=inf"),
+        ({"top_k": 5}, "top_k=5, top_p=1.0 would be ignored: at temperature=0"),
+        ({"top_p": 0.9}, "top_k=None, top_p=0.9 would be ignored: at temperature=0"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(changes, message):
@@ -338,4 +357,4 @@ def test_steps_default_to_half_the_tokens():
 def test_a_prompt_that_leaves_no_room_is_refused_before_any_work(policy, monkeypatch):
     monkeypatch.setattr(policy, "hidden_states", None)  # a forward pass would fail
     with pytest.raises(ValueError, match="context of 512"):
-        generate(policy, ["1" * 600], settings())
+        generate(policy, ["1" * 600], fitting(policy))

@@ -23,9 +23,9 @@ from rich.table import Table
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from mdmrl.config import require, unknown
-from mdmrl.policies import Policy, load_policy
-from mdmrl.policies.load import load_tokenizer
-from mdmrl.runs import best_device, environment
+from mdmrl.policies import Policy, load_policy, load_tokenizer
+from mdmrl.provenance import environment, pick_device
+from mdmrl.runs import kept_random_state
 from mdmrl.sampling import SamplerConfig, generate
 from mdmrl.sampling.denoise import evenly
 from mdmrl.zoo.pretrain import FAMILIES
@@ -106,7 +106,7 @@ def bench_samplers(
         {"batch": batch, "length": length, "steps": count}
         for length in lengths
         for batch in batches
-        for count in (steps if loaded.kind != "ar" else [length])
+        for count in (steps if loaded.denoises else [length])
     ]
     # All of them before the first is timed, so that bad input costs nothing.
     groups = [
@@ -119,7 +119,7 @@ def bench_samplers(
         for sampler in group:
             rows += _compared(loaded, prompts, sampler, size, repeats)
     asked = {"policy": policy, "prompt_length": prompt_length, "repeats": repeats}
-    return {**asked, "rows": rows, **environment()}
+    return {**asked, "rows": rows, **environment(loaded.device)}
 
 
 def print_bench(numbers: dict) -> None:
@@ -154,10 +154,9 @@ def bench_markdown(folder: Path) -> str:
 
 def bench_policy(name: str, block_length: int) -> Policy:
     """A policy by name, or one with random weights; see `bench_samplers`."""
-    device = best_device()
     kind, colon, shape = name.partition(":")
     if not colon:
-        return load_policy(name, device=device)
+        return load_policy(name)
     kind = kind.removeprefix("random-")
     require(
         kind in FAMILIES and shape in SHAPES,
@@ -176,10 +175,11 @@ def bench_policy(name: str, block_length: int) -> Policy:
     config.is_causal = kind == "ar"
     if kind == "bd":
         config.block_length = block_length
-    with torch.random.fork_rng(), torch.device(device):
+    device = torch.device(pick_device())
+    with kept_random_state(device), device:
         torch.manual_seed(0)
         model = Qwen2ForCausalLM(config)
-    if device == "cuda":
+    if device.type == "cuda":
         model.model.to(torch.bfloat16)
     return FAMILIES[kind](model, tokenizer)
 
@@ -195,11 +195,12 @@ def _samplers(
     policy: Policy, length: int, steps: int, block_length: int
 ) -> list[tuple[Callable, SamplerConfig, dict[str, SamplerConfig]]]:
     """Plain loops, their settings, and what is to be compared with each."""
+    if not policy.denoises:
+        base = SamplerConfig(max_new_tokens=length)
+        return [(plain_autoregressive, base, {"key-value cache": base})]
     # As the peers do: end tokens are neither postponed nor waited for.
     base = SamplerConfig(max_new_tokens=length, steps=steps, end_last=False, stop_at_end=False)
-    if policy.kind == "ar":
-        return [(plain_autoregressive, base, {"key-value cache": base})]
-    if policy.kind == "bd":
+    if policy.block_length is not None:
         return [(plain_denoising, base, {"block cache": base})]
     whole = [(plain_denoising, base, {"exact": base})]
     blocks = base.replace(block_length=block_length)
@@ -239,7 +240,7 @@ def _compared(policy, prompts, group, size: dict, repeats: int) -> list[dict]:
     measured: dict[str, list] = {name: [] for name in calls}
     for turn in range(1 + repeats):
         for name, call in calls.items():
-            result = _measured(call)
+            result = _measured(call, policy.device)
             if turn:  # the first is to warm up
                 measured[name].append(result)
     rows, first = [], None
@@ -284,7 +285,7 @@ def plain_denoising(policy, prompts: list[str], config: SamplerConfig):
     starts = range(width, width + length, size)
     for start, steps in zip(starts, evenly(config.denoising_steps, len(starts)), strict=True):
         # Blocks to come are no part of a block-causal canvas.
-        seen = start + size if policy.kind == "bd" else width + length
+        seen = width + length if pattern is None else start + size
         for quota in evenly(size, steps):
             masked = canvas[:, :seen] == policy.mask_token_id
             logits = policy.logits(
@@ -322,13 +323,13 @@ def plain_autoregressive(policy, prompts: list[str], config: SamplerConfig):
     return full, nfe, token_forwards
 
 
-def _measured(call: Callable) -> dict:
-    """Seconds and peak memory above what was held before, in MB, of one call."""
-    card = torch.cuda.is_available()
+def _measured(call: Callable, device: torch.device) -> dict:
+    """Seconds and peak memory above what was held before, in MB, of one call on `device`."""
+    card = device.type == "cuda"
     if card:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        held = torch.cuda.memory_allocated()
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        held = torch.cuda.memory_allocated(device)
     else:
         # Linux: give freed memory back, then reset the process's high-water mark.
         with suppress(OSError, AttributeError):
@@ -338,9 +339,9 @@ def _measured(call: Callable) -> dict:
     start = time.perf_counter()
     result = call()
     if card:
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
     seconds = time.perf_counter() - start
-    peak = torch.cuda.max_memory_allocated() if card else _resident("VmHWM")
+    peak = torch.cuda.max_memory_allocated(device) if card else _resident("VmHWM")
     return {"seconds": seconds, "peak_mb": (peak - held) / 1e6, "result": result}
 
 

@@ -13,12 +13,13 @@ from pathlib import Path
 import torch
 
 from mdmrl.policies import Policy, load_policy
+from mdmrl.provenance import environment
 from mdmrl.rl.config import GRPOConfig
 from mdmrl.rl.estimators import draw_noise
 from mdmrl.rl.grpo import train_grpo, update
 from mdmrl.rl.logprobs import estimator
 from mdmrl.rl.rollout import Rollout
-from mdmrl.runs import environment, generator_for, read_rows
+from mdmrl.runs import generator_for, read_rows
 from mdmrl.tasks import load_task
 
 
@@ -42,7 +43,7 @@ def bench_update(policy: str = "tiny-mdm", repeats: int = 5) -> dict:
         rows = [row for row in read_rows(run / "metrics.jsonl") if 0 < row["step"] <= repeats]
     columns = ("step_time", "rollout_time", "reward_time")
     medians = {name: statistics.median(row[name] for row in rows) for name in columns}
-    return {"policy": policy, "repeats": repeats, **medians, **environment()}
+    return {"policy": policy, "repeats": repeats, **medians, **environment(loaded.device)}
 
 
 def bench_estimators(repeats: int = 5, length: int = 128) -> dict:
@@ -75,7 +76,7 @@ def bench_estimators(repeats: int = 5, length: int = 128) -> dict:
         median = {"seconds": taken, "ratio_to_ar": ratios}
         median = {key: statistics.median(values[1:]) for key, values in median.items()}
         rows.append({"estimator": name, **median})
-    return {"rows": rows, "repeats": repeats, "length": length, **environment()}
+    return {"rows": rows, "repeats": repeats, "length": length, **environment(policy.device)}
 
 
 def _some_rollout(policy: Policy, prompts: list[str], length: int, config: GRPOConfig) -> Rollout:
@@ -107,4 +108,4 @@ def bench_import(repeats: int = 7) -> dict:
         statistics.median(seconds(statement) for _ in range(repeats))
         for statement in ("pass", "import mdmrl")
     )
-    return {"import_time": ours - empty, "repeats": repeats, **environment()}
+    return {"import_time": ours - empty, "repeats": repeats, **environment("cpu")}

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 
+import torch
+
 from mdmrl.evaluation.completions import completion_metrics
-from mdmrl.policies.base import Policy
-from mdmrl.rewards.score import reward_name, score
+from mdmrl.policies import Policy
+from mdmrl.rewards import RewardLog, check_rewards, complete_rows, reward_values, total_reward
 from mdmrl.runs import generator_for
 from mdmrl.sampling import SamplerConfig, generate
 
@@ -16,35 +20,64 @@ def evaluate(
     rows: Sequence[dict],
     config: SamplerConfig,
     rewards: Sequence[Callable] = (),
-    metric: Callable[[str, dict], bool] | None = None,
+    metric: Callable[[str, dict], bool | None] | None = None,
     prefix: str = "",
     batch_size: int = 64,
     seed: int = 0,
     draw: Callable = generate,
-) -> dict[str, float]:
+    watch: Callable | None = None,
+    reward_weights: Sequence[float] | None = None,
+    log: RewardLog | None = None,
+) -> dict[str, float | None]:
     """Complete every row's prompt and average what `rewards` and `metric` say.
 
     Args:
         draw: what completes the prompts, called as `generate` is.
+        watch: see `Task`.
+        reward_weights: of the rewards in their sum.
+        log: what it offers to rewards, and takes down what they report; a new one unless given.
     Returns:
-        `reward`, `rewards/<name>/mean`, `accuracy` (the share of rows `metric` accepts) and the
-        monitors of `mdmrl.evaluation.completions`, each behind `prefix`.
+        `reward`, `rewards/<name>/mean`, `accuracy` (the share of rows `metric` accepts), what
+        rewards report and the monitors of `mdmrl.evaluation.completions`, each behind `prefix`.
+        Completions that all rewards, one reward or the metric abstain from are not in its mean,
+        and a mean of none is None.
     """
-    totals: dict[str, float] = {}
+    log = log or RewardLog()
+    if rewards:
+        rows = complete_rows(rows)
+        names = check_rewards(rewards, reward_weights, rows)
+    means: dict[str, list[tuple[float, int]]] = defaultdict(list)  # of each batch, over how many
     for start in range(0, len(rows), batch_size):
         part = rows[start : start + batch_size]
         prompts = [row["prompt"] for row in part]
         generator = generator_for(seed, "evaluate", index=start, device=policy.device)
         output = draw(policy, prompts, config, generator)
-        found = completion_metrics(policy, output)
+        for name, value in completion_metrics(policy, output, watch).items():
+            means[name].append((value, len(part)))
         if rewards:
-            values = score(rewards, prompts, output.completions, output.token_lists(), part)
-            found["reward"] = values.sum(1).nanmean().item()
-            for reward, value in zip(rewards, values.nanmean(0).tolist(), strict=True):
-                found[f"rewards/{reward_name(reward)}/mean"] = value
+            values = reward_values(
+                rewards, prompts, output.completions, output.token_lists(), part, **log.offered
+            )
+            total = total_reward(values, reward_weights)
+            means["reward"].append((total.nanmean().item(), _counted(total)))
+            for name, mean, column in zip(names, values.nanmean(0).tolist(), values.T, strict=True):
+                means[f"rewards/{name}/mean"].append((mean, _counted(column)))
         if metric is not None:
-            right = [metric(text, row) for text, row in zip(output.completions, part, strict=True)]
-            found["accuracy"] = sum(right) / len(right)
-        for name, value in found.items():
-            totals[prefix + name] = totals.get(prefix + name, 0.0) + value * len(part) / len(rows)
-    return totals
+            judged = zip(output.completions, part, strict=True)
+            verdicts = [metric(text, row) for text, row in judged]
+            right = [math.nan if verdict is None else verdict for verdict in verdicts]
+            right = torch.tensor(right, dtype=torch.float64)
+            means["accuracy"].append((right.nanmean().item(), _counted(right)))
+    averages = {name: _average(batches) for name, batches in means.items()}
+    return {prefix + name: value for name, value in (log.metrics() | averages).items()}
+
+
+def _counted(values: torch.Tensor) -> int:
+    return int((~values.isnan()).sum())
+
+
+def _average(batches: Sequence[tuple[float, int]]) -> float | None:
+    """The mean over batches of what counts in each; None where nothing does."""
+    counting = [(mean, count) for mean, count in batches if count and not math.isnan(mean)]
+    total = sum(count for _, count in counting)
+    return sum(mean * count / total for mean, count in counting) if total else None

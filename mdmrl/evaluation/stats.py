@@ -1,9 +1,9 @@
-"""Intervals for a handful of seeds or many samples; names follow rliable where it has them."""
+"""Intervals for a handful of seeds or many samples, and how well a score tells right from wrong."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -35,16 +35,6 @@ def t_interval(values: Values, confidence: float = 0.95) -> Interval:
     return Interval(float(mean), float(mean - half), float(mean + half))
 
 
-def paired_t_interval(a: Values, b: Values, confidence: float = 0.95) -> Interval:
-    """Student's interval of the mean of a - b, paired by position.
-
-    Raises:
-        ValueError: unequal lengths, fewer than two pairs, or a value that is not finite.
-    """
-    a, b = _checked_pairs(a, b)
-    return t_interval(a - b, confidence)
-
-
 def ratio_interval(a: Values, b: Values, confidence: float = 0.95) -> Interval:
     """Fieller's interval of mean(a) / mean(b), paired by position.
 
@@ -54,7 +44,8 @@ def ratio_interval(a: Values, b: Values, confidence: float = 0.95) -> Interval:
     Raises:
         ValueError: unequal lengths, fewer than two pairs, or a value that is not finite.
     """
-    a, b = _checked_pairs(a, b)
+    a, b = _checked(a, at_least=2), _checked(b, at_least=2)
+    _require_as_many(a, b)
     spread = _t(len(a), confidence) ** 2 * np.cov(a, b) / len(a)
     mean_a, mean_b = a.mean(), b.mean()
     # The ends solve square r^2 - 2 middle r + rest = 0.
@@ -66,39 +57,6 @@ def ratio_interval(a: Values, b: Values, confidence: float = 0.95) -> Interval:
         return Interval(estimate, -math.inf, math.inf)
     half = math.sqrt(max(middle**2 - square * rest, 0.0))
     return Interval(estimate, float((middle - half) / square), float((middle + half) / square))
-
-
-def iqm(values: Values) -> float:
-    """The interquartile mean: the mean without the lowest and the highest quarter.
-
-    As in rliable, a quarter is rounded down to whole values.
-    """
-    values = np.sort(_checked(values, at_least=1))
-    cut = len(values) // 4
-    return float(values[cut : len(values) - cut].mean())
-
-
-def bootstrap_interval(
-    values: Values,
-    statistic: Callable[[np.ndarray], float] = np.mean,
-    n: int = 10_000,
-    generator: np.random.Generator | int = 0,
-    confidence: float = 0.95,
-) -> Interval:
-    """The percentile bootstrap interval of a statistic over n resamples.
-
-    It covers too little for a few seeds (84 % at five): use `t_interval` there.
-
-    Args:
-        statistic: of a one-dimensional array.
-        generator: a numpy generator, or the seed of one.
-    """
-    values = _checked(values, at_least=1)
-    generator = np.random.default_rng(generator)
-    resampled = [statistic(generator.choice(values, len(values))) for _ in range(n)]
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(resampled, [tail, 1 - tail])
-    return Interval(float(statistic(values)), float(low), float(high))
 
 
 def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> Interval:
@@ -190,9 +148,3 @@ def _checked(values: Values, at_least: int) -> np.ndarray:
     )
     require(bool(np.isfinite(values).all()), f"{values.tolist()}: expected finite values")
     return values
-
-
-def _checked_pairs(a: Values, b: Values) -> tuple[np.ndarray, np.ndarray]:
-    a, b = _checked(a, at_least=2), _checked(b, at_least=2)
-    _require_as_many(a, b)
-    return a, b

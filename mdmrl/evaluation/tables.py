@@ -2,77 +2,95 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
+from mdmrl.config import require
 from mdmrl.evaluation.accuracy import evaluate
 from mdmrl.evaluation.stats import wilson_interval
-from mdmrl.policies import load_policy
+from mdmrl.policies import Policy, load_policy
 from mdmrl.runs import write_atomically
 from mdmrl.sampling import SamplerConfig
-from mdmrl.tasks import load_task
+from mdmrl.tasks import Task, load_task
 
-SHOWN = (
-    "sampler",
-    "steps",
-    "temperature",
-    "accuracy",
-    "low",
-    "high",
-    "reward",
-    "format_rate",
-    "entropy",
-)
+FIRST = ("sampler", "steps", "temperature", "accuracy", "low", "high", "reward")
+TITLE = ("policy", "kind", "task", "split", "prompts")
+ASIDE = ("repetition", "leftover_mask_rate")
 
 
 def evaluation_table(
-    policy: str,
-    task: str,
+    policy: str | Policy,
+    task: str | Task | Callable,
     split: str,
-    limit: int,
+    limit: int | None,
     sampler: SamplerConfig,
-    steps: Sequence[int | None],
+    steps: Sequence[int] = (),
+    device: str = "auto",
+    dtype: str = "float32",
 ) -> pd.DataFrame:
     """Accuracy with its 95 % Wilson interval (`low`, `high`), rewards and monitors.
 
-    One row a number of denoising `steps`, with the other settings of `sampler`; column `sampler`
-    names those that are not the defaults. An autoregressive policy has no denoising steps and gets
-    one row.
+    One row a number of denoising `steps`, one of the sampler's own where none is given, with the
+    other settings of `sampler`; column `sampler` names those that are not the defaults.
+
+    Args:
+        policy: a policy, or the name of one to load on `device` in `dtype`; task: see `load_task`.
+    Raises:
+        InputError: steps of an autoregressive policy, which has none.
     """
-    loaded, judged = load_policy(policy), load_task(task)
-    rows = judged.rows(split, limit)
-    table = []
-    for count in steps if loaded.kind != "ar" else [sampler.max_new_tokens]:
-        config = sampler.replace(steps=count)
-        found = evaluate(loaded, rows, config, judged.rewards, judged.metric)
-        right = round(found["accuracy"] * len(rows))
-        interval = wilson_interval(right, len(rows))
-        asked = {
-            "policy": policy,
+    named = isinstance(policy, str)
+    loaded = load_policy(policy, device=device, dtype=dtype) if named else policy
+    judged = load_task(task)
+    require(
+        loaded.denoises or not steps,
+        f"steps={list(steps)}: an autoregressive policy has no denoising steps; leave them out",
+    )
+    rows, table = judged.rows(split, limit), []
+    for config in [sampler.replace(steps=count) for count in steps] or [sampler]:
+        verdicts: list[bool] = []
+
+        def metric(text: str, row: dict, verdicts=verdicts) -> bool | None:
+            verdict = judged.metric(text, row)
+            verdicts.extend([] if verdict is None else [bool(verdict)])
+            return verdict
+
+        asked = judged.metric and metric
+        found = evaluate(loaded, rows, config, judged.rewards, asked, watch=judged.watch)
+        line = {
+            "policy": policy if named else loaded.kind,
             "kind": loaded.kind,
-            "task": task,
+            "task": judged.name,
             "split": split,
             "prompts": len(rows),
+            "sampler": config.described(but=("steps", "temperature")),
+            "steps": config.denoising_steps if loaded.denoises else config.max_new_tokens,
+            "temperature": config.temperature,
         }
-        other = config.described(but=("steps", "temperature"))
-        drawn = {"sampler": other, "steps": config.denoising_steps}
-        drawn |= {"temperature": config.temperature, "low": interval.low}
-        table.append(asked | drawn | {"high": interval.high} | found)
+        if verdicts:
+            interval = wilson_interval(sum(verdicts), len(verdicts))
+            line |= {"low": interval.low, "high": interval.high}
+        table.append(line | found)
     return pd.DataFrame(table)
 
 
 def print_table(frame: pd.DataFrame) -> None:
-    """The columns that matter most, on the terminal."""
+    """The columns that matter most, and what the task watches, on the terminal."""
     first = frame.iloc[0]
     title = f"{first.policy} on {first.prompts} prompts of {first.task}/{first.split}"
-    table = Table(*SHOWN, title=title, title_justify="left")
-    for row in frame[list(SHOWN)].itertuples(index=False):
-        table.add_row(*(v if isinstance(v, str) else f"{v:.3g}" for v in row))
+    more = [n for n in frame if n not in (*FIRST, *TITLE, *ASIDE) and "/" not in n]
+    shown = [name for name in (*FIRST, *more) if name in frame]
+    table = Table(*shown, title=title, title_justify="left")
+    for row in frame[shown].itertuples(index=False):
+        table.add_row(*map(_cell, row))
     Console().print(table)
+
+
+def _cell(value: str | float | None) -> str:
+    return value if isinstance(value, str) else "-" if pd.isna(value) else f"{value:.3g}"
 
 
 def append_rows(frame: pd.DataFrame, path: str | Path) -> None:

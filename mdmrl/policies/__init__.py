@@ -1,21 +1,28 @@
 """Language models behind one interface: `load_policy` gives one by name."""
 
-from mdmrl.policies.base import (
+from mdmrl.policies.families import (
     AutoregressivePolicy,
     BlockDiffusionPolicy,
     MaskedDiffusionPolicy,
     Policy,
-    Prompts,
 )
-from mdmrl.policies.load import load_policy
-from mdmrl.policies.lora import add_lora
+from mdmrl.policies.load import load_policy, load_tokenizer
+from mdmrl.policies.lora import add_lora, merge_lora
+from mdmrl.policies.network import no_progress_bars
+from mdmrl.policies.text import Prompt, Prompts, as_messages, refuse_bare_string
 
 __all__ = [
     "AutoregressivePolicy",
     "BlockDiffusionPolicy",
     "MaskedDiffusionPolicy",
     "Policy",
+    "Prompt",
     "Prompts",
     "add_lora",
+    "as_messages",
     "load_policy",
+    "load_tokenizer",
+    "merge_lora",
+    "no_progress_bars",
+    "refuse_bare_string",
 ]

@@ -1,208 +1,276 @@
-"""Published diffusion checkpoints whose own code is a renamed Qwen2, Qwen3 or Llama.
+"""The families of language models: what differs between them, and nothing else.
 
-Each is read into the native class of transformers with bidirectional attention; the code that it
-ships is never run. `FAMILIES` is the one place that knows how a family differs: its field and
-weight names, whether its logits are shifted, which token ends a turn. Saved again, such a
-checkpoint is an ordinary native one.
+A `Policy` wraps a transformers causal-LM class and its tokenizer. A family says which position sees
+which, which hidden state predicts which position, and names its sampler, its loss and its default
+estimator. One of your own is a subclass:
+
+    class Mine(MaskedDiffusionPolicy):
+        sampler = my_sampler    # my_sampler(policy, prompts, config, generator, record)
+
+    policy = load_policy(folder, family=Mine)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+import hashlib
+import inspect
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
-from transformers import (
-    CONFIG_MAPPING,
-    AutoModelForCausalLM,
-    GenerationConfig,
-    LlamaForCausalLM,
-    PreTrainedConfig,
-    PreTrainedModel,
-    Qwen2ForCausalLM,
-    Qwen2Tokenizer,
-    Qwen3ForCausalLM,
-)
+from torch import Tensor
 
 from mdmrl.config import require
+from mdmrl.policies.network import Network, no_progress_bars
+from mdmrl.policies.patterns import blocks_of, packed, positions_of
+from mdmrl.policies.reference import Reference
+from mdmrl.policies.text import Text
+
+LORA_SETTINGS = ("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora")
 
 
-def _same_names(fields: dict) -> dict:
-    """Fields of a config.json that has the native names.
+class Policy(Text, Network, Reference):
+    """A language model with one interface for every family.
 
-    The sliding window is left out: the families' own code masks nothing but padding.
-    """
-    other = ("architectures", "auto_map", "layer_types", "model_type", "use_sliding_window")
-    return {name: value for name, value in fields.items() if name not in other}
-
-
-# What makes LLaDA's configurable block a Llama's. Its other switches (biases, fused projections,
-# norms of queries and keys) add or rename weights, which the loading of the weights refuses.
-LLADA_AS_LLAMA = {
-    "activation_type": "silu",
-    "alibi": False,
-    "input_emb_norm": False,
-    "layer_norm_type": "rms",
-    "rope": True,
-    "scale_logits": False,
-}
-
-
-def _llada_names(fields: dict) -> dict:
-    """LLaDA's fields under Llama's names."""
-    for name, expected in LLADA_AS_LLAMA.items():
-        require(
-            fields.get(name) == expected,
-            f"LLaDA with {name}={fields.get(name)!r}: expected {expected!r}, as in a Llama",
-        )
-    return {
-        # The rows of the embedding; LLaDA's vocab_size may count only those in use.
-        "vocab_size": fields["embedding_size"] or fields["vocab_size"],
-        "hidden_size": fields["d_model"],
-        "intermediate_size": fields["mlp_hidden_size"] or fields["mlp_ratio"] * fields["d_model"],
-        "num_hidden_layers": fields["n_layers"],
-        "num_attention_heads": fields["n_heads"],
-        "num_key_value_heads": fields["n_kv_heads"] or fields["n_heads"],
-        "max_position_embeddings": fields["max_sequence_length"],
-        "rms_norm_eps": fields["rms_norm_eps"],
-        "rope_theta": fields["rope_theta"],
-        "tie_word_embeddings": fields["weight_tying"],
-        "mask_token_id": fields["mask_token_id"],
-        "eos_token_id": fields["eos_token_id"],
-        "pad_token_id": fields["pad_token_id"],
-        "bos_token_id": None,
-    }
-
-
-# Applied one after another, so the head, also called ff_out, comes before the blocks' ff_out.
-LLADA_WEIGHTS = {
-    r"^model\.transformer\.wte": "model.embed_tokens",
-    r"^model\.transformer\.ln_f": "model.norm",
-    r"^model\.transformer\.ff_out": "lm_head",
-    r"^model\.transformer\.blocks": "model.layers",
-    r"\.attn_norm": ".input_layernorm",
-    r"\.q_proj": ".self_attn.q_proj",
-    r"\.k_proj": ".self_attn.k_proj",
-    r"\.v_proj": ".self_attn.v_proj",
-    r"\.attn_out": ".self_attn.o_proj",
-    r"\.ff_norm": ".post_attention_layernorm",
-    r"\.ff_proj": ".mlp.gate_proj",
-    r"\.up_proj": ".mlp.up_proj",
-    r"\.ff_out": ".mlp.down_proj",
-}
-
-
-@dataclass(frozen=True)
-class Family:
-    """How checkpoints of one `model_type` become native ones.
+    A family's `sampler`, `loss` and `logp_estimator` are functions, or strings "module:function"
+    (an estimator of ours by its name).
 
     Attributes:
-        model: the native class.
-        architecture: what the family's own code calls it. A `model_type` is not enough: there are
-            mixtures of experts called llada and block diffusion models called Dream.
-        turn_end: the token that ends a turn, beside the tokenizer's end-of-sequence token.
-        logit_shift: whether position i is predicted by the hidden state of position i-1.
-        fields: turns the fields of config.json into native ones.
-        weights: regular expressions of weight names, and what to put in their place.
+        kind: a label: `"ar"` (autoregressive), `"mdm"` (masked diffusion), `"bd"` (block
+            diffusion).
+        sampler: completes prompts: f(policy, prompts, config, generator, record) -> SamplerOutput.
+        loss: of a supervised batch: f(policy, batch, learn_prompt, generator) -> nats summed over
+            the positions learnt, and their number.
+        logp_estimator: of RL where none is asked for.
+        remasking: the commit rule of RL's rollouts, None without denoising steps.
+        denoises: whether completions are denoised in steps.
+        mask_token_id: stands for what is not known yet, None where nothing does.
+        logit_shift: True where position i is predicted by the hidden state of position i-1.
+        block_length: of the blocks a block diffusion policy was trained with, else None.
+        model: a transformers causal-LM, possibly wrapped by peft.
+        positions_computed: by the network so far, those of the reference too.
     """
 
-    model: type[PreTrainedModel]
-    architecture: str
-    turn_end: str
+    kind: str
+    sampler: str | Callable
+    loss: str | Callable
+    logp_estimator: str | Callable
+    remasking: str | Callable | None = None
+    denoises: bool = False
+    mask_token_id: int | None = None
     logit_shift: bool = False
-    fields: Callable[[dict], dict] = _same_names
-    weights: Mapping[str, str] = field(default_factory=dict)
+    block_length: int | None = None
 
-    def config(self, fields: dict) -> PreTrainedConfig:
-        """The native configuration of a checkpoint with these fields in its config.json."""
-        architectures = fields.get("architectures") or [self.architecture]
+    def __init_subclass__(cls) -> None:
+        """Functions that a family names are no methods: each has the policy as its argument."""
+        super().__init_subclass__()
+        for name in ("sampler", "loss", "logp_estimator", "remasking"):
+            if inspect.isfunction(cls.__dict__.get(name)):
+                setattr(cls, name, staticmethod(cls.__dict__[name]))
+
+    def __init__(self, model, tokenizer):
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.tokenizer.padding_side = "left"
+        self.positions_computed = 0
+        rows = model.get_input_embeddings().weight.shape[0]
         require(
-            architectures == [self.architecture],
-            f"{fields['model_type']} checkpoint with architectures {architectures}: "
-            f"expected [{self.architecture!r}], others compute something else",
+            len(tokenizer) <= rows,
+            f"the tokenizer has {len(tokenizer)} tokens but the embedding only {rows} rows: "
+            "they do not belong to the same checkpoint",
         )
-        config = self.model.config_class(**self.fields(fields))
-        config.is_causal = False
-        config.logit_shift = self.logit_shift
-        return config
+        require(
+            tokenizer.eos_token_id is not None,
+            "the tokenizer has no end-of-sequence token: completions could never end",
+        )
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+
+    def weights_fingerprint(self) -> str:
+        """Ten hexadecimal digits of the kind, every weight and which of them are trained."""
+        digest = hashlib.sha256(self.kind.encode())
+        for name, weight in self.model.named_parameters():
+            digest.update(f"{name} {weight.requires_grad} {weight.dtype}".encode())
+            digest.update(weight.detach().float().cpu().numpy().tobytes())
+        return digest.hexdigest()[:10]
+
+    def fingerprint(self) -> dict:
+        """All of the policy that decides a result, in values that JSON can hold."""
+        words = self.tokenizer
+        tokens = [sorted(words.get_vocab().items()), sorted(words.all_special_tokens)]
+        return {
+            "family": type(self).__name__,
+            "weights": self.weights_fingerprint(),
+            "tokenizer": _digits(tokens),
+            "chat_template": _digits(words.chat_template),
+            "end_token_ids": list(self.end_token_ids),
+            "pad_token_id": self.pad_token_id,
+            "mask_token_id": self.mask_token_id,
+            "logit_shift": self.logit_shift,
+            "block_length": self.block_length,
+            "lora": self._lora_settings(),
+        }
+
+    def _lora_settings(self) -> dict | None:
+        if not self.uses_lora:
+            return None
+        config = self.model.peft_config["default"]
+        settings = {name: getattr(config, name, None) for name in LORA_SETTINGS}
+        return {k: sorted(v) if isinstance(v, set | list) else v for k, v in settings.items()}
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the model and tokenizer the Hugging Face way, for `load_policy`.
+
+        Of a model with an adapter only that is written, and the name of its base. A base that no
+        name stands for, such as one that was trained after it was loaded, goes to `base/` inside.
+        """
+        with no_progress_bars():
+            if not self.uses_lora:
+                self.model.save_pretrained(folder)
+            else:
+                options = {"save_embedding_layers": False, "selected_adapters": ["default"]}
+                self.model.save_pretrained(folder, **options)
+                if not self.model.peft_config["default"].base_model_name_or_path:
+                    self._save_base(Path(folder) / "base")
+        self.tokenizer.save_pretrained(folder)
+
+    def _save_base(self, folder: Path) -> None:
+        """Write the model without what peft put into it."""
+        weights = {
+            name.replace(".base_layer.", "."): weight
+            for name, weight in self._transformer.state_dict().items()
+            if "lora_" not in name
+        }
+        self._transformer.save_pretrained(folder, state_dict=weights)
+        self.tokenizer.save_pretrained(folder)
 
 
-# By `model_type`. Sources: the checkpoints' own modelling code (GSAI-ML/LLaDA-8B-Instruct,
-# Dream-org/Dream-v0-Instruct-7B), ML-GSAI/LLaDA, DreamLM/Dream; for a2d, adapted from causal models
-# without a shift, ZHZisZZ/dllm (ca176752). Its block diffusion models bear the same names and
-# cannot be told apart.
-FAMILIES = {
-    "llada": Family(
-        LlamaForCausalLM,
-        "LLaDAModelLM",
-        "<|eot_id|>",
-        fields=_llada_names,
-        weights=LLADA_WEIGHTS,
-    ),
-    "Dream": Family(Qwen2ForCausalLM, "DreamModel", "<|im_end|>", logit_shift=True),
-    "a2d-qwen2": Family(Qwen2ForCausalLM, "A2DQwen2LMHeadModel", "<|im_end|>"),
-    "a2d-qwen3": Family(Qwen3ForCausalLM, "A2DQwen3LMHeadModel", "<|im_end|>"),
-    "a2d-llama": Family(LlamaForCausalLM, "A2DLlamaLMHeadModel", "<|eot_id|>"),
-}
-
-# Tokenizer classes to load as they are: one that is remote code, by the native class with the same
-# rules, and Qwen's, which AutoTokenizer finds only after warnings about an unknown model_type.
-TOKENIZERS = {"DreamTokenizer": Qwen2Tokenizer, "Qwen2Tokenizer": Qwen2Tokenizer}
+def _digits(value: object) -> str:
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:10]
 
 
-def load_model(source: str, tokenizer, dtype: torch.dtype) -> PreTrainedModel:
-    """The model of a folder or hub name in a native class, every weight read from the checkpoint.
+class AutoregressivePolicy(Policy):
+    """Left to right: causal attention, position i predicted from i-1, exact KV cache."""
 
-    `config.is_causal`, `config.logit_shift` and `config.mask_token_id` say what kind it is, and
-    `generation_config.eos_token_id` lists the tokens that end a completion.
+    kind = "ar"
+    sampler = "mdmrl.sampling.autoregressive:sample"
+    loss = "mdmrl.training.supervised:next_token_loss"
+    logp_estimator = "exact"
+    logit_shift = True
+
+
+class MaskedDiffusionPolicy(Policy):
+    """Every position sees every other; [MASK] marks what is still to be revealed.
+
+    Args:
+        mask_token_id: that of `model.config` unless given, else the tokenizer's.
+        logit_shift: see `Policy`; that of `model.config` unless given, else False. True for models
+            grown from autoregressive ones, like Dream.
+
+    Both are kept in `model.config`, so that a saved policy is loaded as it was.
 
     Raises:
-        ValueError: an architecture that only remote code knows, a config.json that asks for more
-            than the native class computes, or weights that do not fit it (named).
+        InputError: no mask token, one that is not a token of its own, or one that tokenizer and
+            `mask_token_id` disagree on.
     """
-    fields, _ = PreTrainedConfig.get_config_dict(source)
-    model_type = fields.get("model_type")
-    require(
-        model_type in FAMILIES or model_type in CONFIG_MAPPING,
-        f"{source} is of model_type {model_type!r}: expected one that transformers has or one of "
-        f"{', '.join(FAMILIES)}; a checkpoint's own code is never run",
-    )
-    # Mismatched sizes are let through here to be refused below, with both.
-    options = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
-    if model_type not in FAMILIES:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            source, trust_remote_code=False, **options
+
+    kind = "mdm"
+    sampler = "mdmrl.sampling.denoise:sample"
+    loss = "mdmrl.training.supervised:masked_loss"
+    logp_estimator = "trajectory"
+    remasking = "state_confidence"
+    denoises = True
+
+    def __init__(
+        self, model, tokenizer, mask_token_id: int | None = None, logit_shift: bool | None = None
+    ):
+        super().__init__(model, tokenizer)
+        config, named = model.config, tokenizer.mask_token_id
+        mask = getattr(config, "mask_token_id", None) if mask_token_id is None else mask_token_id
+        mask = named if mask is None else mask
+        require(
+            mask is not None,
+            "a masked diffusion policy needs a mask token, and neither config.mask_token_id nor "
+            "the tokenizer has one: set tokenizer.mask_token before saving the checkpoint",
         )
-        _require_every_weight(source, report)
-        return model
-    family = FAMILIES[model_type]
-    model, report = family.model.from_pretrained(
-        source, config=family.config(fields), key_mapping=dict(family.weights), **options
-    )
-    _require_every_weight(source, report)
-    model._weight_conversions = None  # or save_pretrained would write the old names again
-    # The settings that came along are those of the family's own sampler.
-    ends = model.generation_config.eos_token_id
-    ends = list(ends) if isinstance(ends, list) else [ends]
-    ends = [*ends, tokenizer.get_vocab().get(family.turn_end)]
-    model.generation_config = GenerationConfig(
-        eos_token_id=[end for end in dict.fromkeys(ends) if end is not None],
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return model
+        require(
+            named in (None, mask),
+            f"mask token id {mask} in the config, but {named} in the tokenizer: they must agree",
+        )
+        rows = model.get_input_embeddings().weight.shape[0]
+        require(0 <= mask < rows, f"mask token id {mask} lies outside the embedding of {rows} rows")
+        taken = {*self.end_token_ids, self.pad_token_id}
+        require(
+            mask not in taken,
+            f"mask token id {mask} equals one of the end and padding tokens {sorted(taken)}: "
+            "they must differ",
+        )
+        if named is None:
+            token = tokenizer.convert_ids_to_tokens(mask)
+            require(
+                token is not None,
+                f"mask token id {mask} is none of the tokenizer's {len(tokenizer)} tokens: "
+                "set tokenizer.mask_token before saving the checkpoint",
+            )
+            added = tokenizer.added_tokens_decoder
+            require(
+                mask in added,
+                f"mask token id {mask} is {token!r}, a piece of ordinary text: expected one of the "
+                f"tokens added for a purpose, {sorted(added)}",
+            )
+            tokenizer.add_special_tokens({"mask_token": token})
+        if logit_shift is None:
+            logit_shift = getattr(config, "logit_shift", False)
+        config.is_causal = False
+        self.mask_token_id = config.mask_token_id = mask
+        self.logit_shift = config.logit_shift = logit_shift
 
 
-def _require_every_weight(source: str, report: Mapping) -> None:
-    """Refuse a model with weights that transformers drew at random or left in the file."""
-    faults = [
-        *(f"{name} is missing" for name in sorted(report["missing_keys"])),
-        *(f"{name} is not part of the model" for name in sorted(report["unexpected_keys"])),
-        *(
-            f"{name} is {tuple(saved)} where config.json asks for {tuple(made)}"
-            for name, saved, made in sorted(report["mismatched_keys"])
-        ),
-    ]
-    more = f" and {len(faults) - 4} more" if len(faults) > 4 else ""
-    require(
-        not faults, f"the weights of {source} do not fit its config: {'; '.join(faults[:4])}{more}"
-    )
+class BlockDiffusionPolicy(MaskedDiffusionPolicy):
+    """Masked diffusion within a block, left to right over blocks (Arriola et al. 2025, BD3-LM).
+
+    A position sees its own block, all earlier ones and the prompt, which is a block of its own, so
+    the keys and values of finished blocks never change. `model.config.block_length` holds the
+    length it was trained with.
+    """
+
+    kind = "bd"
+    loss = "mdmrl.training.supervised:block_loss"
+
+    def __init__(self, model, tokenizer, mask_token_id: int | None = None):
+        super().__init__(model, tokenizer, mask_token_id)
+        require(
+            not self.logit_shift,
+            "logit_shift=True: the first position of a block would be predicted from the block "
+            "before, which does not see it; expected a checkpoint that predicts in place",
+        )
+        require(
+            getattr(model.config, "block_length", None) is not None,
+            "a block diffusion policy needs the length of its blocks: set config.block_length",
+        )
+
+    @property
+    def block_length(self) -> int:
+        return self.model.config.block_length
+
+    def pattern(self, width: int, length: int) -> Tensor:
+        """The block of every column, (P+L,): 0 for the prompt, then 1, 1, ..., 2, 2, ..."""
+        return blocks_of(width, length, self.block_length, self.device)
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, pattern: Tensor | None = None
+    ) -> Tensor:
+        """Hidden states in canvas positions, (B, L, H).
+
+        Args:
+            pattern: from `pattern`; every position sees what has no later block than its own.
+        """
+        require(
+            pattern is not None,
+            "a block diffusion policy must know where its blocks begin: give "
+            "pattern=policy.pattern(prompt_width, completion_length)",
+        )
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        sees = packed(pattern) & attention_mask.bool()[:, None, None]
+        return self.hidden_states(input_ids, sees, position_ids=positions_of(attention_mask))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Callable
 from importlib import metadata, resources
 from pathlib import Path
 
@@ -10,69 +12,112 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
-from mdmrl.config import InputError, require, unknown
-from mdmrl.policies.base import (
+from mdmrl.config import InputError, load_object, require, unknown
+from mdmrl.policies.families import (
     AutoregressivePolicy,
     BlockDiffusionPolicy,
     MaskedDiffusionPolicy,
     Policy,
-    no_progress_bars,
 )
-from mdmrl.policies.families import TOKENIZERS, load_model
+from mdmrl.policies.published import TOKENIZERS, load_model, loading, read_fields
+from mdmrl.provenance import pick_device
 
 ZOO = ("tiny-ar", "tiny-mdm", "tiny-bd")
 SMOLLM2 = "smollm2-135m"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+ADAPTER = "adapter_config.json"
 
 
 def load_policy(
     name: str | Path,
     *,
     dtype: str = "float32",
-    device: str | torch.device = "cpu",
+    device: str | torch.device = "auto",
     adapter: str | Path | None = None,
+    family: str | Callable[..., Policy] | None = None,
 ) -> Policy:
     """Load a policy by name.
 
     Args:
         name: `tiny-ar`, `tiny-mdm`, `tiny-bd` (shipped), `smollm2-135m` (from its package, no
-            network), a folder written by `save_pretrained`, or a hub name `organisation/model`. A
-            checkpoint is autoregressive unless its config.json says `"is_causal": false` or its
-            `model_type` is one of `families.FAMILIES`: `Dream-org/Dream-v0-Instruct-7B`,
-            `GSAI-ML/LLaDA-8B-Instruct`, dllm's a2d. Code that comes with it is never run.
+            network), a folder written by `save_pretrained`, or a hub name `organisation/model`.
+            Code that comes with a checkpoint is never run. A folder with an adapter alone names its
+            base, which is loaded under it.
         dtype: of the body; the head is always float32, so that logits are.
-        adapter: a peft adapter folder to put on top.
+        device: see `mdmrl.provenance.pick_device`; `auto` is the card, if there is one.
+        adapter: a peft adapter folder to put on top. It stays trainable, and the reference is the
+            policy as it is loaded, adapter included, as for any other policy.
+        family: what makes a policy of model and tokenizer: a subclass of `Policy`, a function, or
+            "file.py:name". By default a checkpoint is autoregressive unless its config.json says
+            `"is_causal": false` or its `model_type` is one of `published.PUBLISHED`:
+            `Dream-org/Dream-v0-Instruct-7B`, `GSAI-ML/LLaDA-8B-Instruct`, dllm's a2d.
 
     Raises:
-        ValueError: unknown name (the nearest is suggested); an architecture or weights that no
-            native class has (see `families.load_model`); a tokenizer or mask token that does not
-            fit the embedding.
+        InputError: an unknown name (the nearest is suggested), dtype or device; files that cannot
+            be read; an architecture or weights that no native class has (see `published`); a
+            tokenizer or mask token that does not fit the embedding.
     """
+    device = pick_device(device)
     if dtype not in DTYPES:
         raise unknown("dtype", dtype, DTYPES)
-    source = _source(str(name))
-    tokenizer = load_tokenizer(source)
-    with no_progress_bars():
-        model = load_model(source, tokenizer, DTYPES[dtype])
+    name = str(name)
+    if adapter is None and (Path(name) / ADAPTER).exists():
+        name, adapter = _base_of(Path(name)), name
+    source = _source(name)
+    words = source if adapter is None or not get_tokenizer_config(adapter) else str(adapter)
+    with loading(source):
+        fields = read_fields(source)
+        tokenizer = load_tokenizer(words)
+        model = load_model(source, fields, tokenizer, DTYPES[dtype])
     model = _with_own_float32_head(model).to(device)
-    settings = model.config.to_dict()
-    if settings.get("is_causal") is not False:
-        policy = AutoregressivePolicy(model, tokenizer)
-    else:
-        family = BlockDiffusionPolicy if "block_length" in settings else MaskedDiffusionPolicy
-        policy = family(
-            model,
-            tokenizer,
-            mask_token_id=settings.get("mask_token_id"),
-            logit_shift=settings.get("logit_shift", False),
-        )
+    policy = _family_of(family, model.config)(model, tokenizer)
+    require(
+        isinstance(policy, Policy),
+        f"family={family!r} made a {type(policy).__name__}: expected a Policy",
+    )
+    policy.name = str(Path(name).resolve()) if Path(name).is_dir() else name
     if adapter is not None:
-        import peft
-
-        policy.model = peft.PeftModel.from_pretrained(
-            policy.model, adapter, is_trainable=True
-        ).eval()
+        _put_on_top(policy, str(adapter))
     return policy
+
+
+def _family_of(family: str | Callable | None, config) -> Callable[..., Policy]:
+    if family is not None:
+        return load_object(family) if isinstance(family, str) else family
+    settings = config.to_dict()
+    if settings.get("is_causal") is not False:
+        return AutoregressivePolicy
+    return BlockDiffusionPolicy if "block_length" in settings else MaskedDiffusionPolicy
+
+
+def _put_on_top(policy: Policy, adapter: str) -> None:
+    import peft
+
+    base = policy.name
+    with loading(adapter):
+        policy.model = peft.PeftModel.from_pretrained(policy.model, adapter, is_trainable=True)
+    policy.model.eval().peft_config["default"].base_model_name_or_path = base
+    policy.sync_reference()
+
+
+def _base_of(adapter: Path) -> str:
+    """The name of the policy that an adapter belongs on."""
+    with loading(str(adapter)):
+        name = json.loads((adapter / ADAPTER).read_text()).get("base_model_name_or_path")
+    if (adapter / "base").is_dir():
+        return str(adapter / "base")
+    require(
+        bool(name),
+        f"{adapter} names no base: load it by load_policy(BASE, adapter={str(adapter)!r})",
+    )
+    try:
+        _source(name)
+    except InputError as error:
+        raise InputError(
+            f"the base of {adapter} is not here ({error}): where it has moved, load it by "
+            f"load_policy(BASE, adapter={str(adapter)!r})"
+        ) from None
+    return name
 
 
 def load_tokenizer(source: str | Path):

@@ -11,7 +11,9 @@ import peft
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from mdmrl.policies.base import Policy
+from mdmrl.config import require
+from mdmrl.policies.families import Policy
+from mdmrl.runs import kept_random_state
 
 THESIS_TARGETS = ["q_proj", "v_proj", "o_proj", "lm_head"]
 
@@ -26,8 +28,13 @@ def add_lora(
 ) -> Policy:
     """Wrap `policy.model` in place with LoRA adapters (float32 over any base dtype).
 
-    Initial adapter weights derive from `seed`; the global random state is left as it was.
+    Initial adapter weights derive from `seed`; the global random state is left as it was. The
+    reference is now the model without the adapter, as it stands.
     """
+    require(
+        not policy.uses_lora,
+        "the policy has an adapter already: train that one, or merge_lora(policy) first",
+    )
     config = peft.LoraConfig(
         r=r,
         lora_alpha=lora_alpha,
@@ -35,8 +42,9 @@ def add_lora(
         target_modules=target_modules,
         task_type="CAUSAL_LM",
     )
-    with torch.random.fork_rng():
+    with kept_random_state(policy.device):
         torch.manual_seed(seed)
+        policy.model.name_or_path = policy.name or ""  # for adapter_config.json
         policy.model = peft.get_peft_model(policy.model, config).eval()
     return policy
 

@@ -1,16 +1,24 @@
 """Reward functions of TRL's signature: `f(prompts, completions, completion_ids, **columns)`."""
 
-from mdmrl.rewards.medical import Accuracy, capped_depth, depth, format_tags, medical_rewards
-from mdmrl.rewards.text import completion_text, exact_answer, extract_answer, strip_tags
+from mdmrl.rewards.medical import medical_rewards
+from mdmrl.rewards.protocol import (
+    RewardLog,
+    check_rewards,
+    complete_rows,
+    reward_name,
+    reward_values,
+    total_reward,
+)
+from mdmrl.rewards.text import completion_text, exact_answer
 
 __all__ = [
-    "Accuracy",
-    "capped_depth",
+    "RewardLog",
+    "check_rewards",
+    "complete_rows",
     "completion_text",
-    "depth",
     "exact_answer",
-    "extract_answer",
-    "format_tags",
     "medical_rewards",
-    "strip_tags",
+    "reward_name",
+    "reward_values",
+    "total_reward",
 ]

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
 
-from mdmrl.config import require
+from mdmrl.config import InputError, require
 from mdmrl.rewards.text import TAGS, answer_block, completion_text, strip_tags
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class SentenceEncoder:
         truncated: how many texts so far were longer than the encoder's window and were cut.
 
     Raises:
-        OSError: at the first text, the model cannot be loaded.
+        InputError: at the first text, the model cannot be loaded.
     """
 
     def __init__(self, name: str = PACKAGED_ENCODER):
@@ -54,7 +54,8 @@ class SentenceEncoder:
         import torch
         from sentence_transformers import SentenceTransformer
 
-        from mdmrl.policies.base import no_progress_bars
+        from mdmrl.policies import no_progress_bars
+        from mdmrl.provenance import pick_device
 
         path = self.name
         if self.name == PACKAGED_ENCODER:
@@ -64,9 +65,11 @@ class SentenceEncoder:
         try:
             # Weights that a checkpoint lacks would be drawn.
             with no_progress_bars(), torch.random.fork_rng(devices=[]):
-                return SentenceTransformer(path, model_kwargs={"dtype": torch.float32})
+                return SentenceTransformer(
+                    path, device=pick_device(), model_kwargs={"dtype": torch.float32}
+                )
         except OSError as error:
-            raise OSError(
+            raise InputError(
                 f"cannot load the encoder {self.name!r}: expected {PACKAGED_ENCODER!r}, a folder "
                 "or a model of a hub that can be reached"
             ) from error
@@ -100,8 +103,8 @@ class Accuracy:
     """Semantic similarity to the reference, in [0, 2]: twice the cosine clamped to [0, 1].
 
     Compares the completion without its tags with the column `Response` or, with `answer_only`, the
-    text of its last `<answer>` with the column `Answer`. An empty text scores 0; a row without a
-    reference gives None, which leaves the sample out of its group.
+    text of its last `<answer>` with the column `Answer`. An empty text has 0; of a row without a
+    reference it abstains.
 
     Args:
         encoder: see `SentenceEncoder`.
@@ -116,11 +119,6 @@ class Accuracy:
 
     def __repr__(self) -> str:
         return f"Accuracy({self.encoder.name!r}, {self.column!r})"
-
-    @property
-    def truncated(self) -> int:
-        """How many texts the encoder has cut so far in this process."""
-        return self.encoder.truncated
 
     def __call__(self, prompts, completions, completion_ids=None, **columns) -> list[float | None]:
         """One value a completion, in [0, 2] or None.
@@ -141,7 +139,7 @@ class Accuracy:
         distinct = list(dict.fromkeys(text for text, reference in pairs if text and reference))
         vectors = dict(zip(distinct, self.encoder.embed(distinct), strict=True)) if distinct else {}
 
-        def score(text: str, reference: str) -> float | None:
+        def similarity(text: str, reference: str) -> float | None:
             if not reference:
                 return None
             if not text:
@@ -149,7 +147,7 @@ class Accuracy:
             cosine = float(vectors[text] @ self.encoder.reference(reference))
             return ACCURACY_SCALE * min(max(cosine, 0.0), 1.0)
 
-        return [score(text, reference) for text, reference in pairs]
+        return [similarity(text, reference) for text, reference in pairs]
 
 
 def depth(prompts, completions, completion_ids=None, **columns) -> list[float]:

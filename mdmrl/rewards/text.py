@@ -1,4 +1,4 @@
-"""Completions as text: tags, and the answer a completion gives.
+"""Completions as text: tags, repetition, and the answer a completion gives.
 
 Everything here is linear in the length of the text, whatever a policy writes.
 """
@@ -6,7 +6,9 @@ Everything here is linear in the length of the text, whatever a policy writes.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
+NGRAM = 4
 TAGS = ("<reasoning>", "</reasoning>", "<answer>", "</answer>")
 ANSWER_PHRASE = "the answer is"
 
@@ -37,6 +39,12 @@ def _content_text(content: str | list[dict] | None) -> str:
     if isinstance(content, list):
         return "".join(part.get("text", "") for part in content)
     return content or ""
+
+
+def repetition(ids: Sequence[int]) -> float:
+    """Share of 4-grams that occurred before in the same sequence; 0 below four tokens."""
+    grams = [tuple(ids[i : i + NGRAM]) for i in range(len(ids) - NGRAM + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 def strip_tags(text: str) -> str:

@@ -1,19 +1,42 @@
-"""With which probability a sampler's step reveals just the positions that it did.
-
-0 in logarithms where the state alone decides (`state_confidence`, `sequential` and others).
-"""
+"""With which probability a sampler's step reveals just the positions that it did."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from mdmrl.config import require
-from mdmrl.policies.base import Policy
+from mdmrl.config import require, resolve
+from mdmrl.policies import Policy
 from mdmrl.rl.rollout import Rollout
-from mdmrl.sampling.choose import POSTPONED
+
+
+@dataclass
+class Choice:
+    """What one step of every row chose.
+
+    logits: (N, V) at the masked positions, `masked` (B, L). last: which of these are revealed after
+    all others, (N,) bool. chosen: (B, L) bool, some of `masked`. block_length: positions are chosen
+    within blocks. rollout: tokens, order and sampler.
+    """
+
+    rollout: Rollout
+    logits: Tensor
+    masked: Tensor
+    last: Tensor
+    chosen: Tensor
+    block_length: int
+
+    def table(self, values: Tensor, elsewhere: float) -> Tensor:
+        """Values (N,) where masked, by block, (B, blocks, K)."""
+        full = values.new_full(self.masked.shape, elsewhere)
+        return self.by_block(full.masked_scatter(self.masked, values))
+
+    def by_block(self, values: Tensor) -> Tensor:
+        """Values (B, L), by block, (B, blocks, K)."""
+        return values.unflatten(1, (-1, self.block_length))
 
 
 def log_choice(
@@ -23,6 +46,9 @@ def log_choice(
 
     Args:
         logits: (N, V) at `masked` (B, L); chosen: (B, L), some of these.
+
+    Raises:
+        InputError: a sampler of which it is not known.
     """
     sampler = rollout.sampler
     require(
@@ -30,65 +56,65 @@ def log_choice(
         f"threshold={sampler.threshold}, entropy_bound={sampler.entropy_bound}: the probability of "
         "positions is known only for samplers that reveal a given number a step",
     )
-    blocks = (-1, rollout.block_length(policy))
-    if sampler.order_temperature:
-        return _in_order(rollout, logits, masked, chosen, blocks)
+    law = in_order if sampler.order_temperature else sampler.rule.log_choice
+    require(
+        law is not None,
+        f"remasking={sampler.rule.name}: nothing says with which probability it chooses positions; "
+        "give Rule(..., log_choice=...), or an estimator that needs none, such as 'trajectory'",
+    )
     ends = torch.tensor(policy.end_token_ids, device=masked.device)
     last = torch.isin(logits.argmax(-1), ends) & sampler.end_last
-    if sampler.remasking == "random":
-        return _any(masked, chosen, last, blocks)
-    if sampler.remasking == "low_confidence":
-        return _others_less_probable(rollout, logits, masked, chosen, last, blocks)
-    return torch.zeros(len(masked), device=masked.device)
+    step = Choice(rollout, logits, masked, last, chosen, rollout.block_length(policy))
+    return resolve(law)(step)
 
 
-def _in_order(
-    rollout: Rollout, logits: Tensor, masked: Tensor, chosen: Tensor, blocks: tuple[int, int]
-) -> Tensor:
+def certain(step: Choice) -> Tensor:
+    """The state alone decides."""
+    return torch.zeros(len(step.masked), device=step.masked.device)
+
+
+def in_order(step: Choice) -> Tensor:
     """Plackett and Luce's law of the order in which they were chosen."""
-    confidence = logits.amax(-1) - logits.logsumexp(-1)
-    score = confidence.new_full(masked.shape, -math.inf).masked_scatter(masked, confidence)
-    score = score.unflatten(1, blocks) / rollout.sampler.order_temperature  # (B, blocks, K)
-    taken, place = (x.unflatten(1, blocks) for x in (chosen, rollout.place))
+    rollout, positions = step.rollout, step.masked.nonzero()[:, 1]
+    # A rule that order_temperature takes looks at the state alone, not at tokens.
+    scores = rollout.sampler.rule(
+        step.logits, positions, positions, positions + rollout.prompt_ids.shape[1], None
+    )
+    scores = step.table(scores, -math.inf) / rollout.sampler.order_temperature
+    taken, place = step.by_block(step.chosen), step.by_block(rollout.place)
     # Row i of the last two axes: what is left when i is chosen, i included.
     gone = taken[..., None, :] & (place[..., None, :] < place[..., None])
-    left = score[..., None, :].masked_fill(gone, -math.inf)
+    left = scores[..., None, :].masked_fill(gone, -math.inf)
     left = left.masked_fill(~taken[..., None], 0.0).logsumexp(-1)
-    return torch.where(taken, score - left, 0.0).flatten(1).sum(1)
+    return torch.where(taken, scores - left, 0.0).flatten(1).sum(1)
 
 
-def _any(masked: Tensor, chosen: Tensor, last: Tensor, blocks: tuple[int, int]) -> Tensor:
-    """All sets of positions alike; those whose turn comes `last` (N,) among themselves."""
-    total = torch.zeros(len(masked), device=masked.device)
-    for turn in (~last, last):
-        open_ = torch.zeros_like(masked).masked_scatter(masked, turn)
-        size, taken = (m.unflatten(1, blocks).sum(-1) for m in (open_, open_ & chosen))
+def any_set(step: Choice) -> Tensor:
+    """All sets of positions alike; those whose turn comes last among themselves."""
+    total = torch.zeros(len(step.masked), device=step.masked.device)
+    for turn in (~step.last, step.last):
+        open_ = step.table(turn, False)
+        size, taken = (m.sum(-1) for m in (open_, open_ & step.by_block(step.chosen)))
         ways = (size + 1).lgamma() - (taken + 1).lgamma() - (size - taken + 1).lgamma()
         total = total - ways.sum(1)
     return total
 
 
-def _others_less_probable(
-    rollout: Rollout,
-    logits: Tensor,
-    masked: Tensor,
-    chosen: Tensor,
-    last: Tensor,
-    blocks: tuple[int, int],
-) -> Tensor:
+def others_less_probable(step: Choice) -> Tensor:
     """That all other tokens drawn are less probable than the least probable one revealed.
 
     It jumps where tokens change places, so that its gradient does not tell all.
     """
-
-    def scatter(values: Tensor, elsewhere: float) -> Tensor:  # (N,) -> (B, L)
-        full = values.new_full(masked.shape, elsewhere)
-        return full.masked_scatter(masked, values)
-
-    rank = logits.log_softmax(-1).double() - POSTPONED * last[:, None]
-    own = rank.gather(1, rollout.completion_ids[masked][:, None])[:, 0]
-    own = scatter(own, math.inf).masked_fill(~chosen, math.inf).unflatten(1, blocks)
-    least = own.amin(-1, keepdim=True).expand(own.shape).flatten(1)[masked]  # infinite: no contest
-    less = (logits / rollout.temperature).log_softmax(-1)
-    less = less.masked_fill(rank >= least[:, None], -math.inf).logsumexp(-1)
-    return scatter(less, 0.0).masked_fill(chosen, 0.0).sum(1)
+    chosen, last = step.by_block(step.chosen), step.table(step.last, False)
+    logp = step.logits.log_softmax(-1)
+    own = step.table(
+        logp.gather(1, step.rollout.completion_ids[step.masked][:, None])[:, 0], math.inf
+    )
+    to_the_last = (chosen & last).any(-1, keepdim=True)  # none but last ones are left to compete
+    own = own.masked_fill(~chosen | (last != to_the_last), math.inf)
+    least = own.amin(-1, keepdim=True).expand(own.shape)  # infinite: no contest
+    least = least.masked_fill(last & ~to_the_last, math.inf)
+    least = least.masked_fill(~last & to_the_last, -math.inf)
+    less = (step.logits / step.rollout.temperature).log_softmax(-1)
+    less = less.masked_fill(logp >= least.flatten(1)[step.masked][:, None], -math.inf).logsumexp(-1)
+    return step.table(less, 0.0).masked_fill(chosen, 0.0).flatten(1).sum(1)

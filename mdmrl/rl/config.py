@@ -3,102 +3,152 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from typing import ClassVar
 
-from mdmrl.config import Config, require, unknown
-from mdmrl.policies.base import Policy
+from mdmrl.config import require, unknown
+from mdmrl.policies import Policy
 from mdmrl.rl.kl import KL_ESTIMATORS
 from mdmrl.sampling import SamplerConfig
+from mdmrl.training.config import TrainingConfig
 
 CLIPS = ("one_sided", "two_sided", "cispo")
 LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "wd1", "spg")
 RATIO_FREE = ("wd1", "spg")
 LEVELS = ("token", "sequence")
+SCALES = ("group", "batch", "none")
 
 
 @dataclass
-class GRPOConfig(Config):
-    """Settings of a run; the names are TRL's and transformers' where they have one.
+class RLConfig(TrainingConfig):
+    """Settings that GRPO and PPO share, beside those of `TrainingConfig`.
 
     Attributes:
-        output_dir: the run's folder; a run of the same configuration in it is resumed.
-        per_device_train_batch_size: completions scored in one forward; times
-            `gradient_accumulation_steps` and the number of processes it is the batch of an update,
-            a multiple of `num_generations`.
+        num_generations: completions of one prompt; `per_device_train_batch_size` x
+            `gradient_accumulation_steps` is a multiple of it.
         num_iterations: updates on one batch of rollouts.
+        beta: weight of the KL from the reference policy; 0 leaves the reference out.
+        kl_in_reward: charge the reward with beta times the KL, instead of the loss (`train_ppo`:
+            beside it).
+        epsilon: the ratio is clipped to [1 - epsilon, 1 + epsilon], or above to 1 + epsilon_high
+            (DAPO's clip-higher).
+        clip: `one_sided` (PPO), `two_sided` (clip(rho) A whatever the sign of A) or `cispo`
+            (clip(rho) A grad log pi, the ratio as a constant; the thesis's formula).
+        ref_model_sync_steps: every so many updates the policy is copied into its reference.
+        log_kl: measure the KL at beta=0 too, which costs the reference's forward passes.
+        log_gradients: log the gradient norms of the loss's two parts, which costs a second backward
+            pass.
+    """
+
+    num_generations: int = 6
+    num_iterations: int = 1
+    beta: float = 0.05
+    kl_in_reward: bool = False
+    epsilon: float = 0.1
+    epsilon_high: float | None = None
+    clip: str = "one_sided"
+    ref_model_sync_steps: int = 500
+    log_kl: bool = False
+    log_gradients: bool = False
+
+    COUNTS: ClassVar[tuple[str, ...]] = (
+        *TrainingConfig.COUNTS,
+        "num_iterations",
+        "ref_model_sync_steps",
+    )
+    OWN_SAMPLER: ClassVar[Mapping] = {"remasking": "state_confidence"}
+    LEAST_GROUP: ClassVar[int] = 1
+
+    def validate(self) -> None:
+        super().validate()
+        group, least = self.num_generations, self.LEAST_GROUP
+        require(
+            group >= least and self.batch % group == 0,
+            f"num_generations={group}, per_device_train_batch_size x gradient_accumulation_steps = "
+            f"{self.batch}: expected at least {least}, and a batch that is a multiple of it",
+        )
+        require(0 <= self.beta < math.inf, f"beta={self.beta}: expected 0 or more")
+        require(0 < self.epsilon < 1, f"epsilon={self.epsilon}: expected (0, 1)")
+        high = self.epsilon_high
+        require(high is None or 0 < high < math.inf, f"epsilon_high={high}: expected above 0")
+        if self.clip not in CLIPS:
+            raise unknown("clip", self.clip, CLIPS)
+        require(
+            self.beta > 0 or not self.kl_in_reward,
+            "kl_in_reward=True would be ignored: with beta=0 there is no KL; leave it out",
+        )
+        require(
+            self.beta == 0 or not self.log_kl,
+            "log_kl=True would be ignored: with beta > 0 the KL is always logged; leave it out",
+        )
+
+    @property
+    def prompts_per_process(self) -> int:
+        return self.batch // self.num_generations
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.beta > 0 or self.log_kl
+
+
+@dataclass
+class GRPOConfig(RLConfig):
+    """Settings of `train_grpo`; the defaults are what notebook 04 recommends, `thesis()` has the
+    thesis's. `RLConfig` and `TrainingConfig` have the settings that are not listed here.
+
+    Attributes:
+        temperature: at which completions are drawn, and scored.
+        logp_estimator: what log pi of a completion is: a name of `mdmrl.rl.logprobs`, or a function
+            f(policy, rollout, noise); None is the family's own, `exact` (autoregressive) or
+            `trajectory`.
+        kl_estimator: `k1`, `k2` or `k3`, or a function of d = log pi - log pi_ref.
+        reward_weights: of the reward functions; None weighs all alike.
+        scale_rewards: divide advantages by the standard deviation of the rewards of the `group` or
+            of the whole `batch`, or by `none`.
         loss_type: the objective, `grpo`, `dr_grpo`, `dapo`, `wd1` or `spg`: see
             `mdmrl.rl.objectives`, also for psi (`wd1`), mix_weight and eubo_beta (`spg`).
         importance_sampling_level: a ratio for each `token`, or one a completion, `sequence`.
-        clip: `one_sided` (PPO), `two_sided` (clip(rho) A whatever the sign of A) or `cispo`
-            (clip(rho) A grad log pi, the ratio as a constant).
-        kl_estimator: `k1`, `k2` or `k3`.
-        kl_in_reward: take beta times its KL, summed over tokens, off each completion's reward,
-            instead of putting the KL in the loss.
-        logp_estimator: `exact` (autoregressive), `one_step` or another of `mdmrl.rl.logprobs`.
+        mask_truncated_completions: keep completions without an end token out of the loss (they
+            still count in their group's advantages).
         p_mask_prompt: share of prompt tokens that `one_step` masks.
-        steps, block_length, remasking, order_temperature, end_last, temperature, suppress_mask: the
-            sampler's, see `SamplerConfig`.
-        eval_steps: every so many updates (and at the end) complete the held-out prompts greedily.
     """
 
     output_dir: str = "runs/grpo"
-    max_steps: int = 60
-    per_device_train_batch_size: int = 12
-    gradient_accumulation_steps: int = 1
-    num_generations: int = 6
-    num_iterations: int = 1
-    learning_rate: float = 1e-4
-    max_grad_norm: float = 1.0
-    beta: float = 1.0
-    epsilon: float = 0.1
+    temperature: float = 1.0
+    logp_estimator: str | Callable | None = None
+    kl_estimator: str | Callable = "k2"
+    reward_weights: list[float] | None = None
+    scale_rewards: str = "group"
     loss_type: str = "grpo"
     importance_sampling_level: str = "token"
-    clip: str = "one_sided"
+    mask_truncated_completions: bool = False
     psi: float = 1.0
     mix_weight: float = 0.5
     eubo_beta: float | None = None
-    kl_estimator: str = "k3"
-    kl_in_reward: bool = False
-    logp_estimator: str = "one_step"
     p_mask_prompt: float = 0.15
-    ref_model_sync_steps: int = 500
-    max_completion_length: int = 128
-    steps: int | None = None
-    block_length: int | None = None
-    remasking: str = "low_confidence"
-    order_temperature: float = 0.0
-    end_last: bool = True
-    temperature: float = 1.0
-    suppress_mask: bool = True
-    eval_steps: int = 10
-    save_steps: int = 20
-    seed: int = 0
+
+    POSITIVE: ClassVar[tuple[str, ...]] = (*RLConfig.POSITIVE, "psi", "temperature")
+    LEAST_GROUP: ClassVar[int] = 2  # an advantage compares the completions of one group
+
+    @classmethod
+    def thesis(cls, **settings) -> GRPOConfig:
+        """The thesis's settings: k3 at beta 1, epsilon 0.1, and log pi of a masked diffusion model
+        taken as an autoregressive one's is (`ar_style`, which for an autoregressive policy is
+        `exact`); LLaDA's rule of what is revealed first."""
+        preset = {"logp_estimator": "ar_style", "kl_estimator": "k3", "beta": 1.0, "epsilon": 0.1}
+        if settings.get("beta") == 0 and not settings.get("log_kl"):
+            del preset["kl_estimator"]
+        sampler = {"remasking": "low_confidence"} | dict(settings.pop("sampler", {}))
+        return cls(**preset | settings, sampler=sampler)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.scale_rewards, bool):  # TRL's older form
+            self.scale_rewards = "group" if self.scale_rewards else "none"
+        super().__post_init__()
 
     def validate(self) -> None:
-        batch = self.per_device_train_batch_size * self.gradient_accumulation_steps
-        require(
-            self.num_generations >= 2,
-            f"num_generations={self.num_generations}: expected at least 2, since an advantage "
-            "compares the completions of one group",
-        )
-        require(
-            batch >= 1 and batch % self.num_generations == 0,
-            f"per_device_train_batch_size x gradient_accumulation_steps = {batch}: expected a "
-            f"multiple of num_generations={self.num_generations}",
-        )
-        for name in (
-            "max_steps",
-            "num_iterations",
-            "ref_model_sync_steps",
-            "eval_steps",
-            "save_steps",
-            "per_device_train_batch_size",
-        ):
-            require(getattr(self, name) >= 1, f"{name}={getattr(self, name)}: expected at least 1")
-        for name in ("learning_rate", "epsilon", "psi", "max_grad_norm", "temperature"):
-            value = getattr(self, name)
-            require(0 < value < math.inf, f"{name}={value}: expected a positive number")
-        require(0 <= self.beta < math.inf, f"beta={self.beta}: expected 0 or more")
+        super().validate()
         require(0 <= self.p_mask_prompt < 1, f"p_mask_prompt={self.p_mask_prompt}: expected [0, 1)")
         require(0 <= self.mix_weight <= 1, f"mix_weight={self.mix_weight}: expected [0, 1]")
         b = self.eubo_beta
@@ -106,19 +156,19 @@ class GRPOConfig(Config):
         for name, known in (
             ("loss_type", LOSS_TYPES),
             ("importance_sampling_level", LEVELS),
-            ("clip", CLIPS),
+            ("scale_rewards", SCALES),
             ("kl_estimator", KL_ESTIMATORS),
         ):
-            if getattr(self, name) not in known:
-                raise unknown(name, getattr(self, name), known)
+            value = getattr(self, name)
+            if not callable(value) and value not in known:
+                raise unknown(name, value, known)
         self._refuse_what_is_ignored()
-        self.sampler()
 
     def _refuse_what_is_ignored(self) -> None:
         kind = f"loss_type={self.loss_type!r}"
         ignored: dict[str, str] = {}
         if self.loss_type in RATIO_FREE:
-            names = ("epsilon", "importance_sampling_level", "clip")
+            names = ("epsilon", "epsilon_high", "importance_sampling_level", "clip")
             ignored |= dict.fromkeys(names, f"{kind} has no ratio")
         if self.loss_type != "wd1":
             ignored["psi"] = f"it is for loss_type='wd1', this is {kind}"
@@ -127,8 +177,10 @@ class GRPOConfig(Config):
             ignored |= dict.fromkeys(names, f"it is for loss_type='spg', this is {kind}")
         elif self.mix_weight == 0:
             ignored["eubo_beta"] = "with mix_weight=0 there is no upper bound"
-        if self.beta == 0:
-            ignored["kl_in_reward"] = "with beta=0 there is no KL"
+        if not self.needs_reference:
+            ignored["kl_estimator"] = "with beta=0 there is no KL, nor is it logged"
+        if self.logp_estimator != "one_step" and not callable(self.logp_estimator):
+            ignored["p_mask_prompt"] = f"only one_step masks prompts, not {self.logp_estimator!r}"
         for field in fields(self):
             value, why = getattr(self, field.name), ignored.get(field.name)
             require(
@@ -136,121 +188,82 @@ class GRPOConfig(Config):
                 f"{field.name}={value!r} would be ignored: {why}; leave it at {field.default!r}",
             )
 
-    @property
-    def prompts_per_process(self) -> int:
-        batch = self.per_device_train_batch_size * self.gradient_accumulation_steps
-        return batch // self.num_generations
-
-    def sampler(self, greedy: bool = False) -> SamplerConfig:
-        """What draws completions; `greedy` takes the most probable tokens and surest positions."""
+    def sampler_for(self, policy: Policy, greedy: bool = False) -> SamplerConfig:
+        asked = {"remasking": policy.remasking} if policy.remasking else {}
+        asked |= self.sampler
+        if greedy:
+            for drawn in ("order_temperature", "top_k", "top_p"):
+                asked.pop(drawn, None)
         return SamplerConfig(
             max_new_tokens=self.max_completion_length,
-            steps=self.steps,
-            block_length=self.block_length,
-            remasking=self.remasking,
-            end_last=self.end_last,
-            order_temperature=0.0 if greedy else self.order_temperature,
             temperature=0.0 if greedy else self.temperature,
-            suppress_mask=self.suppress_mask,
+            **asked,
         )
+
+    def settings_for(self, policy: Policy) -> dict:
+        named = self.logp_estimator or policy.logp_estimator
+        return super().settings_for(policy) | {"logp_estimator": named}
+
+
+# The path of this sampler is an episode of `train_ppo`: every position is revealed in its order.
+EPISODE = {"remasking": "state_confidence", "end_last": False, "stop_at_end": False}
 
 
 @dataclass
-class PPOConfig(Config):
-    """Settings of a run; the names are TRL's and transformers' where they have one.
+class PPOConfig(RLConfig):
+    """Settings of `train_ppo`; `RLConfig` and `TrainingConfig` have those that are not listed here.
 
     Attributes:
-        output_dir: the run's folder; a run of the same configuration in it is resumed.
-        per_device_train_batch_size: completions of an update on each process, a multiple of
-            `num_generations`, which are drawn for each prompt.
         states_per_forward: states scored in one forward pass; few fit a CPU's cache, a card wants
             hundreds, and block diffusion all `steps`, or it sees the text again for each part.
-        num_iterations: updates on one batch of rollouts.
-        kl_in_reward: charge each step for its state's KL too.
-        clip: `one_sided` (PPO), `two_sided` (clip(rho) A whatever the sign of A) or `cispo`
-            (clip(rho) A grad log pi, the ratio as a constant; the thesis's formula).
         lam: lambda of advantages and returns.
         value_batches: batches of base rollouts that V is fitted to first, of one completion a
             prompt; what V explains grows with them (notebook 08).
-        steps, block_length: the sampler's, see `SamplerConfig`. The rest of it is fixed:
-            `state_confidence`, temperature 1, no [MASK], every position revealed in its own order.
-        eval_steps: every so many updates (and at the end) complete the held-out prompts greedily.
+        sampler: `steps` and `block_length`; the rest is fixed (`EPISODE`), at temperature 1.
     """
 
     output_dir: str = "runs/ppo"
-    max_steps: int = 60
-    per_device_train_batch_size: int = 12
-    num_generations: int = 6
     states_per_forward: int = 12
     num_iterations: int = 2
-    learning_rate: float = 1e-4
-    max_grad_norm: float = 1.0
-    beta: float = 1.0
-    kl_in_reward: bool = False
-    epsilon: float = 0.1
-    clip: str = "one_sided"
     gamma: float = 1.0
     lam: float = 0.95
     value_learning_rate: float = 1e-4
     cliprange_value: float = 0.2
     value_batches: int = 40
-    ref_model_sync_steps: int = 500
-    max_completion_length: int = 128
-    steps: int | None = None
-    block_length: int | None = None
-    eval_steps: int = 10
-    save_steps: int = 20
-    seed: int = 0
+
+    COUNTS: ClassVar[tuple[str, ...]] = (*RLConfig.COUNTS, "states_per_forward")
+    POSITIVE: ClassVar[tuple[str, ...]] = (
+        *RLConfig.POSITIVE,
+        "value_learning_rate",
+        "cliprange_value",
+    )
 
     def validate(self) -> None:
-        batch, group = self.per_device_train_batch_size, self.num_generations
-        require(
-            group >= 1 and batch >= 1 and batch % group == 0,
-            f"num_generations={group}, per_device_train_batch_size={batch}: expected at least 1 "
-            "completion a prompt, and a multiple of that",
-        )
-        for name in (
-            "max_steps",
-            "states_per_forward",
-            "num_iterations",
-            "ref_model_sync_steps",
-            "eval_steps",
-            "save_steps",
-        ):
-            require(getattr(self, name) >= 1, f"{name}={getattr(self, name)}: expected at least 1")
+        super().validate()
         require(self.value_batches >= 2, f"value_batches={self.value_batches}: expected 2 or more")
-        for name in ("learning_rate", "value_learning_rate", "cliprange_value", "max_grad_norm"):
-            value = getattr(self, name)
-            require(0 < value < math.inf, f"{name}={value}: expected a positive number")
-        require(0 <= self.beta < math.inf, f"beta={self.beta}: expected 0 or more")
-        require(0 < self.epsilon < 1, f"epsilon={self.epsilon}: expected (0, 1)")
         require(0 < self.gamma <= 1, f"gamma={self.gamma}: expected (0, 1]")
         require(0 <= self.lam <= 1, f"lam={self.lam}: expected [0, 1]")
-        if self.clip not in CLIPS:
-            raise unknown("clip", self.clip, CLIPS)
-        self._sampler(self.block_length, 1.0)
+        for name, value in self.sampler.items():
+            require(
+                name in ("steps", "block_length") or EPISODE.get(name) == value,
+                f"sampler={{{name!r}: {value!r}}}: an episode is drawn with {EPISODE}; expected "
+                "steps and block_length alone",
+            )
 
-    def sampler(self, policy: Policy, temperature: float = 1.0) -> SamplerConfig:
+    def sampler_for(self, policy: Policy, greedy: bool = False) -> SamplerConfig:
         """The sampler whose path is the episode; raises for a policy that cannot have one."""
         require(
-            policy.kind in ("mdm", "bd"),
+            policy.denoises,
             f"a policy of kind {policy.kind!r} has no denoising steps to learn from: expected a "
             "masked or block diffusion policy",
         )
-        own = policy.block_length
+        own, asked = policy.block_length, self.sampler.get("block_length")
         require(
-            own is None or self.block_length in (None, own),
-            f"block_length={self.block_length}: this policy was trained with blocks of {own}",
+            own is None or asked in (None, own),
+            f"block_length={asked}: this policy was trained with blocks of {own}",
         )
-        return self._sampler(own or self.block_length, temperature)
-
-    def _sampler(self, block_length: int | None, temperature: float) -> SamplerConfig:
         return SamplerConfig(
             max_new_tokens=self.max_completion_length,
-            steps=self.steps,
-            block_length=block_length,
-            remasking="state_confidence",
-            end_last=False,
-            stop_at_end=False,
-            temperature=temperature,
+            temperature=0.0 if greedy else 1.0,
+            **EPISODE | {"steps": self.sampler.get("steps"), "block_length": own or asked},
         )

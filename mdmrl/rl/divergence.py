@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from mdmrl.config import require
-from mdmrl.policies.base import MaskedDiffusionPolicy, Prompt
-from mdmrl.rl.episodes import block_starts, kl_divergence, log_probabilities, look
+from mdmrl.policies import MaskedDiffusionPolicy, Prompt
+from mdmrl.rl.episodes import block_starts, kl_divergence, log_probabilities, score_states
 from mdmrl.rl.rollout import Rollout
 from mdmrl.sampling import SamplerConfig, generate
 
@@ -33,10 +33,10 @@ def path_kl(
             text and draws from the policy's own distribution.
     """
     require(
-        config.remasking == "state_confidence"
+        config.rule.before_drawing
         and not (config.order_temperature or config.stop_at_end or config.parallel),
-        f"{config.described() or 'the default sampler'}: expected remasking=state_confidence and "
-        "stop_at_end=False, a given number of positions a step, the surest",
+        f"{config.described() or 'the default sampler'}: expected a remasking that looks at the "
+        "state alone (state_confidence), stop_at_end=False and a given number of positions a step",
     )
     require(
         config.temperature == 1 and config.untempered and config.suppress_mask,
@@ -48,9 +48,9 @@ def path_kl(
     total = nothing
     for step in range(len(block_starts(policy, rollout))):
         now = slice(step, step + 1)
-        seen, before = (look(p, rollout, now) for p in (policy, start))
-        at = seen.revealed
-        logp = log_probabilities(policy, seen.block[at])
+        states, before = (score_states(p, rollout, now) for p in (policy, start))
+        at = states.revealed
+        logp = log_probabilities(policy, states.block[at])
         kl = kl_divergence(logp, log_probabilities(start, before.block[at]))
         total = total + torch.zeros_like(at, dtype=kl.dtype).masked_scatter(at, kl).sum((1, 2))
     return total

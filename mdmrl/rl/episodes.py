@@ -29,7 +29,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mdmrl.policies.base import BlockDiffusionPolicy, MaskedDiffusionPolicy
+from mdmrl.policies import BlockDiffusionPolicy, MaskedDiffusionPolicy
+from mdmrl.policies.patterns import hidden_beside
 from mdmrl.rl.rollout import Rollout
 from mdmrl.sampling.states import features, mean_embedding
 
@@ -38,7 +39,7 @@ NEVER = -1e9
 
 
 @dataclass
-class Look:
+class StateScores:
     """What the network says about S states of R episodes.
 
     block: hidden states that predict the active block, (R, S, K, H). context: the mean of those of
@@ -77,13 +78,13 @@ class Look:
 
 
 @dataclass
-class Old:
+class OldPolicyScores:
     """What policy and reference say about the states and actions of a rollout before an update.
 
     parts: rows and steps of each micro-batch. logp: log-probabilities of its N tokens, (N,) each;
     reference: the reference's hidden states there, (N, H) each. features: of all states, (B, T, F).
-    kl: each action's KL(pi || pi_ref), summed over its positions, (B, T). off_sampler: the largest
-    difference between a log-probability and the sampler's own.
+    kl: each action's KL(pi || pi_ref), summed over its positions, (B, T). max_logprob_mismatch: the
+    largest difference between a log-probability and the sampler's own.
     """
 
     rollout: Rollout
@@ -92,7 +93,7 @@ class Old:
     reference: list[Tensor]
     features: Tensor
     kl: Tensor
-    off_sampler: float
+    max_logprob_mismatch: float
 
     def rewards(self, charge: float) -> Tensor:
         """r_t, (B, T): the completion's reward at the last step, and `charge` for a nat of KL."""
@@ -102,12 +103,12 @@ class Old:
 
 
 @torch.no_grad()
-def score(
+def score_episodes(
     policy: MaskedDiffusionPolicy,
     rollout: Rollout,
     states_per_forward: int,
     reference: bool = True,
-) -> Old:
+) -> OldPolicyScores:
     """Look at every state of a recorded `rollout` with the policy as it is and its reference; or
     without `reference` with the policy alone, whose KL then counts as 0."""
     batch, steps = len(rollout), len(block_starts(policy, rollout))
@@ -120,22 +121,22 @@ def score(
     ]
     logps, references, features, kls, off = [], [], [], [], 0.0
     for chosen, now in parts:
-        part = rollout.rows(chosen)
-        seen = look(policy, part, now)
-        at = seen.revealed
-        logp = log_probabilities(policy, seen.block[at])
-        drawn = logp.gather(1, seen.tokens[at][:, None])[:, 0]
+        part = rollout.select(chosen)
+        states = score_states(policy, part, now)
+        at = states.revealed
+        logp = log_probabilities(policy, states.block[at])
+        drawn = logp.gather(1, states.tokens[at][:, None])[:, 0]
         kl = torch.zeros(at.shape, device=drawn.device)
         if reference:
             with policy.reference():
-                references.append(look(policy, part, now).block[at])
+                references.append(score_states(policy, part, now).block[at])
                 ref = log_probabilities(policy, references[-1])
             kl = kl.masked_scatter(at, kl_divergence(logp, ref))
         logps.append(drawn)
-        features.append(seen.features(length).flatten(0, 1))
+        features.append(states.features(length).flatten(0, 1))
         kls.append(kl.sum(-1).flatten())
-        off = max(off, (drawn - seen.logprobs[at]).abs().max().item())
-    return Old(
+        off = max(off, (drawn - states.logprobs[at]).abs().max().item())
+    return OldPolicyScores(
         rollout,
         parts,
         logps,
@@ -155,8 +156,8 @@ def block_starts(policy: MaskedDiffusionPolicy, rollout: Rollout) -> Tensor:
     return starts
 
 
-def look(policy: MaskedDiffusionPolicy, rollout: Rollout, steps: slice) -> Look:
-    """Look at the states of some `steps` of every episode of `rollout`, in one forward pass."""
+def score_states(policy: MaskedDiffusionPolicy, rollout: Rollout, steps: slice) -> StateScores:
+    """What the policy says of some `steps` of every episode of `rollout`, in one forward pass."""
     start = block_starts(policy, rollout)
     now = torch.arange(len(start), device=start.device)[steps]  # (S,)
     start = start[steps]
@@ -176,7 +177,9 @@ def look(policy: MaskedDiffusionPolicy, rollout: Rollout, steps: slice) -> Look:
     revealed = rollout.revealed_at[:, None] < now[:, None]  # (R, S, L)
     written = mean_embedding(policy, rollout.completion_ids, revealed)
     logprobs = rollout.logprobs[:, columns]
-    return Look(block, context, written, masked, when == now[:, None], tokens, logprobs, start)
+    return StateScores(
+        block, context, written, masked, when == now[:, None], tokens, logprobs, start
+    )
 
 
 def _stacked(
@@ -201,22 +204,16 @@ def _packed(
     states, size = xt.shape[1:]
     clean = torch.cat([rollout.prompt_ids, rollout.completion_ids[:, :length]], 1)
     real = torch.cat([rollout.prompt_mask, torch.ones_like(clean[:, width:], dtype=torch.bool)], 1)
-    pattern = policy.pattern(width, length)
-    block = torch.cat([pattern, (1 + start // size).repeat_interleave(size)])
-    state = torch.arange(1, states + 1, device=xt.device).repeat_interleave(size)
-    copy = torch.cat([torch.zeros_like(pattern), state])  # 0: the clean text
-    sees = torch.where(
-        copy[:, None] == copy, block[:, None] >= block, (copy == 0) & (block[:, None] > block)
+    inside = torch.arange(size, device=xt.device)
+    text, blocks = hidden_beside(
+        policy,
+        clean,
+        real,
+        policy.pattern(width, length + size),
+        xt.flatten(1),
+        columns=(width + start[:, None] + inside).flatten(),
+        copy=torch.arange(1, states + 1, device=xt.device).repeat_interleave(size),
     )
-    columns = start[:, None] + torch.arange(size, device=xt.device)
-    positions = (real.long().cumsum(1) - 1).clamp(min=0)
-    active = rollout.prompt_mask.sum(1, keepdim=True) + columns.flatten()
-    ids = torch.cat([clean, xt.flatten(1)], 1)
-    visible = torch.cat([real, torch.ones_like(active, dtype=torch.bool)], 1)
-    hidden = policy.hidden_states(
-        ids, sees & visible[:, None, None], position_ids=torch.cat([positions, active], 1)
-    )
-    text, blocks = hidden.split([clean.shape[1], states * size], 1)
     context = real[:, None] & _before(start, width, clean.shape[1])
     return blocks.unflatten(1, (states, size)), _mean(text, context)
 

@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from mdmrl.config import require
-from mdmrl.policies.base import Policy
+from mdmrl.policies import Policy
+from mdmrl.policies.patterns import hidden_beside
 from mdmrl.rl.choice import log_choice
 from mdmrl.rl.rollout import Rollout
 
@@ -46,10 +47,10 @@ class Noise:
     order: Tensor
     reference: Noise | None = None
 
-    def rows(self, chosen: slice | Tensor) -> Noise:
+    def select(self, chosen: slice | Tensor) -> Noise:
         """The same for some of the rows, a slice or a mask of them."""
         values = (getattr(self, field.name) for field in fields(self))
-        cut = [v[chosen] if isinstance(v, Tensor) else v and v.rows(chosen) for v in values]
+        cut = [v[chosen] if isinstance(v, Tensor) else v and v.select(chosen) for v in values]
         return Noise(*cut)
 
 
@@ -229,7 +230,7 @@ def trajectory(policy: Policy, rollout: Rollout, noise: Noise, positions: bool =
     steps, total = torch.arange(int(when[mask].max()) + 1, device=mask.device), 0.0
     for now in steps.split(max(1, STATES_AT_ONCE // batch)):
         rows = torch.arange(batch, device=mask.device).repeat_interleave(len(now))  # a row a state
-        states, step = rollout.rows(rows), now.repeat(batch)[:, None]
+        states, step = rollout.select(rows), now.repeat(batch)[:, None]
         masked, chosen = when[rows] >= step, mask[rows] & (when[rows] == step)
         scored = masked if positions else chosen
         logits = _masked_logits(policy, states, masked, scored)
@@ -332,14 +333,6 @@ def _hidden(policy: Policy, rollout: Rollout, prompt: Tensor, completion: Tensor
     real = torch.cat([rollout.prompt_mask, torch.ones_like(completion, dtype=torch.bool)], 1)
     if pattern is None:
         return policy.forward(torch.cat([prompt, completion], 1), real)[:, width:]
-    block = torch.cat([pattern, pattern[width:]])  # of the prompt, the clean and the given text
-    given = torch.arange(len(block), device=block.device) >= width + length
-    earlier = (block[:, None] > block) & ~given
-    sees = earlier | ((block[:, None] == block) & (given[:, None] == given))
-    positions = (real.long().cumsum(1) - 1).clamp(min=0)
-    hidden = policy.hidden_states(
-        torch.cat([prompt, rollout.completion_ids, completion], 1),
-        sees & torch.cat([real, real[:, width:]], 1)[:, None, None],
-        position_ids=torch.cat([positions, positions[:, width:]], 1),
-    )
-    return hidden[:, width + length :]
+    written = torch.cat([prompt, rollout.completion_ids], 1)
+    columns = torch.arange(width, width + length, device=written.device)
+    return hidden_beside(policy, written, real, pattern, completion, columns)[1]

@@ -8,6 +8,8 @@ in -d.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 
@@ -24,3 +26,8 @@ def k3(d: Tensor) -> Tensor:
 
 
 KL_ESTIMATORS = {"k1": k1, "k2": k2, "k3": k3}
+
+
+def kl_form(named: str | Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """The form of that name, or a function of d of one's own, (B, L) to (B, L)."""
+    return named if callable(named) else KL_ESTIMATORS[named]

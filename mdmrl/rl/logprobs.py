@@ -30,7 +30,7 @@ from functools import partial
 from torch import Tensor
 
 from mdmrl.config import InputError, require, unknown
-from mdmrl.policies.base import Policy
+from mdmrl.policies import Policy
 from mdmrl.rl import estimators as formulas
 from mdmrl.rl.estimators import Noise, draw_noise
 from mdmrl.rl.rollout import Rollout
@@ -53,19 +53,19 @@ class Estimator:
         shared: the reference policy is scored with the same noise (Zhu et al. 2025, LLaDA 1.5).
         records: it needs the rollout's trajectory, all of which counts.
         reads_on: it sees what stands behind the end of a text, so the sampler must write it.
-        kinds: the policies it is for.
+        denoising: it is for policies that denoise; False for autoregressive ones.
     """
 
     function: Callable[[Policy, Rollout, Noise], Tensor]
-    source: str
-    target: str
-    bias: str
-    cost: str
+    source: str = ""
+    target: str = ""
+    bias: str = ""
+    cost: str = ""
     samples: int = 0
     shared: bool = True
     records: bool = False
     reads_on: bool = False
-    kinds: tuple[str, ...] = ("bd", "mdm")
+    denoising: bool = True
 
     def __call__(self, policy: Policy, rollout: Rollout, noise: Noise) -> Tensor:
         return self.function(policy, rollout, noise)
@@ -78,7 +78,7 @@ ESTIMATORS = {
         target="log p",
         bias="none",
         cost="1",
-        kinds=("ar",),
+        denoising=False,
     ),
     "ar_style": Estimator(
         formulas.clean_text,
@@ -169,21 +169,34 @@ ESTIMATORS = {
 }
 
 
-def estimator(name: str, policy: Policy) -> Estimator:
-    """The estimator called `name`, with the settings that the name carries.
+def estimator(named: str | Callable | Estimator | None, policy: Policy) -> Estimator:
+    """How to score the completions of `policy`.
+
+    Args:
+        named: a name of ours, with the settings that it carries (`ar_style` of an autoregressive
+            policy is `exact`); None for the family's own; or an estimator of one's own, a function
+            f(policy, rollout, noise) -> (B, L) or (B,), with noise of one sample, or an `Estimator`
+            that says more of it.
 
     Raises:
-        ValueError: an unknown name or setting, or a policy of a family it says nothing about.
+        InputError: an unknown name or setting, or a policy of a family it says nothing about.
     """
-    plain, *settings = name.split("-")
+    named = policy.logp_estimator if named is None else named
+    if isinstance(named, Estimator):
+        return named
+    if callable(named):
+        return Estimator(named, samples=1)
+    plain, *settings = named.split("-")
+    if plain == "ar_style" and not policy.denoises:
+        plain = "exact"
     if plain not in ESTIMATORS:
-        raise unknown("logp_estimator", name, ESTIMATORS)
+        raise unknown("logp_estimator", named, ESTIMATORS)
     found = ESTIMATORS[plain]
-    fitting = [n for n, other in ESTIMATORS.items() if policy.kind in other.kinds]
+    fitting = [n for n, other in ESTIMATORS.items() if other.denoising == policy.denoises]
     require(
-        policy.kind in found.kinds,
-        f"logp_estimator={name!r} is for policies of kind {' or '.join(map(repr, found.kinds))}, "
-        f"this one is {policy.kind!r}: expected {' or '.join(map(repr, fitting))}",
+        found.denoising == policy.denoises,
+        f"logp_estimator={named!r} is not for policies of kind {policy.kind!r}: expected "
+        f"{' or '.join(map(repr, fitting))}",
     )
     for setting in settings:
         found = _with(found, plain, setting)

@@ -12,8 +12,8 @@ the old policy and d_ik = l_ik - log pi_ref(o_ik), the policy maximises an avera
     wd1        W_i l_ik                             that of dr_grpo
     spg        A_i l_ik                             that of dapo
 
-L is the constant `max_completion_length`, clip is to [1 - eps, 1 + eps] (`clip` has two variants of
-this gain), and
+L is the constant `max_completion_length`, clip is to [1 - eps, 1 + eps], above to
+1 + `epsilon_high` if that is given (`clip` has two variants of this gain), and
 
     rho_ik = exp(l_ik - l_ik^old), or with importance_sampling_level="sequence" the same for all k,
              exp((log pi(o_i) - log pi_old(o_i)) / |o_i|)                  (Zheng et al. 2025, GSPO)
@@ -30,7 +30,8 @@ so that both levels give the ratio of the sequence (Ou et al. 2025, ESPO).
 
 Sources: grpo, Shao et al. 2024; dr_grpo, Liu et al. 2025; dapo, Yu et al. 2025; wd1, Tang et al.
 2025; spg, Wang et al. 2025. Deviations from them:
- * Advantages are divided by the group's standard deviation, which dr_grpo and wd1 leave out.
+ * Advantages are divided by the group's standard deviation unless `scale_rewards` says otherwise;
+   dr_grpo and wd1 are published with scale_rewards="none".
  * dapo is its average alone. On several processes each takes the average over its own tokens.
    TRL's `bnpo` averages over a micro-batch, and so depends on how large that is: left out.
  * wd1 has no L and no G, constants that Adam does not see. Samples that a reward left out have no
@@ -49,31 +50,31 @@ import torch
 from torch import Tensor
 
 from mdmrl.config import require
-from mdmrl.policies.base import Policy
+from mdmrl.policies import Policy
 from mdmrl.rl.config import RATIO_FREE, GRPOConfig, PPOConfig
 from mdmrl.rl.estimators import Noise, upper_bound
-from mdmrl.rl.kl import KL_ESTIMATORS
+from mdmrl.rl.kl import kl_form
 from mdmrl.rl.logprobs import Estimator
 from mdmrl.rl.rollout import Rollout
 
 
 def grpo_loss(
-    logp: Tensor, old: Tensor, ref: Tensor, rollout: Rollout, config: GRPOConfig
+    logp: Tensor, old: Tensor, ref: Tensor | None, rollout: Rollout, config: GRPOConfig
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """The two parts of the loss, summed over completions, and per-token quantities for the log.
 
     Args:
         logp, old, ref: log-probabilities under the new, old and reference policy, of tokens (B, L)
-            or of completions (B,).
+            or of completions (B,); without `ref` there is no KL.
         rollout: with W in the place of the advantages for `wd1`.
     Returns:
-        surrogate and beta * KL, scalars to be divided by `divisor` of the whole batch; and `d`,
-        `kl` and, where there is a ratio, `ratio` and `clipped`, each (B, L) or, of completions,
-        (B, 1).
+        surrogate and beta * KL, scalars to be divided by `divisor` of the whole batch; and, where
+        there is a reference, `d` and `kl`, where there is a ratio, `ratio` and `clipped`, each
+        (B, L) or, of completions, (B, 1).
     """
     mask, advantage = rollout.completion_mask, rollout.advantages[:, None]
     length = mask.sum(1)
-    logp, old, ref = (of_tokens(x, mask) for x in (logp, old, ref))
+    logp, old = of_tokens(logp, mask), of_tokens(old, mask)
     if config.loss_type in RATIO_FREE:
         gain, tokens = advantage * logp, {}
     else:
@@ -83,27 +84,26 @@ def grpo_loss(
         ratio = change.exp()
         gain, clipped = clipped_gain(ratio, advantage, logp, config)
         tokens = {"ratio": ratio, "clipped": clipped}
-    d = logp - ref
-    kl = KL_ESTIMATORS[config.kl_estimator](d)
-    beta = 0.0 if config.kl_in_reward else config.beta
 
     def over_completions(x: Tensor) -> Tensor:
         means = over_tokens(x, mask)
-        return ((means if config.loss_type == "grpo" else means * length) * rollout.counted).sum()
+        return ((means if config.loss_type == "grpo" else means * length) * rollout.learnt).sum()
 
-    tokens |= {"d": d, "kl": kl}
-    return (
-        -over_completions(gain),
+    charged = torch.zeros(())
+    if ref is not None:
+        d = logp - of_tokens(ref, mask)
+        tokens |= {"d": d, "kl": (kl := kl_form(config.kl_estimator)(d))}
         # An infinite KL must not reach a loss that does without it: 0 * inf is nan.
-        beta * over_completions(kl) if beta else torch.zeros(()),
-        {name: value.detach() for name, value in tokens.items()},
-    )
+        if config.beta and not config.kl_in_reward:
+            charged = config.beta * over_completions(kl)
+    seen = {name: value.detach() for name, value in tokens.items()}
+    return -over_completions(gain), charged, seen
 
 
 def divisor(rollout: Rollout, config: GRPOConfig) -> int:
     """What the sums of `grpo_loss` over a batch are divided by to be an average."""
     if config.loss_type in ("dapo", "spg"):
-        counted = int(rollout.completion_mask[rollout.counted].sum())
+        counted = int(rollout.completion_mask[rollout.learnt].sum())
     else:
         counted = int(rollout.counted.sum())
     constant = config.loss_type in ("dr_grpo", "wd1")
@@ -124,7 +124,7 @@ def clipped_gain(
     ratio: Tensor, advantages: Tensor, logp: Tensor, config: GRPOConfig | PPOConfig
 ) -> tuple[Tensor, Tensor]:
     """The gain of tokens by `config.clip`, and which of them were clipped."""
-    inside = ratio.clamp(1 - config.epsilon, 1 + config.epsilon)
+    inside = ratio.clamp(1 - config.epsilon, 1 + (config.epsilon_high or config.epsilon))
     match config.clip:
         case "one_sided":
             gain = torch.minimum(ratio * advantages, inside * advantages)
@@ -139,7 +139,7 @@ def charge(logp: Tensor, ref: Tensor, rollout: Rollout, config: GRPOConfig) -> T
     """beta sum_k KL(d_ik), (B,), for `kl_in_reward`. Takes what `grpo_loss` takes."""
     mask = rollout.completion_mask
     d = of_tokens(logp, mask) - of_tokens(ref, mask)
-    return config.beta * mask.sum(1) * over_tokens(KL_ESTIMATORS[config.kl_estimator](d), mask)
+    return config.beta * mask.sum(1) * over_tokens(kl_form(config.kl_estimator)(d), mask)
 
 
 def wd1_weights(rollout: Rollout, config: GRPOConfig) -> Tensor:
@@ -167,7 +167,7 @@ def sandwiched(lower: Estimator, config: GRPOConfig) -> Estimator:
         values, worse = lower(policy, rollout, noise), rollout.advantages < 0
         if config.mix_weight == 0 or not worse.any():
             return values
-        upper = upper_bound(policy, rollout.rows(worse), noise.rows(worse), config.eubo_beta)
+        upper = upper_bound(policy, rollout.select(worse), noise.select(worse), config.eubo_beta)
         mixed = config.mix_weight * upper + (1 - config.mix_weight) * values[worse]
         return values.masked_scatter(worse, mixed)
 

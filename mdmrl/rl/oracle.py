@@ -27,7 +27,7 @@ from torch import Tensor
 
 from mdmrl.config import require, unknown
 from mdmrl.diffusion_exact import Denoiser
-from mdmrl.policies.base import Policy, Prompt
+from mdmrl.policies import Policy, Prompt
 from mdmrl.rl.estimators import gauss_legendre
 from mdmrl.sampling.denoise import evenly
 

@@ -27,29 +27,34 @@ Deviations from the cited algorithm, and what the thesis leaves open:
  * The reference is the starting policy (of LoRA the model without its adapter), replaced every
    `ref_model_sync_steps` updates.
  * The batch of a step is one minibatch. Dropout is off in scoring. An update whose loss or
-   gradient is not finite is skipped and counted; `MAX_SKIPPED` in a row end the run.
+   gradient is not finite is skipped and counted; several in a row end the run.
 """
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn.utils import get_total_norm
 
 from mdmrl.evaluation.accuracy import evaluate
-from mdmrl.policies.base import Policy
+from mdmrl.policies import Policy
+from mdmrl.rewards import RewardLog, check_rewards
 from mdmrl.rl.config import PPOConfig
-from mdmrl.rl.episodes import Old, kl_divergence, log_probabilities, look, score
-from mdmrl.rl.grpo import MAX_SKIPPED, PARTS, TOLERANCE, averaged, finish_gradient
+from mdmrl.rl.episodes import (
+    OldPolicyScores,
+    kl_divergence,
+    log_probabilities,
+    score_episodes,
+    score_states,
+)
+from mdmrl.rl.gradients import Gradients, kl_metrics, ratio_metrics
 from mdmrl.rl.objectives import clipped_gain
 from mdmrl.rl.rollout import collect
+from mdmrl.rl.scoring import TOLERANCE
 from mdmrl.rl.values import (
-    Seen,
+    ValueData,
     ValueHead,
     base_states,
     explained_variance,
@@ -59,10 +64,10 @@ from mdmrl.rl.values import (
     value_loss,
 )
 from mdmrl.runs import generator_for
-from mdmrl.training.checkpoints import begin, restore, save
-from mdmrl.training.data import draw_rows
+from mdmrl.training.data import checked_rows, rows_of_step
+from mdmrl.training.loop import Metrics, Optimizer, accelerator_for, open_run, train
 
-ALGORITHM = "ppo-3"  # part of a run's hash: raise it when results change
+ALGORITHM = "ppo-3"  # part of a run's identity: raise it when results change
 
 
 def ppo_loss(
@@ -100,6 +105,7 @@ def train_ppo(
     eval_rows: Sequence[dict] = (),
     metric: Callable[[str, dict], bool] | None = None,
     probe: Callable[[Policy], dict[str, float]] | None = None,
+    watch: Callable | None = None,
 ) -> Path:
     """Train `policy` in place, and a value function with it; returns the run's folder.
 
@@ -109,72 +115,71 @@ def train_ppo(
     Beyond GRPO's, each row of `metrics.jsonl` holds `values/explained_variance` of V on states it
     has not seen (before the update; `values/base_explained_variance` on base rollouts, in the first
     fit's cross-validation), `values/loss`, `values/mean`, `advantages/std` before normalisation,
-    `off_sampler`: the largest difference between a log-probability and the sampler's own,
+    `max_logprob_mismatch`: the largest difference between a log-probability and the sampler's own,
     `selection_drift`: the share of states where the policy would now reveal other positions, at
     the last inner step. The first row's `token_forwards` count V's first fit too.
 
     Raises:
-        ValueError: an autoregressive policy, blocks it was not trained with, bad input.
+        InputError: an autoregressive policy, blocks it was not trained with, bad input.
         RuntimeError: new, old and reference policy, which are still the same, score differently.
-        FloatingPointError: `MAX_SKIPPED` updates in a row that are not finite.
+        FloatingPointError: several updates in a row that are not finite.
     """
-    from accelerate import Accelerator
-
-    accelerator = Accelerator(cpu=policy.device.type == "cpu")
+    accelerator = accelerator_for(policy)
     rank, processes = accelerator.process_index, accelerator.num_processes
-    sampler = config.sampler(policy)
-    prompts = config.per_device_train_batch_size // config.num_generations
-    run = begin(policy, rewards, rows, eval_rows, config, ALGORITHM, accelerator)
+    sampler = config.sampler_for(policy)
+    rows, eval_rows = checked_rows(policy, rows, eval_rows, config.max_completion_length)
+    names = check_rewards(rewards, rows=rows)
+    parts = {"rewards": dict(zip(names, rewards, strict=True)), "eval_rows": eval_rows}
+    parts |= {"metric": metric, "probe": probe, "watch": watch}
     values = ValueHead(policy.model.config.hidden_size).to(policy.device)
     parameters, judge = policy.trainable_parameters(), dict(values.named_parameters())
     groups = [
         {"params": [*parameters.values()], "lr": config.learning_rate},
         {"params": [*judge.values()], "lr": config.value_learning_rate},
     ]
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     charge = config.beta if config.kl_in_reward else 0.0
-    first, skipped = restore(run, policy, optimizer, values), 0
-    if run.complete(config.max_steps) and first == config.max_steps:
-        return run.folder
-    accelerator.wait_for_everyone()  # before the log that `complete` reads is cut
-    if accelerator.is_main_process:
-        run.rewind(first)
 
-    def held_out() -> dict[str, float]:
-        found = evaluate(policy, eval_rows, config.sampler(policy, 0.0), rewards, metric, "eval/")
+    def held_out() -> Metrics:
+        greedy = config.sampler_for(policy, greedy=True)
+        found = evaluate(policy, eval_rows, greedy, rewards, metric, "eval/", watch=watch)
         return found | {f"eval/{k}": v for k, v in (probe(policy) if probe else {}).items()}
 
-    for step in range(first, config.max_steps):
-        metrics: dict[str, float] = {}
-        if eval_rows and step % config.eval_steps == 0:
-            metrics |= held_out()
-        start, pushed = time.perf_counter(), policy.pushed
-        batch = draw_rows(rows, prompts, step, rank, processes, config.seed)
-        generator = generator_for(config.seed, "rollout", step, rank, policy.device)
-        rollout, seen, sample = collect(
-            policy, batch, rewards, config.num_generations, sampler, generator, record=True
+    def make_update(step: int) -> tuple[Metrics, dict]:
+        before = policy.positions_computed
+        prompts = config.prompts_per_process
+        batch = rows_of_step(rows, prompts, step, rank, processes, config.seed)
+        rollout, metrics, sample = collect(
+            policy,
+            batch,
+            rewards,
+            config.num_generations,
+            sampler,
+            generator_for(config.seed, "rollout", step, rank, policy.device),
+            record=True,
+            watch=watch,
+            log=RewardLog(step, config.max_steps),
         )
-        old = score(policy, rollout, config.states_per_forward)
-        metrics |= seen
+        old = score_episodes(policy, rollout, config.states_per_forward, config.needs_reference)
         if step == 0:  # V first, on as many different prompts as there are completions
-            already = policy.pushed
-            base = Seen.all(list(base_states(policy, rewards, rows, config, rank, processes)))
-            metrics["values/base_explained_variance"] = fit(values, base, accelerator)
-            metrics["token_forwards"] += policy.pushed - already
+            already = policy.positions_computed
+            base = base_states(policy, rewards, rows, config, rank, processes)
+            fitted = fit(values, ValueData.joined(list(base)), accelerator)
+            metrics["values/base_explained_variance"] = fitted
+            metrics["token_forwards"] += policy.positions_computed - already
 
         counted, gains = old.rollout.counted, old.rewards(charge)  # (B,), (B, T)
         with torch.no_grad():
-            before = values(old.features)  # (B, T)
-        advantages = gae(gains, before, config.gamma, config.lam)
-        returns = advantages + before
+            predicted = values(old.features)  # (B, T)
+        advantages = gae(gains, predicted, config.gamma, config.lam)
+        returns = advantages + predicted
         advantages, divisor = normalised(advantages, counted, accelerator)
         beta = config.beta / divisor if config.kl_in_reward else config.beta
         outcome = gae(gains, torch.zeros_like(gains), config.gamma, 1.0)
         metrics |= {
-            "values/explained_variance": explained_variance(before[counted], outcome[counted]),
-            "values/mean": before.mean().item(),
+            "values/explained_variance": explained_variance(predicted[counted], outcome[counted]),
+            "values/mean": predicted.mean().item(),
             "advantages/std": divisor,
-            "off_sampler": old.off_sampler,
+            "max_logprob_mismatch": old.max_logprob_mismatch,
         }
         for iteration in range(config.num_iterations):
             found = update(policy, old, advantages, beta, parameters, config)
@@ -182,42 +187,29 @@ def train_ppo(
                 synced = step % config.ref_model_sync_steps == 0
                 check_first_inner_step(found, synced and (step > 0 or not policy.uses_lora))
             now = values(old.features)
-            loss = value_loss(now, before, returns, counted, config.cliprange_value)
+            loss = value_loss(now, predicted, returns, counted, config.cliprange_value)
             loss.backward()
-            norms = [
-                finish_gradient(x, accelerator, config.max_grad_norm) for x in (parameters, judge)
-            ]
-            finite = all(map(math.isfinite, [found["loss"], *norms]))
-            if finite:
-                optimizer.step()
-            optimizer.zero_grad()
-            skipped = 0 if finite else skipped + 1
-            metrics |= found | {"grad_norm": norms[0], "skipped_updates": skipped}
+            asked = [row["prompt"] for row in batch]
+            metrics |= found | optimizer.step(found["loss"], f"step {step} on prompts {asked}")
             metrics["values/loss"] = loss.item()
-            if skipped >= MAX_SKIPPED:
-                raise FloatingPointError(
-                    f"{skipped} updates in a row had a loss or gradient that is not finite, the "
-                    f"last at step {step} on prompts {[row['prompt'] for row in batch]}: "
-                    "lower learning_rate or beta"
-                )
-        if (step + 1) % config.ref_model_sync_steps == 0:
+        if (step + 1) % config.ref_model_sync_steps == 0 and config.needs_reference:
             policy.sync_reference()
-        metrics["token_forwards/scoring"] = policy.pushed - pushed - metrics["token_forwards"]
-        metrics["step_time"] = time.perf_counter() - start
-        metrics = averaged(metrics, accelerator)
-        if accelerator.is_main_process:
-            run.log({"step": step, **metrics})
-            run.log({"step": step, **sample}, "samples")
-            if (step + 1) % config.save_steps == 0 or step + 1 == config.max_steps:
-                save(run, policy, optimizer, step + 1, values)
-    if accelerator.is_main_process:
-        run.log({"step": config.max_steps, **(held_out() if eval_rows else {})})
-    return run.folder
+        done = policy.positions_computed - before
+        metrics["token_forwards/scoring"] = done - metrics["token_forwards"]
+        return metrics, sample
+
+    with open_run(policy, rows, config, ALGORITHM, accelerator, **parts) as run:
+        if config.needs_reference and not policy.uses_lora:
+            policy.sync_reference()
+        optimizer = Optimizer(groups, accelerator, config.max_grad_norm)
+        look = held_out if eval_rows else None
+        train(policy, run, config, optimizer, make_update, look, values)
+        return run.folder
 
 
 def update(
     policy: Policy,
-    old: Old,
+    old: OldPolicyScores,
     advantages: Tensor,
     beta: float,
     parameters: dict[str, Tensor],
@@ -228,64 +220,53 @@ def update(
     Args:
         advantages: of every step, (B, T); beta: the KL's weight in the loss.
     """
-    gradients = {part: [torch.zeros_like(p) for p in parameters.values()] for part in PARTS}
-    losses = dict.fromkeys(PARTS, 0.0)
-    tokens: dict[str, list[Tensor]] = {}
+    gradients = Gradients(parameters, config.log_gradients)
     completions = max(1, int(old.rollout.counted.sum()))
-    for (rows, steps), before, reference in zip(old.parts, old.logp, old.reference, strict=True):
-        part = old.rollout.rows(rows)
-        seen = look(policy, part, steps)
-        at = seen.revealed  # (R, S, K), N of them True
-        logp = log_probabilities(policy, seen.block[at])  # (N, V)
-        with policy.reference():
-            ref = log_probabilities(policy, reference)
-        drawn, drawn_ref = (x.gather(1, seen.tokens[at][:, None])[:, 0] for x in (logp, ref))
-        kl = kl_divergence(logp, ref)
-        surrogate, charged, found = ppo_loss(
+    tokens: dict[str, list[Tensor]] = {}
+
+    def learn_from(index: int) -> None:
+        rows, steps = old.parts[index]
+        part = old.rollout.select(rows)
+        states = score_states(policy, part, steps)
+        at = states.revealed  # (R, S, K), N of them True
+        logp = log_probabilities(policy, states.block[at])  # (N, V)
+        drawn = logp.gather(1, states.tokens[at][:, None])[:, 0]
+        found, kl = {}, torch.zeros_like(drawn)
+        if config.needs_reference:
+            with policy.reference():
+                ref = log_probabilities(policy, old.reference[index])
+            kl = kl_divergence(logp, ref)
+            d = drawn - ref.gather(1, states.tokens[at][:, None])[:, 0]
+            found = {"kl": kl.detach(), "d": d.detach()}
+        surrogate, charged, ratio = ppo_loss(
             drawn,
-            before,
+            old.logp[index],
             kl,
             advantages[rows, steps, None].expand(at.shape)[at],
             part.counted[:, None, None].expand(at.shape)[at],
             beta,
             config,
         )
-        found |= {"kl": kl.detach(), "d": (drawn - drawn_ref).detach()}
-        found["drift"] = seen.selection_changed(policy, logp)
-        for name, value in zip(PARTS, (surrogate, charged), strict=True):
-            value = value / completions
-            losses[name] += value.item()
-            if not value.requires_grad:
-                continue
-            keep = name == "surrogate" and beta > 0  # the graph, for the other part
-            slopes = torch.autograd.grad(value, [*parameters.values()], retain_graph=keep)
-            for total, slope in zip(gradients[name], slopes, strict=True):
-                total += slope
+        gradients.add(surrogate / completions, charged / completions)
+        found |= ratio | {"drift": states.selection_changed(policy, logp)}
         for name, value in found.items():
             tokens.setdefault(name, []).append(value.flatten())
-    for parameter, *both in zip(parameters.values(), *gradients.values(), strict=True):
-        parameter.grad = sum(both)
-    ratio, clipped, kl, d, drift = (torch.cat(values) for values in tokens.values())
+
+    for index in range(len(old.parts)):
+        learn_from(index)  # a function of its own, so that its graph is freed before the next
+    found = {name: torch.cat(values) for name, values in tokens.items()}
     return {
-        "loss": sum(losses.values()),
-        **{f"loss/{name}": value for name, value in losses.items()},
-        "kl": kl.mean().item(),
-        "kl/sum": kl.sum().item() / len(old.rollout),
-        "kl/max": kl.max().item(),
-        "kl/law": (torch.logsumexp(-d, 0) - math.log(len(d))).item(),
-        **{f"grad_norm/{name}": get_total_norm(gradients[name]).item() for name in PARTS},
-        "ratio/mean": ratio.mean().item(),
-        "ratio/min": ratio.min().item(),
-        "ratio/max": ratio.max().item(),
-        "clip_ratio": clipped.float().mean().item(),
-        "selection_drift": drift.float().mean().item(),
+        **gradients.finish(),
+        **kl_metrics(found, len(old.rollout)),
+        **ratio_metrics(found),
+        "selection_drift": found["drift"].float().mean().item(),
     }
 
 
 def check_first_inner_step(found: dict[str, float], synced: bool) -> None:
     """Before any update the policy is the old one, and right after a sync its own reference."""
     off = max(found["ratio/max"] - 1, 1 - found["ratio/min"])
-    kl = found["kl/max"] if synced else 0.0
+    kl = found.get("kl/max", 0.0) if synced else 0.0
     if off > TOLERANCE or kl > TOLERANCE:
         raise RuntimeError(
             f"before any update the ratio is {off:.1e} off 1 and the KL reaches {kl:.1e}, where "

@@ -7,12 +7,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from mdmrl.config import require
 from mdmrl.evaluation.completions import completion_metrics
-from mdmrl.policies.base import Policy
-from mdmrl.rewards.score import reward_name, score
+from mdmrl.policies import Policy
+from mdmrl.rewards import RewardLog, reward_name, reward_values, total_reward
 from mdmrl.sampling import SamplerConfig, SamplerOutput, generate
 
 
@@ -22,8 +23,9 @@ class Rollout:
 
     prompt_ids, prompt_mask: (B, P), left-padded. completion_ids: (B, L). completion_mask: (B, L),
     True up to and including the first end token; loss, KL and metrics count these positions.
-    advantages: (B,). counted: (B,), False for samples that a reward left out of their group.
+    advantages: (B,). counted: (B,), False for samples that all rewards left out of their group.
     sampler: what drew them; scoring applies its temperature. rewards: (B,), NaN where left out.
+    learnt: (B,), those of `counted` that the loss is made of; all of them unless given.
     logprobs: (B, L), as the tokens were drawn. revealed_at: (B, L), the denoising step that
     revealed each position, -1 where none did; place: (B, L), its place among those of that step, in
     the order drawn; both None unless the trajectory was recorded.
@@ -40,6 +42,11 @@ class Rollout:
     logprobs: Tensor | None = None
     revealed_at: Tensor | None = None
     place: Tensor | None = None
+    learnt: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.learnt is None:
+            self.learnt = self.counted
 
     @classmethod
     def of(
@@ -105,19 +112,24 @@ class Rollout:
     def __len__(self) -> int:
         return len(self.prompt_ids)
 
-    def rows(self, chosen: slice | Tensor) -> Rollout:
+    def select(self, chosen: slice | Tensor) -> Rollout:
         """The same for some of the rows, a slice or a mask of them."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         cut = {k: v[chosen] if isinstance(v, Tensor) else v for k, v in values.items()}
         return Rollout(**cut)
 
 
-def group_advantages(rewards: Tensor, num_generations: int) -> tuple[Tensor, Tensor]:
+def group_advantages(
+    rewards: Tensor, num_generations: int, scale: str = "group"
+) -> tuple[Tensor, Tensor]:
     """Advantages (r - mean) / (std + 1e-4) within each group of `num_generations` rows.
 
-    The standard deviation is the unbiased one (ddof 1). A group of equal rewards, or with fewer
-    than two samples that count, gets 0. NaN marks a sample that is left out of its group.
+    A group of equal rewards, or with fewer than two samples that count, gets 0. NaN marks a sample
+    that is left out of its group.
 
+    Args:
+        scale: whose standard deviation (the unbiased one, ddof 1): that of the `group`, of the
+            whole `batch` on all processes, or `none`: advantages are differences of rewards.
     Returns:
         advantages and which samples count, both (B,).
     """
@@ -125,10 +137,14 @@ def group_advantages(rewards: Tensor, num_generations: int) -> tuple[Tensor, Ten
     counted = ~groups.isnan()
     n = counted.sum(1, keepdim=True)
     centred = torch.where(counted, groups - groups.nanmean(1, keepdim=True), 0.0)
-    std = (centred.square().sum(1, keepdim=True) / (n - 1).clamp(min=1)).sqrt()
     equal = (centred.abs().amax(1, keepdim=True) < 1e-9) | (n < 2)
-    advantages = torch.where(equal, 0.0, centred / (std + 1e-4))
-    return advantages.flatten().float(), counted.flatten()
+    if scale == "group":
+        std = (centred.square().sum(1, keepdim=True) / (n - 1).clamp(min=1)).sqrt()
+    elif scale == "batch":
+        everywhere = torch.tensor(gather_object(rewards.tolist()), dtype=rewards.dtype)
+        std = everywhere[~everywhere.isnan()].std()
+    scaled = centred if scale == "none" else centred / (std + 1e-4)
+    return torch.where(equal, 0.0, scaled).flatten().float(), counted.flatten()
 
 
 def collect(
@@ -136,26 +152,40 @@ def collect(
     batch: Sequence[dict],
     rewards: Sequence[Callable],
     num_generations: int,
-    config: SamplerConfig,
+    sampler: SamplerConfig,
     generator: torch.Generator,
     record: bool = False,
     draw: Callable = generate,
-) -> tuple[Rollout, dict[str, float], dict]:
+    weights: Sequence[float] | None = None,
+    scale: str = "group",
+    watch: Callable | None = None,
+    log: RewardLog | None = None,
+) -> tuple[Rollout, dict[str, float | None], dict]:
     """Draw and score one group of completions for each row of `batch`.
 
     Args:
         record: keep the denoising trajectory; draw: what completes the prompts.
+        weights: of the rewards; scale: see `group_advantages`; log: takes what rewards report.
+        watch: what a task watches in completions, see `Task`.
     Returns:
         the rollout, the round's metrics, and the first group's texts and rewards to look at.
     """
     start = time.perf_counter()
     rows = [row for row in batch for _ in range(num_generations)]
     prompts = [row["prompt"] for row in rows]
-    output = draw(policy, prompts, config, generator, record)
+    output = draw(policy, prompts, sampler, generator, record)
     drawn = time.perf_counter()
-    values = score(rewards, prompts, output.completions, output.token_lists(), rows)
-    total = values.sum(1)  # NaN where any component left the sample out
-    advantages, counted = group_advantages(total, num_generations)
+    log = log or RewardLog()
+    values = reward_values(
+        rewards,
+        prompts,
+        output.completions,
+        output.token_lists(),
+        rows,
+        **log.offered,
+    )
+    total = total_reward(values, weights)  # NaN where all rewards left the sample out
+    advantages, counted = group_advantages(total, num_generations, scale)
     groups = total.view(-1, num_generations)
     components = zip(map(reward_name, rewards), values.nanmean(0).tolist(), strict=True)
     metrics = {
@@ -163,7 +193,8 @@ def collect(
         "reward_std": groups.std(1, correction=min(1, num_generations - 1)).nanmean().item(),
         "frac_reward_zero_std": (advantages.view_as(groups) == 0).all(1).double().mean().item(),
         **{f"rewards/{name}/mean": value for name, value in components},
-        **completion_metrics(policy, output),
+        **completion_metrics(policy, output, watch),
+        **log.metrics(),
         "rollout_time": drawn - start,
         "reward_time": time.perf_counter() - drawn,
         "num_tokens": output.completion_mask.sum().item(),
@@ -172,10 +203,11 @@ def collect(
     sample = {
         "prompt": prompts[0],
         "completions": output.completions[:num_generations],
-        "rewards": total[:num_generations].nan_to_num(0).tolist(),
+        "rewards": total[:num_generations].tolist(),
+        **{name: column[:num_generations] for name, column in log.extras.items()},
     }
     device = policy.device
     rollout = Rollout.of(
-        output, advantages.to(device), counted.to(device), config, total.to(device)
+        output, advantages.to(device), counted.to(device), sampler, total.float().to(device)
     )
     return rollout, metrics, sample

@@ -16,22 +16,22 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mdmrl.policies.base import MaskedDiffusionPolicy
+from mdmrl.policies import MaskedDiffusionPolicy
 from mdmrl.rl.config import PPOConfig
-from mdmrl.rl.episodes import score
+from mdmrl.rl.episodes import score_episodes
 from mdmrl.rl.rollout import Rollout, collect
 from mdmrl.runs import derived_seed, generator_for
-from mdmrl.sampling.guide import GuideConfig
+from mdmrl.sampling.guidance import GuideConfig
 from mdmrl.sampling.guided import generate_guided
 from mdmrl.sampling.states import Recorder
-from mdmrl.training.data import draw_rows
+from mdmrl.training.data import rows_of_step
 
 PENALTIES = tuple(10.0**k for k in range(-3, 7))  # on squared weights; at the last V is constant
 FOLDS = 4
 
 
 class ValueHead(nn.Module):
-    """A linear function of the features of a state (`Look.features`), 0 everywhere at first.
+    """A linear function of the features of a state (`StateScores.features`), 0 everywhere at first.
 
     With z the features in standard deviations from their mean, V = b + w.z + index u.z, where index
     says how far down the text the active block begins: what a feature is worth changes along the
@@ -125,7 +125,7 @@ def value_loss(
     return error[counted].sum() / 2 / max(1, error[counted].numel())
 
 
-class Seen(NamedTuple):
+class ValueData(NamedTuple):
     """N states and what came of them: features (N, 3H+2), returns (N,), the prompt of each."""
 
     features: Tensor
@@ -133,14 +133,14 @@ class Seen(NamedTuple):
     prompts: list[Hashable]
 
     @classmethod
-    def all(cls, parts: Sequence[Seen]) -> Seen:
+    def joined(cls, parts: Sequence[ValueData]) -> ValueData:
         """Those of several batches."""
         features, returns, prompts = zip(*parts, strict=True)
         return cls(torch.cat(features), torch.cat(returns), list(chain(*prompts)))
 
 
 @torch.no_grad()
-def fit(values: ValueHead, base: Seen, accelerator) -> float:
+def fit(values: ValueHead, base: ValueData, accelerator) -> float:
     """Fit V to states of the starting policy by ridge regression, with the penalty that does best
     in cross-validation over prompts.
 
@@ -215,7 +215,7 @@ def fit_to_base(
     from accelerate import Accelerator
 
     values = ValueHead(policy.model.config.hidden_size).to(policy.device)
-    base = Seen.all(list(base_states(policy, rewards, rows, config)))
+    base = ValueData.joined(list(base_states(policy, rewards, rows, config)))
     return values, fit(values, base, Accelerator(cpu=policy.device.type == "cpu"))
 
 
@@ -226,7 +226,7 @@ def base_states(
     config: PPOConfig,
     rank: int = 0,
     processes: int = 1,
-) -> Iterator[Seen]:
+) -> Iterator[ValueData]:
     """The batches that V is fitted to, each made when it is asked for, of one completion a prompt.
 
     Where a state costs a canvas to look at, the passes that write the completions show the states,
@@ -235,13 +235,13 @@ def base_states(
     Args:
         config: of its settings, those of sampler, seed, batch and V count.
     """
-    sampler, seed = config.sampler(policy), derived_seed(config.seed, "values")
+    sampler, seed = config.sampler_for(policy), derived_seed(config.seed, "values")
     for i in range(config.value_batches):
-        batch = draw_rows(rows, config.per_device_train_batch_size, i, rank, processes, seed)
+        batch = rows_of_step(rows, config.per_device_train_batch_size, i, rank, processes, seed)
         generator = generator_for(config.seed, "values", i, rank, policy.device)
         if policy.kind == "bd":
             rollout, *_ = collect(policy, batch, rewards, 1, sampler, generator, record=True)
-            features = score(policy, rollout, config.states_per_forward, reference=False).features
+            features = score_episodes(policy, rollout, config.states_per_forward, False).features
         else:
             shown = Recorder(lambda states: states.features)
             draw = partial(_generate_shown, shown)
@@ -250,9 +250,9 @@ def base_states(
         counted, steps = rollout.counted, features.shape[1]  # (B,), T
         discount = config.gamma ** torch.arange(steps - 1, -1, -1, device=features.device)
         returns = rollout.rewards[counted, None].float() * discount  # (B, T)
-        prompts = prompts_of(rollout.rows(counted))
+        prompts = prompts_of(rollout.select(counted))
         asked = [prompt for prompt in prompts for _ in range(steps)]
-        yield Seen(features[counted].flatten(0, 1), returns.flatten(), asked)
+        yield ValueData(features[counted].flatten(0, 1), returns.flatten(), asked)
 
 
 def _generate_shown(shown: Recorder, policy, prompts, config, generator, record: bool):

@@ -1,4 +1,4 @@
-"""What a denoising step would write at its open positions, and which of them it reveals.
+"""What a denoising step writes at its open positions, and which of them it reveals.
 
 The open positions of all rows lie flat, one after the other: N of them, with logits (N, V), so that
 the head and the noise are spent on nothing else. A maximum and a logsumexp take the place of a
@@ -13,15 +13,53 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mdmrl.policies import MaskedDiffusionPolicy
 from mdmrl.sampling.config import SamplerConfig
+from mdmrl.sampling.rules import entropies
 
-# Log-probabilities, probabilities, uniforms and positions all stay far below.
-POSTPONED = 1e6
 CHUNK = 64
 TINY = torch.finfo(torch.float32).tiny  # a uniform number may be 0
 
 
-def draw(
+def reveal(
+    policy: MaskedDiffusionPolicy,
+    logits: Tensor,
+    positions: Tensor,
+    open_: Tensor,
+    quota: Tensor,
+    config: SamplerConfig,
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw a token for every open position, and choose those that a step reveals.
+
+    Args:
+        logits: (N, V), which it changes; positions: columns of the canvas, (N,); open_, quota: see
+            `choose`.
+    Returns:
+        which of the N are revealed, row by row, and in the order drawn where that is; their tokens
+        and log-probabilities; (K,) each.
+    """
+    if config.suppress_mask:
+        logits[:, policy.mask_token_id] = -torch.inf
+    tokens, logprobs = draw_tokens(logits, config, generator)
+    untempered = logprobs if config.untempered else _at(logits, tokens) - logits.logsumexp(-1)
+    scores = config.rule(logits, tokens, untempered, positions, generator)
+    if config.order_temperature:
+        uniform = torch.rand(tokens.shape, generator=generator, device=tokens.device)
+        gumbel = -(-uniform.clamp(min=TINY).log()).log()
+        scores = scores / config.order_temperature + gumbel
+    ends = torch.tensor(policy.end_token_ids, device=logits.device)
+    postponed = likeliest(logits, ends) & config.end_last
+    spread = None if config.entropy_bound is None else entropies(logits)
+    chosen = choose(scores, postponed, spread, open_, quota, config).nonzero()[:, 0]
+    if config.order_temperature:
+        row = open_.nonzero()[:, 0]
+        chosen = chosen[scores[chosen].argsort(descending=True)]
+        chosen = chosen[row[chosen].argsort(stable=True)]
+    return chosen, tokens[chosen], logprobs[chosen]
+
+
+def draw_tokens(
     logits: Tensor, config: SamplerConfig, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """Draw one token from every row of `logits` (N, V), which it shifts, in place, so that each
@@ -52,17 +90,31 @@ def draw(
 
 
 def likeliest(logits: Tensor, among: Tensor) -> Tensor:
-    """Rows of `logits` (N, V), as `draw` leaves them, whose most probable token is one of `among`
-    (K,); (N,) bool."""
+    """Rows of `logits` (N, V), as `draw_tokens` leaves them, whose most probable token is one of
+    `among` (K,); (N,) bool."""
     return (logits[:, among] == 0).any(-1)
 
 
 def draw_in_proportion(weights: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Draw an index from every row of `weights` (N, V), none negative: indices and sums, (N,).
 
-    The inverse of the cumulative sum at one uniform a row, instead of noise for every token. It
-    goes by chunks and then within one: that is quick, and sums of few terms in double do not lose
-    the tail of a large vocabulary.
+    On a processor noise for every token would cost most of the time; elsewhere float64, which
+    cumulative sums need, is slow, or there is none.
+    """
+    return (by_sums if weights.device.type == "cpu" else by_race)(weights, generator)
+
+
+def by_race(weights: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """The index whose exponential clock of rate `weights` rings first."""
+    clocks = torch.empty_like(weights).exponential_(generator=generator)
+    return (weights / clocks).argmax(-1), weights.sum(-1)
+
+
+def by_sums(weights: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """The inverse of the cumulative sum at one uniform a row, in float64.
+
+    It goes by chunks and then within one: that is quick, and sums of few terms do not lose the tail
+    of a large vocabulary.
     """
     rows = torch.arange(len(weights), device=weights.device)
     if padding := -weights.shape[1] % CHUNK:  # F.pad copies even where it adds nothing
@@ -94,51 +146,10 @@ def keep_most_probable(logits: Tensor, top_k: int | None, top_p: float) -> Tenso
     return logits
 
 
-def commit_score(
-    logits: Tensor,
-    tokens: Tensor,
-    logprobs: Tensor,
-    positions: Tensor,
-    config: SamplerConfig,
-    generator: torch.Generator,
-) -> Tensor:
-    """How much a step wants to reveal each open position, (N,); the highest are revealed.
-
-    Args:
-        tokens, logprobs: from `draw`; positions: columns of the canvas, all (N,).
-    """
-    match config.remasking:
-        case "random":
-            return torch.rand(tokens.shape, generator=generator, device=tokens.device)
-        case "sequential":
-            return -positions.float()
-        case "low_confidence" if config.untempered:
-            return logprobs
-        case "low_confidence":
-            return _at(logits, tokens) - logits.logsumexp(-1)
-        case "state_confidence":
-            confidence = logits.max(-1).values - logits.logsumexp(-1)
-            if not config.order_temperature:
-                return confidence
-            uniform = torch.rand(tokens.shape, generator=generator, device=tokens.device)
-            gumbel = -(-uniform.clamp(min=TINY).log()).log()
-            return confidence / config.order_temperature + gumbel
-        case "margin":
-            first, second = (logits.topk(2).values - logits.logsumexp(-1, keepdim=True)).exp().T
-            return first - second
-        case "entropy":
-            return -entropy(logits)
-
-
-def entropy(logits: Tensor) -> Tensor:
-    """Entropy of softmax(logits), in nats, (N,)."""
-    return torch.special.entr(logits.softmax(-1)).sum(-1)
-
-
 def choose(
-    score: Tensor,
+    scores: Tensor,
     postponed: Tensor,
-    entropies: Tensor | None,
+    spread: Tensor | None,
     open_: Tensor,
     quota: Tensor,
     config: SamplerConfig,
@@ -146,27 +157,29 @@ def choose(
     """Which of the open positions a step reveals, (N,) bool.
 
     Args:
-        score: (N,), from `commit_score`; postponed: (N,) bool, to be revealed after all others.
-        entropies: (N,), needed for an entropy bound alone.
+        scores: of the commit rule, (N,); postponed: to be revealed after all others, (N,) bool.
+        spread: entropies, (N,), needed for an entropy bound alone.
         open_: the rows' open positions, (R, M) bool with N of them True.
         quota: how many each row reveals, (R,), where neither threshold nor bound says.
     """
 
     def table(values: Tensor, elsewhere: float) -> Tensor:  # (N,) -> (R, M)
-        # In double, or subtracting POSTPONED would make ties.
-        full = values.new_full(open_.shape, elsewhere, dtype=torch.double)
-        return full.masked_scatter(open_, values.double())
+        return values.new_full(open_.shape, elsewhere).masked_scatter(open_, values)
 
-    last = table(postponed, 0) > 0
+    last = table(postponed, False)
     last &= (open_ & ~last).any(1, keepdim=True)  # a row with no others reveals them now
-    scores = table(score, -math.inf) - POSTPONED * last
+    scores = table(scores, -math.inf)
     order = scores.argsort(dim=1, descending=True, stable=True)
+    turn = torch.where(open_, last.int(), 2).gather(1, order)
+    order = order.gather(1, turn.argsort(dim=1, stable=True))
     rank = order.argsort(1)
     if config.threshold is not None:
-        chosen = (scores >= math.log(config.threshold)) | (rank == 0)
+        chosen = (scores >= math.log(config.threshold)) & ~last | (rank == 0)
     elif config.entropy_bound is not None:
-        ranked = table(entropies, 0).gather(1, order)
-        spent = ranked.cumsum(1) - ranked.cummax(1).values
+        # Their sum without the largest: of each and the largest before it, the smaller counts.
+        ranked = table(spread, 0).gather(1, order)
+        before = F.pad(ranked.cummax(1).values[:, :-1], (1, 0))
+        spent = torch.minimum(ranked, before).cumsum(1)
         chosen = (spent <= config.entropy_bound).gather(1, rank) & ~last
     else:
         chosen = rank < quota[:, None]

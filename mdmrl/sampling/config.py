@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 
 from mdmrl.config import Config, require, unknown
+from mdmrl.sampling.rules import RULES, Rule, rule_of
 
-REMASKING = ("low_confidence", "state_confidence", "margin", "entropy", "sequential", "random")
 CACHES = ("prefix", "dual")
-DENOISING_ONLY = (
-    "block_length",
-    "order_temperature",
-    "threshold",
-    "entropy_bound",
-    "revise",
-    "cfg_scale",
-    "cache",
-)
+FOR_EVERY_FAMILY = ("max_new_tokens", "temperature", "top_k", "top_p")
 
 
 @dataclass
@@ -27,8 +19,8 @@ class SamplerConfig(Config):
     Attributes:
         max_new_tokens: completion positions, L.
         steps: denoising steps over all blocks, shared out evenly; None means half of
-            `max_new_tokens`, as in d1. An autoregressive policy takes one step a token whatever is
-            asked, and `threshold` and `entropy_bound` take as many as the text needs.
+            `max_new_tokens`, as in d1; `threshold` and `entropy_bound` take as many as the text
+            needs.
         block_length: reveal the completion in blocks of so many positions, left to right
             (semi-autoregressive, as LLaDA); None means the whole completion at once, and the
             policy's own blocks for block diffusion.
@@ -54,8 +46,9 @@ class SamplerConfig(Config):
         stop_at_end: a row is done once its first end token and all before it are revealed, and
             padded behind; with `revise`, or guided by a value function, once the block of its end
             token is. No text changes.
-        temperature: 0 takes the most probable token. top_k, top_p: draw from the k most probable
-            tokens, then from the smallest set that holds the probability p, after the temperature.
+        temperature: 0 takes the most probable token. top_k, top_p: above it, draw from the k most
+            probable tokens, then from the smallest set that holds the probability p, after the
+            temperature.
         cfg_scale: classifier-free guidance, logits u + (1 + cfg_scale) (c - u) with u from a
             masked prompt; doubles the work.
         cache: keys and values kept between the steps of a block, approximate for a bidirectional
@@ -70,7 +63,7 @@ class SamplerConfig(Config):
     max_new_tokens: int = 128
     steps: int | None = None
     block_length: int | None = None
-    remasking: str = "low_confidence"
+    remasking: str | Callable = "low_confidence"
     order_temperature: float = 0.0
     threshold: float | None = None
     entropy_bound: float | None = None
@@ -86,8 +79,7 @@ class SamplerConfig(Config):
     suppress_mask: bool = True
 
     def validate(self) -> None:
-        if self.remasking not in REMASKING:
-            raise unknown("remasking", self.remasking, REMASKING)
+        rule = self.rule
         if self.cache not in (None, *CACHES):
             raise unknown("cache", self.cache, CACHES)
         length, infinity = self.max_new_tokens, float("inf")
@@ -114,6 +106,11 @@ class SamplerConfig(Config):
         )
         require(0 < self.top_p <= 1, f"top_p={self.top_p}: expected (0, 1]")
         require(self.top_k is None or self.top_k >= 1, f"top_k={self.top_k}: expected at least 1")
+        require(
+            self.temperature > 0 or (self.top_k is None and self.top_p == 1),
+            f"top_k={self.top_k}, top_p={self.top_p} would be ignored: at temperature=0 the most "
+            "probable token is taken; leave them out, or raise the temperature",
+        )
         require(0 <= self.cfg_scale < infinity, f"cfg_scale={self.cfg_scale}: expected 0 or more")
         require(self.revise >= 0, f"revise={self.revise}: expected 0 or more")
         require(
@@ -122,9 +119,13 @@ class SamplerConfig(Config):
         )
         require(
             not self.order_temperature
-            or (self.remasking == "state_confidence" and not (self.parallel or self.end_last)),
-            f"order_temperature={self.order_temperature}: expected remasking='state_confidence', "
-            "end_last=False and no threshold or entropy_bound beside it",
+            or (
+                (rule.before_drawing and rule.log_probability)
+                and not (self.parallel or self.end_last)
+            ),
+            f"order_temperature={self.order_temperature} with remasking={rule.name}: expected "
+            "remasking='state_confidence', end_last=False and no threshold or entropy_bound beside "
+            "it",
         )
         require(
             self.cache_refresh is None or (self.cache is not None and self.cache_refresh >= 1),
@@ -148,14 +149,25 @@ class SamplerConfig(Config):
             "positions a step reveals, so leave the other two out",
         )
         require(
-            threshold is None or self.remasking in ("low_confidence", "state_confidence"),
-            f"threshold={threshold} with remasking={self.remasking!r}: a threshold is a "
-            "probability; expected remasking 'low_confidence' or 'state_confidence'",
+            threshold is None or self.rule.log_probability,
+            f"threshold={threshold} with remasking={self.rule.name}: a threshold is a probability; "
+            f"expected {' or '.join(n for n, rule in RULES.items() if rule.log_probability)}, or a "
+            "Rule(..., log_probability=True)",
         )
+
+    def to_dict(self) -> dict:
+        """Every setting, the commit rule by name."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return values | {"remasking": self.rule.name}
 
     def described(self, but: Sequence[str] = ()) -> str:
         """The settings that are not at their defaults, as in "block_length=32 cache=dual"."""
         return " ".join(f"{name}={v}" for name, v in self.changed().items() if name not in but)
+
+    @property
+    def rule(self) -> Rule:
+        """The commit rule that `remasking` means."""
+        return rule_of(self.remasking)
 
     @property
     def parallel(self) -> bool:
@@ -177,12 +189,26 @@ class SamplerConfig(Config):
         blocks = 1 if self.block_length is None else self.max_new_tokens // self.block_length
         return max(-(-self.max_new_tokens // 2), blocks)
 
+    def in_blocks_of(self, own: int | None) -> SamplerConfig:
+        """The same for a policy with blocks of its `own`, or None."""
+        if own is None:
+            return self
+        require(
+            self.block_length in (None, own),
+            f"block_length={self.block_length}: this policy was trained with blocks of {own}",
+        )
+        require(
+            self.cache is None,
+            f"cache={self.cache!r}: a block-causal policy keeps an exact cache of its own; leave "
+            "it out",
+        )
+        return self.replace(block_length=own)
+
     def refuse_denoising_options(self) -> None:
-        """Raise for an option that left-to-right sampling cannot have."""
-        for name in DENOISING_ONLY:
-            value = getattr(self, name)
+        """Raise for an option that left-to-right sampling would ignore."""
+        for name, value in self.changed().items():
             require(
-                not value,
-                f"{name}={value}: an autoregressive policy reveals one token after the other and "
-                "keeps an exact cache of its own; leave it out",
+                name in FOR_EVERY_FAMILY,
+                f"{name}={value}: an autoregressive policy reveals one token after the other, up "
+                "to the end of its text, and keeps an exact cache of its own; leave it out",
             )

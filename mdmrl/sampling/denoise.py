@@ -18,15 +18,42 @@ takes a softmax everywhere; all exact, and asserted so in the tests:
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from mdmrl.policies.base import MaskedDiffusionPolicy
-from mdmrl.sampling.choose import choose, commit_score, draw, entropy, likeliest
+from mdmrl.policies import MaskedDiffusionPolicy, Prompt, Prompts
+from mdmrl.sampling.choose import reveal
 from mdmrl.sampling.config import SamplerConfig
 from mdmrl.sampling.output import APPROXIMATE, EXACT, SamplerOutput, Step
-from mdmrl.sampling.windows import Window
+from mdmrl.sampling.windows import Predictor
+
+
+def sample(
+    policy: MaskedDiffusionPolicy,
+    prompts: Sequence[Prompt],
+    config: SamplerConfig,
+    generator: torch.Generator,
+    record: bool = False,
+) -> SamplerOutput:
+    """Complete `prompts`; see `mdmrl.sampling.generate`."""
+    config = config.in_blocks_of(policy.block_length)
+    encoded = policy.encode(prompts, config.max_new_tokens)
+    canvas, attention, open_ = blank_canvas(policy, encoded, config.max_new_tokens)
+    width = encoded.input_ids.shape[1]
+    return denoise(policy, canvas, attention, open_, width, config, generator, record)
+
+
+def blank_canvas(
+    policy: MaskedDiffusionPolicy, prompts: Prompts, length: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Prompts (B, P) with `length` masks behind them: ids, real tokens and masks, (B, P+L) each."""
+    real = prompts.attention_mask
+    blank = prompts.input_ids.new_full((len(real), length), policy.mask_token_id)
+    new = torch.ones_like(blank, dtype=torch.bool)
+    canvas = torch.cat([prompts.input_ids, blank], 1)
+    return canvas, torch.cat([real, new], 1), torch.cat([torch.zeros_like(real), new], 1)
 
 
 def evenly(total: int | Tensor, parts: int) -> list:
@@ -57,7 +84,7 @@ def denoise(
     block_length = policy.block_length or config.block_length or length
     starts = range(width, width + length, block_length)
     ends = torch.tensor(policy.end_token_ids, device=device)
-    network = Guided(policy, canvas, attention, width, config)
+    network = Predictor(policy, canvas, attention, width, config.cfg_scale, config.cache)
     canvas, asked, open_ = network.canvas, open_, open_.clone()
     logprobs = torch.zeros(canvas.shape, device=device)
     dropped, ended, trajectory = False, False, []
@@ -83,22 +110,9 @@ def denoise(
 
             fresh = step == 0 or (config.cache_refresh and step % config.cache_refresh == 0)
             logits = network.logits(rows, todo, a, b, fresh)  # (N, V)
-            if config.suppress_mask:
-                logits[:, policy.mask_token_id] = -torch.inf
-            tokens, logprob = draw(logits, config, generator)
-            score = commit_score(logits, tokens, logprob, column, config, generator)
-            chosen = choose(
-                score,
-                likeliest(logits, ends) & config.end_last,
-                entropy(logits) if config.entropy_bound is not None else None,
-                todo,
-                targets[step, rows] - (asked[rows, a:b] & ~todo).sum(1),
-                config,
-            ).nonzero()[:, 0]
-            if config.order_temperature:  # in the order drawn, within each row
-                chosen = chosen[score[chosen].argsort(descending=True)]
-                chosen = chosen[row[chosen].argsort(stable=True)]
-            row, column, tokens, logprob = (x[chosen] for x in (row, column, tokens, logprob))
+            quota = targets[step, rows] - (asked[rows, a:b] & ~todo).sum(1)
+            chosen, tokens, logprob = reveal(policy, logits, column, todo, quota, config, generator)
+            row, column = row[chosen], column[chosen]
             network.write(row, column, tokens)
             logprobs[row, column] = logprob
             open_[row, column] = False
@@ -152,35 +166,3 @@ def least_sure(logprobs: Tensor, revealed: Tensor, count: int) -> tuple[Tensor, 
     ranked = logprobs.masked_fill(~revealed, torch.inf).argsort(dim=1, stable=True)[:, :count]
     columns = ranked[revealed.gather(1, ranked)]
     return revealed.gather(1, ranked).nonzero()[:, 0], columns
-
-
-class Guided:
-    """The network at open positions, with classifier-free guidance where it is asked for.
-
-    Guidance doubles the batch: below each row lies its twin whose prompt is masked.
-    """
-
-    def __init__(
-        self, policy, canvas: Tensor, attention: Tensor, width: int, config: SamplerConfig
-    ):
-        self.policy, self.scale = policy, config.cfg_scale
-        twin = canvas.clone()
-        twin[:, :width] = torch.where(attention[:, :width], policy.mask_token_id, twin[:, :width])
-        self.both = torch.cat([canvas, twin]) if self.scale else canvas.clone()
-        self.canvas = self.both[: len(canvas)]
-        self.offsets = range(0, len(self.both), len(canvas))
-        self.window = Window(policy, attention.repeat(len(self.offsets), 1), width, config.cache)
-
-    def write(self, rows: Tensor, columns: Tensor, tokens: Tensor | int) -> None:
-        for offset in self.offsets:
-            self.both[rows + offset, columns] = tokens
-
-    def logits(self, rows: Tensor, todo: Tensor, a: int, b: int, fresh: bool) -> Tensor:
-        """Logits (N, V) at the open positions `todo` (R, b-a) of `rows`, columns [a, b)."""
-        rows = torch.cat([rows + offset for offset in self.offsets])
-        hidden = self.window.hidden(self.both, rows, a, b, fresh)
-        logits = self.policy.head(hidden[todo.repeat(len(self.offsets), 1)])
-        if not self.scale:
-            return logits
-        conditional, unconditional = logits.chunk(2)
-        return unconditional + (1 + self.scale) * (conditional - unconditional)

@@ -6,18 +6,10 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
-from mdmrl.config import require
-from mdmrl.policies.base import (
-    MaskedDiffusionPolicy,
-    Policy,
-    Prompt,
-    Prompts,
-    refuse_bare_string,
-)
+from mdmrl.config import require, resolve
+from mdmrl.policies import MaskedDiffusionPolicy, Policy, Prompt, refuse_bare_string
 from mdmrl.runs import generator_for
-from mdmrl.sampling.autoregressive import sample_autoregressive
 from mdmrl.sampling.config import SamplerConfig
 from mdmrl.sampling.denoise import denoise
 from mdmrl.sampling.output import SamplerOutput
@@ -45,28 +37,7 @@ def generate(
     """
     config = config or SamplerConfig()
     generator = generator or generator_for(0, "generate", device=policy.device)
-    if policy.kind == "ar":
-        config.refuse_denoising_options()
-        require(not record, "record=True: an autoregressive policy has no denoising trajectory")
-        encoded = policy.encode(prompts, config.max_new_tokens)
-        return sample_autoregressive(policy, encoded, config, generator)
-    if policy.kind == "bd":
-        config = in_blocks_of(policy, config)
-    encoded = policy.encode(prompts, config.max_new_tokens)
-    canvas, attention, open_ = blank_canvas(policy, encoded, config.max_new_tokens)
-    width = encoded.input_ids.shape[1]
-    return denoise(policy, canvas, attention, open_, width, config, generator, record)
-
-
-def blank_canvas(
-    policy: MaskedDiffusionPolicy, prompts: Prompts, length: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Prompts (B, P) with `length` masks behind them: ids, real tokens and masks, (B, P+L) each."""
-    real = prompts.attention_mask
-    blank = prompts.input_ids.new_full((len(real), length), policy.mask_token_id)
-    new = torch.ones_like(blank, dtype=torch.bool)
-    canvas = torch.cat([prompts.input_ids, blank], 1)
-    return canvas, torch.cat([real, new], 1), torch.cat([torch.zeros_like(real), new], 1)
+    return resolve(type(policy).sampler)(policy, prompts, config, generator, record)
 
 
 def infill(
@@ -78,13 +49,13 @@ def infill(
 ) -> SamplerOutput:
     """Fill in the mask tokens of `texts`, wherever they stand; one mask token is one token.
 
-    Of `config`, `max_new_tokens` and `stop_at_end` go unused (an end token in a text ends nothing)
-    and `steps` None means half of the most mask tokens of a text. The output has no prompt: its
-    completions are the whole texts.
+    Of `config`, `steps` None means half of the most mask tokens of a text, which `max_new_tokens`
+    is. An end token in a text ends nothing. The output has no prompt: its completions are the whole
+    texts.
 
     Raises:
         ValueError: a policy that does not see both sides, no text or one without a mask token, or
-            blocks, a cache or guidance.
+            blocks, a cache, `cfg_scale` or another `max_new_tokens`.
 
     >>> policy = load_policy("tiny-mdm")
     >>> infill(policy, ["The answer is <|mask|><|mask|>."]).completions
@@ -92,7 +63,7 @@ def infill(
     config = config or SamplerConfig()
     generator = generator or generator_for(0, "infill", device=policy.device)
     require(
-        policy.kind == "mdm",
+        policy.denoises and policy.block_length is None,
         f"a policy of kind {policy.kind!r} cannot fill in: it does not see what follows a gap; "
         "expected a masked diffusion policy",
     )
@@ -116,23 +87,14 @@ def infill(
         not (policy.logit_shift and first.any()),
         "a text starts with a mask token, and this policy predicts every token from the one before",
     )
-    config = config.replace(max_new_tokens=int(open_.sum(1).max()), stop_at_end=False)
+    masks = int(open_.sum(1).max())
+    require(
+        config.max_new_tokens in (SamplerConfig.max_new_tokens, masks),
+        f"max_new_tokens={config.max_new_tokens}: a text of {masks} mask tokens gets as many; "
+        "leave it out",
+    )
+    config = config.replace(max_new_tokens=masks, stop_at_end=False)
     output = denoise(policy, canvas, attention, open_, 1, config, generator, record)
     output.completion_mask = encoded.attention_mask
     output.completions = policy.decode(output.completion_ids, encoded.attention_mask)
     return output
-
-
-def in_blocks_of(policy, config: SamplerConfig) -> SamplerConfig:
-    """`config` with the blocks that a block diffusion policy was trained with."""
-    own = policy.block_length
-    require(
-        config.block_length in (None, own),
-        f"block_length={config.block_length}: this policy was trained with blocks of {own}",
-    )
-    require(
-        config.cache is None,
-        f"cache={config.cache!r}: a block-causal policy keeps an exact cache of its own; leave it "
-        "out",
-    )
-    return config.replace(block_length=own)

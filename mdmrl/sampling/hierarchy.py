@@ -32,12 +32,11 @@ import torch
 import torch.nn.functional as F
 
 from mdmrl.config import require
-from mdmrl.policies.base import Policy, Prompt
+from mdmrl.policies import Policy, Prompt
 from mdmrl.runs import generator_for
-from mdmrl.sampling.autoregressive import sample_autoregressive
+from mdmrl.sampling.autoregressive import extend
 from mdmrl.sampling.config import SamplerConfig
-from mdmrl.sampling.denoise import denoise
-from mdmrl.sampling.generate import blank_canvas, in_blocks_of
+from mdmrl.sampling.denoise import blank_canvas, denoise
 from mdmrl.sampling.output import SamplerOutput
 
 
@@ -97,7 +96,8 @@ def generate_hierarchy(
         description, unit: the samplers of the two phases; `max_new_tokens` is the length of one
             description, and of the rest of one unit.
         length: of a completion as a masked diffusion policy sees it, the masks behind a unit too.
-        gap: masks that stand for the rest of an earlier unit.
+        gap: masks that stand for the rest of an earlier unit, to a masked diffusion policy. Other
+            families have no use for either.
 
     Raises:
         ValueError: no units, or an option that the family cannot have.
@@ -109,7 +109,8 @@ def generate_hierarchy(
     require(len(units) > 0, "no units given: expected at least one")
     require(gap >= 0, f"gap={gap}: expected 0 masks or more")
     generator = generator or generator_for(0, "hierarchy", device=policy.device)
-    rest = policy.tokenizer.mask_token * gap if policy.kind == "mdm" else ""
+    sees_gaps = policy.denoises and policy.block_length is None
+    rest = policy.tokenizer.mask_token * gap if sees_gaps else ""
     y = [[""] * len(units) for _ in prompts]
     ended = [[False] * len(units) for _ in prompts]
     nfe = unit_nfe = token_forwards = 0
@@ -237,13 +238,12 @@ def continue_texts(
             to there, and none where the text is longer already.
     """
     encoded = policy.encode(prompts, config.max_new_tokens, begun)
-    if policy.kind == "ar":
+    if not policy.denoises:
         config.refuse_denoising_options()
-        return sample_autoregressive(policy, encoded, config, generator)
-    if policy.kind == "bd":
-        config = in_blocks_of(policy, config)
+        return extend(policy, encoded, config, generator)
+    config = config.in_blocks_of(policy.block_length)
     canvas, attention, open_ = blank_canvas(policy, encoded, config.max_new_tokens)
-    if policy.kind == "mdm":
+    if policy.block_length is None:
         require(
             config.block_length is None,
             f"block_length={config.block_length}: expected None, a unit is revealed as a whole",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -64,11 +63,3 @@ class SamplerOutput:
         """Completion ids up to and including the first end token, one list a row."""
         pairs = zip(self.completion_ids, self.completion_mask, strict=True)
         return [ids[mask].tolist() for ids, mask in pairs]
-
-    def replay(self, mask_token_id: int) -> Iterator[tuple[Tensor, Step]]:
-        """The recorded trajectory again: the completion each step saw, (B, L), and the step."""
-        completion = self.completion_ids.masked_fill(self.asked, mask_token_id)
-        for step in self.trajectory:
-            completion[tuple(step.remasked)] = mask_token_id
-            yield completion.clone(), step
-            completion[step.rows, step.positions] = step.tokens

@@ -1,8 +1,8 @@
 """What value-guided sampling is measured against at an equal budget.
 
     plain           `generate_guided` without thresholds
-    best of n       `best_of(output.final_values, n)` of n plain completions a prompt, as many as
-                    the budget pays for; `best_of_curve` has what to expect of every n
+    best of n       the highest `output.final_values` of n plain completions a prompt, as many as
+                    the budget pays for: `best_of_curve` has what to expect of every n
     ceiling         the same by the true reward
     majority vote   `majority(answers, n)`
     no information  `Permuted`: the schedule of a guided run, with V of another completion
@@ -27,13 +27,6 @@ from mdmrl.sampling.guided import GuidedOutput
 from mdmrl.sampling.states import States
 
 
-def best_of(scores: Tensor, n: int) -> list[int]:
-    """The row of the highest of each prompt's `n` scores, (B,); the first of equal ones."""
-    _require_groups(len(scores), n)
-    firsts = torch.arange(0, len(scores), n)
-    return (firsts + torch.as_tensor(scores).view(-1, n).argmax(1).cpu()).tolist()
-
-
 def best_of_curve(scores: Tensor, rewards: Tensor) -> Tensor:
     """The mean reward of the completion that scores highest of n, for n = 1 to N, (P, N).
 
@@ -42,7 +35,7 @@ def best_of_curve(scores: Tensor, rewards: Tensor) -> Tensor:
     last is the highest.
     """
     count = scores.shape[1]
-    ranked = rewards.gather(1, scores.argsort(dim=1, stable=True)).double()
+    ranked = rewards.gather(1, scores.argsort(dim=1, stable=True)).cpu().double()
     shares = [[comb(i, n - 1) / comb(count, n) for n in range(1, count + 1)] for i in range(count)]
     return ranked @ ranked.new_tensor(shares)
 
@@ -78,7 +71,7 @@ class PromptOnly:
         self.values = values
 
     def __call__(self, states: States) -> Tensor:
-        return self.values[states.rows]
+        return self.values[states.rows.to(self.values.device)]
 
 
 class Permuted:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mdmrl.policies.base import MaskedDiffusionPolicy
+from mdmrl.policies import MaskedDiffusionPolicy
 from mdmrl.sampling.windows import in_parts
 
 
@@ -48,6 +48,9 @@ class States:
         return features(*seen, start, self.revealed.shape[1])
 
 
+Value = Callable[[States], Tensor]  # the higher the better, (R,)
+
+
 class Recorder:
     """Keeps something of every state that a sampler shows its judge, of all rows equally often.
 
@@ -55,9 +58,7 @@ class Recorder:
         look: what to keep of R states, (R, ...); judge: takes V's place; without one V is 0.
     """
 
-    def __init__(
-        self, look: Callable[[States], Tensor], judge: Callable[[States], Tensor] | None = None
-    ):
+    def __init__(self, look: Callable[[States], Tensor], judge: Value | None = None):
         self.look, self.judge = look, judge
         self.rows: list[Tensor] = []
         self.found: list[Tensor] = []
@@ -105,7 +106,7 @@ def mean_embedding(policy: MaskedDiffusionPolicy, ids: Tensor, revealed: Tensor)
     return revealed.to(embedded.dtype) @ embedded / revealed.sum(-1, keepdim=True).clamp(min=1)
 
 
-def look_at(
+def hidden_at_blocks(
     policy: MaskedDiffusionPolicy, canvas: Tensor, attention: Tensor, width: int, columns: Tensor
 ) -> tuple[Tensor, Tensor, int]:
     """One forward pass over rows at blocks of their own.
@@ -116,7 +117,7 @@ def look_at(
         hidden states that predict the active blocks, (R, K, H), the mean of those before them,
         (R, H), and the number of positions computed.
     """
-    if policy.kind == "bd":
+    if policy.block_length is not None:
         stop = int(columns.max()) + 1
         pattern = policy.pattern(width, stop - width)
         hidden = policy.forward(canvas[:, :stop], attention[:, :stop], pattern)

@@ -21,7 +21,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mdmrl.policies.base import Policy
+from mdmrl.policies import Policy
+from mdmrl.policies.patterns import packed, positions_of
 
 # Activations of about so many positions stay in a CPU's cache. A GPU wants all at once.
 POSITIONS_AT_ONCE = 1536
@@ -46,9 +47,10 @@ class Window:
     def __init__(self, policy: Policy, attention: Tensor, width: int, cache: str | None):
         self.policy, self.attention, self.cache = policy, attention, cache
         length = attention.shape[1] - width
-        self.pattern = policy.pattern(width, length)  # None: every position sees every other
-        self.positions = (attention.long().cumsum(1) - 1).clamp(min=0)
-        self.stored = None if cache is None and self.pattern is None else KeyValues(attention)
+        pattern = policy.pattern(width, length)
+        self.sees = None if pattern is None else packed(pattern)  # None: all see all others
+        self.positions = positions_of(attention)
+        self.stored = None if cache is None and pattern is None else KeyValues(attention)
         self.clean = 0  # columns whose keys and values are final, where block-causal
         self.nfe = self.token_forwards = 0
 
@@ -59,7 +61,7 @@ class Window:
             rows: (R,), indices; fresh: a block's first step, or a refresh.
         """
         shift = int(self.policy.logit_shift)
-        if self.pattern is not None:
+        if self.sees is not None:
             start, stop = (self.clean if fresh else a), b
             self.clean = a
         elif fresh or self.cache is None:
@@ -71,15 +73,48 @@ class Window:
         if self.stored is None:
             hidden = in_parts(self.policy, tokens, self.attention[rows])
         else:
-            seen = stop if self.pattern is not None else canvas.shape[1]
+            seen = stop if self.sees is not None else canvas.shape[1]
             visible = self.attention[rows, None, None, :seen]  # (R, 1, 1, K)
-            if self.pattern is not None:
-                visible = visible & (self.pattern[start:stop, None] >= self.pattern[:seen])
+            if self.sees is not None:
+                visible = visible & self.sees[start:stop, :seen]
             self.stored.open(rows, start, stop, seen)
             hidden = self.policy.hidden_states(
                 tokens, visible, self.stored, self.positions[rows, start:stop]
             )
         return hidden[:, a - shift - start : b - shift - start]
+
+
+class Predictor:
+    """Logits at open positions.
+
+    With `scale`, that of classifier-free guidance, there are twice as many rows: below each lies
+    its twin, whose prompt is masked.
+    """
+
+    def __init__(
+        self, policy, canvas: Tensor, attention: Tensor, width: int, scale: float, cache: str | None
+    ):
+        self.policy, self.scale = policy, scale
+        twin = canvas.clone()
+        twin[:, :width] = torch.where(attention[:, :width], policy.mask_token_id, twin[:, :width])
+        self.both = torch.cat([canvas, twin]) if scale else canvas.clone()
+        self.canvas = self.both[: len(canvas)]
+        self.offsets = range(0, len(self.both), len(canvas))
+        self.window = Window(policy, attention.repeat(len(self.offsets), 1), width, cache)
+
+    def write(self, rows: Tensor, columns: Tensor, tokens: Tensor | int) -> None:
+        for offset in self.offsets:
+            self.both[rows + offset, columns] = tokens
+
+    def logits(self, rows: Tensor, todo: Tensor, a: int, b: int, fresh: bool) -> Tensor:
+        """Logits (N, V) at the open positions `todo` (R, b-a) of `rows`, columns [a, b)."""
+        rows = torch.cat([rows + offset for offset in self.offsets])
+        hidden = self.window.hidden(self.both, rows, a, b, fresh)
+        logits = self.policy.head(hidden[todo.repeat(len(self.offsets), 1)])
+        if not self.scale:
+            return logits
+        conditional, unconditional = logits.chunk(2)
+        return unconditional + (1 + self.scale) * (conditional - unconditional)
 
 
 class KeyValues:

@@ -17,18 +17,17 @@ from torch import Tensor
 
 from mdmrl.config import require
 from mdmrl.policies import Policy, load_policy
-from mdmrl.rewards.score import score
+from mdmrl.rewards import reward_values, total_reward
 from mdmrl.rewards.text import extract_answer
 from mdmrl.rl.config import PPOConfig
-from mdmrl.rl.values import Seen, ValueHead, base_states, explained_variance, fit, fit_to_base
-from mdmrl.runs import best_device, config_hash, generator_for
+from mdmrl.rl.values import ValueData, ValueHead, base_states, explained_variance, fit, fit_to_base
+from mdmrl.runs import config_hash, generator_for
 from mdmrl.sampling import SamplerConfig, SamplerOutput, generate
-from mdmrl.sampling.attempts import Value
 from mdmrl.sampling.denoise import denoise
-from mdmrl.sampling.guide import GuideConfig, Thresholds
+from mdmrl.sampling.guidance import GuideConfig, Thresholds
 from mdmrl.sampling.guided import GuidedOutput, generate_guided
 from mdmrl.sampling.selection import Permuted, PromptOnly, mean_logprob
-from mdmrl.sampling.states import Recorder, States
+from mdmrl.sampling.states import Recorder, States, Value
 from mdmrl.study.pieces import cached_table
 from mdmrl.tasks import load_task
 from mdmrl.tasks.base import Task
@@ -59,7 +58,7 @@ def what_v_explains(
         found = []
         for count in batches:
             values = ValueHead(policy.model.config.hidden_size).to(policy.device)
-            fit(values, Seen.all(base[:count]), Accelerator(cpu=policy.device.type == "cpu"))
+            fit(values, ValueData.joined(base[:count]), Accelerator(cpu=policy.device.type == "cpu"))
             said = values(features).detach().cpu()
             table = pd.DataFrame({"explained": [explained_variance(v, reward) for v in said.T]})
             table.insert(0, "step", range(len(table)))
@@ -87,7 +86,7 @@ def what_is_decided(
     """
 
     def compute(policy: Policy, task: Task) -> pd.DataFrame:
-        rows, sampler = task.rows("validation", prompts), config.sampler(policy)
+        rows, sampler = task.rows("validation", prompts), config.sampler_for(policy)
         behind = _half(sampler) * sampler.block_length
         drawn, generator = (
             generator_for(config.seed, purpose, device=policy.device)
@@ -143,7 +142,7 @@ def guided_completions(
     """
 
     def compute(policy: Policy, task: Task) -> pd.DataFrame:
-        sampler = config.sampler(policy)
+        sampler = config.sampler_for(policy)
         half = _half(sampler)
         values, _ = fit_to_base(policy, task.rewards, task.rows("rl"), config)
 
@@ -161,7 +160,7 @@ def guided_completions(
         gates, bands = thresholds(first.values), thresholds(first.values, "faithful")
         several = [row for row in rows for _ in range(n * times)]
         base, base_logp = _looked(policy, several, config, "base", value)
-        stopped = base.values[:, half, 1].cpu() < gates.high[half, 1]
+        stopped = base.values[:, half, 1] < gates.high[half, 1]
         tables = [_table("plain", task, base, rows, **_columns(base, base_logp), stopped=stopped)]
 
         each = [row for row in rows for _ in range(n)]
@@ -197,10 +196,10 @@ def _piece(
     profile: str,
     compute: Callable[[Policy, Task], pd.DataFrame],
 ) -> pd.DataFrame:
-    policy, task = load_policy(name, device=best_device()), load_task("medcot")
+    policy, task = load_policy(name), load_task("medcot")
     identity = {
         "piece": kind,
-        "weights": policy.fingerprint(),
+        "weights": policy.weights_fingerprint(),
         "rows": config_hash({"rows": [task.rows(split) for split in ("rl", "validation", "test")]}),
         "version": VERSION,
         **config.changed(),
@@ -234,7 +233,7 @@ def _draw(
 ) -> GuidedOutput:
     generator = generator_for(config.seed, purpose, device=policy.device)
     prompts = [row["prompt"] for row in rows]
-    sampler = config.sampler(policy)
+    sampler = config.sampler_for(policy)
     return generate_guided(policy, prompts, sampler, guide, judge, thresholds, generator)
 
 
@@ -245,7 +244,7 @@ def _looked(
     `GuidedOutput.values`."""
     judge = Recorder(mean_logprob, value)
     output = _draw(policy, rows, config, purpose, GuideConfig(), judge)
-    return output, judge.looks.double().view_as(output.values)
+    return output, judge.looks.cpu().double().view_as(output.values)
 
 
 def _columns(base: GuidedOutput, logp: Tensor) -> dict[str, Tensor]:
@@ -281,4 +280,5 @@ def _table(
 def _rewards(task: Task, output: SamplerOutput, rows: Sequence[dict]) -> Tensor:
     """The whole reward of every completion, (B,) on the processor."""
     prompts, tokens = [row["prompt"] for row in rows], output.token_lists()
-    return score(task.rewards, prompts, output.completions, tokens, rows).sum(1)
+    values = reward_values(task.rewards, prompts, output.completions, tokens, rows)
+    return total_reward(values)

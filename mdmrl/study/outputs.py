@@ -14,7 +14,8 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from mdmrl.config import require
-from mdmrl.runs import environment, write_atomically
+from mdmrl.provenance import environment, pick_device
+from mdmrl.runs import write_atomically
 from mdmrl.study import ledger
 from mdmrl.study.verdicts import Verdict
 
@@ -88,7 +89,7 @@ class Outputs:
                 figure.savefig(aside, format=ending, dpi=200, metadata=metadata)
             os.replace(aside, path.with_suffix(f".{ending}"))
         origin = {"notebook": self.notebook, "profile": self.profile, "seeds": list(seeds)}
-        known = {**facts, **origin, **environment()}
+        known = {**facts, **origin, **environment(pick_device())}
         if "MDMRL_NOTEBOOK" in os.environ:  # else run by hand, maybe with parameters of its own
             known["command"] = f"mdmrl reproduce --profile {self.profile} --only {self.notebook}"
         write_atomically(path, json.dumps(known, indent=1) + "\n")

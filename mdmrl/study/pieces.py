@@ -16,7 +16,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from mdmrl.runs import config_hash, machine, revision, write_atomically
+from mdmrl.provenance import machine, pick_device, revision
+from mdmrl.runs import config_hash, write_atomically
 from mdmrl.study.outputs import figures_folder, project_root
 
 
@@ -32,7 +33,8 @@ def cached_table(
     """
     path = pieces_folder(profile) / f"{slug}-{config_hash(identity)}.csv"
     if not path.exists():
-        made_by = {"identity": identity, "machine": machine(), "revision": revision()}
+        made_on = {"machine": machine(pick_device()), "revision": revision()}
+        made_by = {"identity": identity, **made_on}
         table, known = compute(path.stem)  # hours, in which the sources may change
         write_atomically(path.with_suffix(".json"), json.dumps(known | made_by, indent=1) + "\n")
         write_atomically(path, table.to_csv(index=False, float_format="%.6g"))

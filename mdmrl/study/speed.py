@@ -10,7 +10,7 @@ import pandas as pd
 
 from mdmrl.evaluation.stats import wilson_interval
 from mdmrl.policies import Policy
-from mdmrl.rewards.score import score
+from mdmrl.rewards import reward_values, total_reward
 from mdmrl.runs import generator_for
 from mdmrl.sampling import SamplerConfig, generate
 from mdmrl.tasks import Task
@@ -89,13 +89,13 @@ def _one_batch(policy, task, part, config, seed, start) -> list[dict]:
     clock = time.perf_counter()
     output = generate(policy, prompts, config, generator)
     seconds = time.perf_counter() - clock
-    values = score(task.rewards, prompts, output.completions, output.token_lists(), part)
+    values = reward_values(task.rewards, prompts, output.completions, output.token_lists(), part)
     shared = {
         "seconds": seconds / len(part),
         "nfe": output.nfe / len(part),
         "token_forwards": output.token_forwards / len(part),
     }
-    judged = zip(part, output.completions, values.sum(1).tolist(), strict=True)
+    judged = zip(part, output.completions, total_reward(values).tolist(), strict=True)
     return [
         {"right": bool(task.metric(text, row)), "reward": reward} | shared
         for row, text, reward in judged

@@ -22,7 +22,7 @@ from mdmrl.rewards.text import TAGS
 from mdmrl.rl import grpo, ppo
 from mdmrl.rl.config import GRPOConfig, PPOConfig
 from mdmrl.rl.divergence import path_kl
-from mdmrl.runs import best_device, config_hash, generator_for, read_rows
+from mdmrl.runs import config_hash, generator_for, read_rows
 from mdmrl.sampling import SamplerConfig
 from mdmrl.sampling.hierarchy import Hierarchical
 from mdmrl.study.outputs import project_root
@@ -101,7 +101,7 @@ def train_arms(arms: Sequence[Arm], seeds: Sequence[int], profile: str) -> pd.Da
 
 def train_arm(arm: Arm, seed: int, profile: str) -> pd.DataFrame:
     """Train one arm with one seed, or read what an earlier run of the same hash left."""
-    policy = load_policy(arm.policy, dtype=arm.dtype, device=best_device())
+    policy = load_policy(arm.policy, dtype=arm.dtype)
     if arm.lora:
         add_lora(policy, **arm.lora, seed=seed)
     settings, _, version = ALGORITHMS[arm.algorithm]
@@ -111,7 +111,7 @@ def train_arm(arm: Arm, seed: int, profile: str) -> pd.DataFrame:
         described
         | config.changed()
         | {
-            "weights": policy.fingerprint(),
+            "weights": policy.weights_fingerprint(),
             "rows": config_hash({"rows": load_task("medcot").rows("rl")}),
             "algorithm": version,
         }
@@ -143,15 +143,12 @@ def _train(policy: Policy, arm: Arm, config: GRPOConfig | PPOConfig) -> pd.DataF
         train_sft(policy, shown, SFTConfig.from_dict(arm.sft | own))
         if arm.lora:  # that of the cold start is merged
             add_lora(policy, **arm.lora, seed=config.seed)
+    drawn["watch"] = task.watch
     folder = train(policy, task.rewards, rows, config, held_out, task.metric, probe, **drawn)
     frame = pd.DataFrame(read_rows(folder / "metrics.jsonl"))
     for steps in arm.final_steps:
-        sampler = SamplerConfig(
-            max_new_tokens=config.max_completion_length,
-            steps=steps,
-            temperature=1.0,
-            suppress_mask=False,
-        )
+        own = {"steps": steps, "suppress_mask": False} if policy.denoises else {}
+        sampler = SamplerConfig(max_new_tokens=config.max_completion_length, temperature=1.0, **own)
         final = evaluate(
             policy,
             held_out,
@@ -171,7 +168,7 @@ def _probe(arm: Arm, config: GRPOConfig | PPOConfig, held_out: Sequence[dict]) -
     if not arm.path_kl:
         return None
     task = load_task("medcot", **arm.rewards)
-    start = load_policy(arm.policy, dtype=arm.dtype, device=best_device())
+    start = load_policy(arm.policy, dtype=arm.dtype)
     prompts = [row["prompt"] for row in held_out]
     episode = PPOConfig(max_completion_length=config.max_completion_length, **arm.path_kl)
     sampler = episode.sampler(start)
@@ -180,7 +177,8 @@ def _probe(arm: Arm, config: GRPOConfig | PPOConfig, held_out: Sequence[dict]) -
         generator = generator_for(config.seed, "path_kl", device=policy.device)
         moved = path_kl(policy, start, prompts, sampler, generator).mean().item()
         greedy = sampler.replace(temperature=0.0)
-        found = evaluate(policy, held_out, greedy, task.rewards, task.metric, "path/")
+        judged = (task.rewards, task.metric)
+        found = evaluate(policy, held_out, greedy, *judged, "path/", watch=task.watch)
         return {"path_kl": moved, **found}
 
     return probe
@@ -204,7 +202,8 @@ def medcot_arms(
         Arm(
             name="AR",
             policy=autoregressive,
-            settings={**settings, "logp_estimator": "exact"},
+            settings={k: v for k, v in settings.items() if k != "suppress_mask"}
+            | {"logp_estimator": "exact"},
             final_steps=[length],
             eval_prompts=eval_prompts,
         )

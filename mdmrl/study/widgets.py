@@ -9,6 +9,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pandas as pd
+import torch
 from matplotlib.figure import Figure
 
 from mdmrl.policies import Policy
@@ -20,14 +21,18 @@ MASK_SHOWN = "░"
 
 def canvas_after(output: SamplerOutput, policy: Policy, row: int, steps: int) -> list[str]:
     """The completion of `row` after `steps` denoising steps: one string a position."""
-    shown = [MASK_SHOWN] * output.completion_ids.shape[1]
+    canvas = torch.full_like(output.completion_ids[row], policy.mask_token_id)
     for step in output.trajectory[:steps]:
-        for position in step.remasked[1, step.remasked[0] == row]:
-            shown[position] = MASK_SHOWN
+        canvas[step.remasked[1, step.remasked[0] == row]] = policy.mask_token_id
         mine = step.rows == row
-        for position, token in zip(step.positions[mine], step.tokens[mine], strict=True):
-            shown[position] = policy.tokenizer.decode([token.item()])
-    return shown
+        canvas[step.positions[mine]] = step.tokens[mine]
+    return shown_canvas(policy, canvas.tolist())
+
+
+def shown_canvas(policy: Policy, ids: list[int]) -> list[str]:
+    """Token ids as text, one string a position, with `MASK_SHOWN` for the mask token."""
+    pairs = zip(ids, policy.pieces(ids), strict=True)
+    return [MASK_SHOWN if token == policy.mask_token_id else piece for token, piece in pairs]
 
 
 def as_html(pieces: list[str], fresh: set[int] = frozenset()) -> str:

@@ -2,25 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
-from mdmrl.config import unknown
+from mdmrl.config import load_object, require, unknown
 from mdmrl.tasks.base import Task, load_rows
 
 TASKS = ("medcot", "medcot-sections")
 __all__ = ["Task", "load_rows", "load_task"]
 
 
-def load_task(name: str, data: str | Path | None = None, **reward_options) -> Task:
-    """A task by name.
+def load_task(
+    task: str | Task | Callable[..., Task], data: str | Path | None = None, **options
+) -> Task:
+    """A task by name, or one's own.
 
     Args:
-        name: `medcot`, or `medcot-sections`, the same with the units of the hierarchy.
-        data: a JSON or JSONL file with the fields of the real data set, or that data set's hub name
-            (needs the `hub` extra); without it the generated corpus.
-        reward_options: passed to the task's reward factory (`faithful`, `encoder`, ...).
+        task: `medcot`; `medcot-sections`, the same with the units of the hierarchy; "my_tasks.py:
+            arithmetic", what a file defines; a `Task`, or a function that makes one.
+        data: a JSON or JSONL file of rows in place of the task's. A task of one's own trains on
+            all of them (split `rl`) or is evaluated on them (`test`). MedCoT takes the fields of
+            the real data set, or its name on the hub (needs the `hub` extra), and splits them.
+        options: of the function that makes the task; for `medcot` those of its rewards
+            (`faithful`, `encoder`, ...).
     """
-    if name not in TASKS:
-        raise unknown("task", name, TASKS)
-    return import_module(f"mdmrl.tasks.{name.replace('-', '_')}").task(data, **reward_options)
+    if task in TASKS:
+        return import_module(f"mdmrl.tasks.{task.replace('-', '_')}").task(data, **options)
+    given = task
+    if isinstance(task, str):
+        if ".py" not in task:
+            raise unknown("task", task, (*TASKS, "FILE.py:NAME"))
+        task = load_object(task)
+    if not isinstance(task, Task) and callable(task):
+        task, options = task(**options), {}
+    require(isinstance(task, Task), f"task {given!r:.80} is {task!r:.80}: expected a mdmrl Task")
+    require(not options, f"task {given!r:.80} takes no options, got {', '.join(options)}")
+    if data is not None:
+        rows = load_rows(data)
+        task = replace(task, splits={"rl": rows, "test": rows})
+    return task

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +13,10 @@ from mdmrl.config import InputError, require, unknown
 if TYPE_CHECKING:
     from mdmrl.sampling.hierarchy import Unit
 
-Reward = Callable[..., list[float | None]]
+Reward = Callable[..., Sequence[float | None]]
+Rows = Sequence[dict]
+
+MASKED = -1  # stands for a leftover [MASK] in the token ids that `Task.watch` gets
 
 
 @dataclass(frozen=True)
@@ -21,27 +24,33 @@ class Task:
     """Prompts and how their completions are judged.
 
     Attributes:
-        splits: name of a split -> function giving its rows; a row holds `prompt` (a string or a
-            message list) and the reference columns that rewards and metric read.
+        splits: rows by name of a split, or a function giving them: `rl` is trained on,
+            `validation` watched meanwhile, `test` evaluated; only those that are asked for are
+            needed. A row holds `prompt` (a string or a message list) and the reference columns
+            that rewards and metric read.
         rewards: summed in training, logged apart.
-        metric: `metric(completion, row) -> bool`, the true metric; never part of the reward.
+        metric: `metric(completion, row) -> bool`, the true metric, None where a row cannot be
+            judged; never part of the reward.
         stream: `stream(seed, start)`, the endless supply for pre-training, or None.
         units: what the hierarchy writes a completion in, none where it is written whole.
+        watch: `watch(texts, token_ids)`, what else to log of completions, a number by name.
     """
 
     name: str
-    splits: dict[str, Callable[[], list[dict]]]
-    rewards: Sequence[Reward]
-    metric: Callable[[str, dict], bool]
+    splits: Mapping[str, Rows | Callable[[], Rows]]
+    rewards: Sequence[Reward] = ()
+    metric: Callable[[str, dict], bool | None] | None = None
     stream: Callable | None = None
     units: Sequence[Unit] = ()
+    watch: Callable[[list[str], list[list[int]]], Mapping[str, float]] | None = None
 
     def rows(self, split: str, limit: int | None = None, system: str | None = None) -> list[dict]:
         """Rows of a split, the first `limit`; `system` puts a system message before each prompt,
         for a model that was not pre-trained on the task's format."""
         if split not in self.splits:
             raise unknown(f"split of {self.name}", split, self.splits)
-        rows = self.splits[split]()[:limit]
+        found = self.splits[split]
+        rows = list(found() if callable(found) else found)[:limit]
         require(len(rows) > 0, f"split {split!r} of {self.name} is empty")
         if system is None:
             return rows
@@ -53,52 +62,55 @@ def with_system(system: str, prompt: str) -> list[dict]:
     return [{"role": "system", "content": system}, {"role": "user", "content": prompt}]
 
 
-def _is_message(value) -> bool:
-    return isinstance(value, dict) and all(
-        isinstance(value.get(field), str) for field in ("role", "content")
-    )
-
-
 def load_rows(path: str | Path, required: Sequence[str] = ("prompt",)) -> list[dict]:
     """Read a JSONL file (or a JSON list) of rows.
 
     Raises:
-        ValueError: naming file:line, for a line that is no JSON object, is not UTF-8, or lacks a
+        InputError: naming file:line, for a line that is no JSON object, is not UTF-8, or lacks a
             `required` field (present, a non-empty string or message list).
     """
     path = Path(path)
+    require(path.is_file(), f"{path}: there is no such file of rows")
+    raw = path.read_bytes()
     try:
-        text = path.read_bytes().decode("utf-8")
+        text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        line = path.read_bytes()[: error.start].count(b"\n") + 1
+        line = raw[: error.start].count(b"\n") + 1
         raise InputError(f"{path}:{line}: not UTF-8 ({error.reason})") from None
-    if path.suffix == ".json":
+
+    def parsed(text: str, first: int = 1):
         try:
-            values = json.loads(text)
+            return json.loads(text)
         except json.JSONDecodeError as error:
-            raise InputError(f"{path}:{error.lineno}: no JSON ({error.msg})") from None
-        require(isinstance(values, list), f"{path}:1: expected a JSON list of rows")
-        numbered = list(enumerate(values, start=1))
+            line = first + error.lineno - 1
+            raise InputError(f"{path}:{line}: no JSON ({error.msg})") from None
+
+    if path.suffix == ".json":
+        rows = parsed(text)
+        require(isinstance(rows, list), f"{path}:1: expected a JSON list of rows")
+        numbered = list(enumerate(rows, 1))
     else:
-        numbered = []
-        for number, line in enumerate(text.split("\n"), start=1):
-            if line.strip():
-                try:
-                    numbered.append((number, json.loads(line)))
-                except json.JSONDecodeError as error:
-                    raise InputError(f"{path}:{number}: no JSON ({error.msg})") from None
+        lines = enumerate(text.split("\n"), 1)
+        numbered = [(number, parsed(line, number)) for number, line in lines if line.strip()]
+    require(len(numbered) > 0, f"{path}: no rows")
     for number, row in numbered:
         require(isinstance(row, dict), f"{path}:{number}: expected an object, got {row!r:.80}")
         for field in required:
+            value = row.get(field)
             require(
-                isinstance(row.get(field), str | list) and len(row[field]) > 0,
+                isinstance(value, str | list) and len(value) > 0,
                 f"{path}:{number}: field {field!r} is missing or empty "
                 f"(fields found: {', '.join(row) or 'none'})",
             )
             require(
-                isinstance(row[field], str) or all(map(_is_message, row[field])),
-                f"{path}:{number}: field {field!r} is {row[field]!r:.80}: expected a string or a "
+                isinstance(value, str) or all(map(_is_message, value)),
+                f"{path}:{number}: field {field!r} is {value!r:.80}: expected a string or a "
                 'list of messages like {"role": "user", "content": "..."}',
             )
-    require(len(numbered) > 0, f"{path}: no rows")
     return [row for _, row in numbered]
+
+
+def _is_message(value) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(value.get(field), str) for field in ("role", "content")
+    )

@@ -15,18 +15,19 @@ import csv
 import hashlib
 import itertools
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from importlib import resources
 from pathlib import Path
 
 from mdmrl.rewards.medical import medical_rewards
-from mdmrl.rewards.text import exact_answer
-from mdmrl.tasks.base import Task, load_rows
+from mdmrl.rewards.text import TAGS, exact_answer, repetition
+from mdmrl.tasks.base import MASKED, Task, load_rows
 
 SPLITS = {"pretrain": 0.70, "rl": 0.15, "validation": 0.05, "test": 0.10}
 FINDINGS_SHOWN = 3
+REPETITIVE = 0.2
 
 SYSTEM_PROMPT = (
     "Answer the medical question. Think in short paragraphs, and respond in this format:\n"
@@ -195,7 +196,7 @@ def load_real(source: str | Path) -> list[dict]:
     """Rows of the real data set from a JSON/JSONL file, or from the hub through `datasets`.
 
     `Answer` is optional there (the thesis's copy has it, the published one has not); without it
-    the true metric counts no answer as right.
+    a row has no true metric.
     """
     if Path(source).suffix in (".json", ".jsonl"):
         found = load_rows(source, required=("Question", "Complex_CoT", "Response"))
@@ -204,6 +205,21 @@ def load_real(source: str | Path) -> list[dict]:
 
         found = list(datasets.load_dataset(str(source), "en", split="train"))
     return [{"prompt": row["Question"], **row, "Answer": row.get("Answer") or ""} for row in found]
+
+
+def metric(completion: str, row: dict) -> bool | None:
+    """Whether the answer is right; None without a reference."""
+    return exact_answer(completion, row["Answer"]) if row["Answer"] else None
+
+
+def watch(texts: Sequence[str], token_ids: Sequence[Sequence[int]]) -> dict[str, float]:
+    """The symptoms of appendix C: `format_rate`, the share of texts with all four tags, and
+    `failure_rate`, of those that lack one, keep a [MASK], or repeat more than `REPETITIVE` of
+    their 4-grams."""
+    tagged = [all(tag in text for tag in TAGS) for text in texts]
+    broken = [MASKED in ids or repetition(ids) > REPETITIVE for ids in token_ids]
+    fails = [bad or not good for good, bad in zip(tagged, broken, strict=True)]
+    return {"format_rate": sum(tagged) / len(texts), "failure_rate": sum(fails) / len(texts)}
 
 
 def task(data: str | Path | None = None, **reward_options) -> Task:
@@ -218,6 +234,7 @@ def task(data: str | Path | None = None, **reward_options) -> Task:
         name="medcot",
         splits=splits,
         rewards=medical_rewards(**reward_options),
-        metric=lambda completion, row: exact_answer(completion, row["Answer"]),
+        metric=metric,
         stream=stream if data is None else None,
+        watch=watch,
     )

@@ -1,61 +1,126 @@
-"""Settings of fine-tuning."""
+"""What every training run is asked for, and what supervised fine-tuning adds."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import ClassVar
 
-from mdmrl.config import Config, require
+from mdmrl.config import Config, require, unknown
+from mdmrl.policies import Policy
 from mdmrl.sampling import SamplerConfig
+
+FLAT = {"max_new_tokens": "max_completion_length", "temperature": "temperature"}
+NESTED = [field.name for field in fields(SamplerConfig) if field.name not in FLAT]
 
 
 @dataclass
-class SFTConfig(Config):
-    """Settings of a run; the names are TRL's and transformers' where they have one.
+class TrainingConfig(Config):
+    """Settings that all training runs have; the names are TRL's and transformers' where they have
+    one.
 
     Attributes:
         output_dir: the run's folder; a run of the same configuration in it is resumed.
-        per_device_train_batch_size: rows of one forward; times `gradient_accumulation_steps` and
-            the number of processes it is the batch of an update.
-        learning_rate: reached after `warmup_steps`; from there it falls linearly towards 0.
+        per_device_train_batch_size: completions of one forward; times `gradient_accumulation_steps`
+            and the number of processes it is the batch of an update.
         max_completion_length: most tokens of a completion, and the canvas of a diffusion model.
-        steps: the sampler's, where held-out prompts are completed; see `SamplerConfig`.
-        eval_steps: every so many updates (and at the end) look at the held-out rows.
+        sampler: any other settings of `SamplerConfig`, by name, as in {"steps": 16}.
+        eval_steps: every so many updates (and at the end) complete the held-out prompts greedily.
+        save_steps: every so many updates (and at the end) write a checkpoint.
+    """
+
+    MOVED: ClassVar[Mapping[str, str]] = {
+        name: f"the sampler's settings stand together: write sampler={{{name!r}: ...}}"
+        for name in NESTED
+    }
+
+    output_dir: str = "runs/training"
+    max_steps: int = 60
+    per_device_train_batch_size: int = 12
+    gradient_accumulation_steps: int = 1
+    learning_rate: float = 1e-4
+    max_grad_norm: float = 1.0
+    max_completion_length: int = 128
+    sampler: dict = field(default_factory=dict)
+    eval_steps: int = 10
+    save_steps: int = 20
+    seed: int = 0
+
+    COUNTS: ClassVar[tuple[str, ...]] = (
+        "max_steps",
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "max_completion_length",
+        "eval_steps",
+        "save_steps",
+    )
+    POSITIVE: ClassVar[tuple[str, ...]] = ("learning_rate", "max_grad_norm")
+    OWN_SAMPLER: ClassVar[Mapping] = {}  # what a family may set, where `sampler` says nothing
+
+    def __post_init__(self) -> None:
+        if isinstance(self.sampler, SamplerConfig):
+            self.sampler = self.sampler.changed()
+        super().__post_init__()
+
+    def validate(self) -> None:
+        for name in self.COUNTS:
+            require(getattr(self, name) >= 1, f"{name}={getattr(self, name)}: expected at least 1")
+        for name in self.POSITIVE:
+            value = getattr(self, name)
+            require(0 < value < math.inf, f"{name}={value}: expected a positive number")
+        for name, value in self.sampler.items():
+            require(
+                name not in FLAT,
+                f"sampler={{{name!r}: {value!r}}}: set {FLAT.get(name)}, which stands beside it",
+            )
+            if name not in NESTED:
+                raise unknown("setting of the sampler", name, NESTED)
+        # Coerced, and checked with the number of tokens.
+        length, known = self.max_completion_length, {**self.OWN_SAMPLER, **self.sampler}
+        asked = SamplerConfig(max_new_tokens=length, **known)
+        self.sampler = {name: getattr(asked, name) for name in self.sampler}
+
+    @property
+    def batch(self) -> int:
+        """Completions of an update on each process."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
+    def sampler_for(self, policy: Policy, greedy: bool = False) -> SamplerConfig:
+        """What completes the prompts of `policy`; `greedy` takes the most probable tokens and the
+        surest positions."""
+        return SamplerConfig(max_new_tokens=self.max_completion_length, **self.sampler)
+
+    def settings_for(self, policy: Policy) -> dict:
+        """Every setting as it holds for `policy`, the sampler's among them, the folder left out."""
+        resolved = {k: v for k, v in self.to_dict().items() if k != "output_dir"}
+        return resolved | {"sampler": self.sampler_for(policy).to_dict()}
+
+
+@dataclass
+class SFTConfig(TrainingConfig):
+    """Settings of supervised fine-tuning; `TrainingConfig` has those that all runs share.
+
+    Attributes:
+        learning_rate: reached after `warmup_steps`; from there it falls linearly towards 0.
     """
 
     output_dir: str = "runs/sft"
     max_steps: int = 100
     per_device_train_batch_size: int = 8
-    gradient_accumulation_steps: int = 1
-    learning_rate: float = 1e-4
     warmup_steps: int = 0
     weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    max_completion_length: int = 128
-    steps: int | None = None
     eval_steps: int = 20
     save_steps: int = 50
-    seed: int = 0
 
     def validate(self) -> None:
-        for name in (
-            "max_steps",
-            "per_device_train_batch_size",
-            "gradient_accumulation_steps",
-            "eval_steps",
-            "save_steps",
-        ):
-            require(getattr(self, name) >= 1, f"{name}={getattr(self, name)}: expected at least 1")
-        for name in ("learning_rate", "max_grad_norm"):
-            value = getattr(self, name)
-            require(0 < value < math.inf, f"{name}={value}: expected a positive number")
+        super().validate()
         decay, warmup = self.weight_decay, self.warmup_steps
         require(0 <= decay < math.inf, f"weight_decay={decay}: expected 0 or more")
         require(
             0 <= warmup < self.max_steps,
             f"warmup_steps={warmup}: expected 0 or more, fewer than max_steps={self.max_steps}",
         )
-        self.sampler()
 
     def learning_rate_at(self, step: int) -> float:
         """Linear warm-up, then linear decay: `learning_rate / (max_steps - warmup_steps)` is the
@@ -63,6 +128,3 @@ class SFTConfig(Config):
         rise = (step + 1) / max(1, self.warmup_steps)
         fall = (self.max_steps - step) / (self.max_steps - self.warmup_steps)
         return self.learning_rate * min(1.0, rise, fall)
-
-    def sampler(self) -> SamplerConfig:
-        return SamplerConfig(max_new_tokens=self.max_completion_length, steps=self.steps)

@@ -1,4 +1,4 @@
-"""Which rows an update learns from."""
+"""Which rows a run and its updates learn from."""
 
 from __future__ import annotations
 
@@ -6,10 +6,28 @@ from collections.abc import Sequence
 
 import torch
 
+from mdmrl.config import require
+from mdmrl.policies import Policy
+from mdmrl.rewards import complete_rows
 from mdmrl.runs import generator_for
 
 
-def draw_rows(
+def checked_rows(
+    policy: Policy, rows: Sequence[dict], eval_rows: Sequence[dict], max_completion_length: int
+) -> tuple[Sequence[dict], Sequence[dict]]:
+    """Training and held-out rows, each with all columns of both.
+
+    Raises:
+        InputError: no training rows, columns that rewards cannot have, or a prompt that leaves no
+            room for `max_completion_length` tokens.
+    """
+    require(len(rows) > 0, "no training rows given: expected at least one")
+    complete = complete_rows([*rows, *eval_rows])
+    policy.encode([row["prompt"] for row in complete], max_completion_length)
+    return complete[: len(rows)], complete[len(rows) :]
+
+
+def rows_of_step(
     rows: Sequence[dict], count: int, step: int, rank: int, processes: int, seed: int
 ) -> list[dict]:
     """This process's `count` rows of a step, from an endless reading of `rows`, shuffled anew each

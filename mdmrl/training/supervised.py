@@ -22,9 +22,11 @@ import torch.nn.functional as F
 
 from mdmrl.config import require
 from mdmrl.diffusion import linear_elbo_loss, mask_tokens, sample_times
-from mdmrl.policies.base import BlockDiffusionPolicy, Policy, as_messages
+from mdmrl.policies import BlockDiffusionPolicy, Policy, as_messages
+from mdmrl.policies.patterns import hidden_beside
 
 Pair = tuple[list[int], list[int]]
+Loss = tuple[torch.Tensor, int]
 
 
 @dataclass
@@ -88,14 +90,14 @@ def encode_pairs(policy: Policy, rows: Sequence[dict], max_completion_length: in
             f"{name}: {size} tokens with the end token, expected at most "
             f"max_completion_length={max_completion_length}: raise it or shorten the text",
         )
-        room = size if policy.kind == "ar" else max_completion_length
+        room = max_completion_length if policy.denoises else size
         require(
             len(prompt) + room <= policy.context_length,
             f"{name}: a prompt of {len(prompt)} tokens and {room} more exceed the context of "
             f"{policy.context_length}: shorten the texts or lower max_completion_length",
         )
         require(
-            policy.kind == "ar" or policy.mask_token_id not in completion,
+            not policy.denoises or policy.mask_token_id not in completion,
             f"{name} holds the mask token {policy.tokenizer.mask_token}, which stands for what is "
             "not known yet and cannot be learnt: take it out",
         )
@@ -148,30 +150,34 @@ def collate(pairs: Sequence[Pair], canvas: int, end: int) -> Batch:
     )
 
 
-def loss_of(policy: Policy, batch: Batch, learn_prompt: bool, generator) -> torch.Tensor:
-    """The family's loss on one batch, in nats per token."""
-    if policy.kind == "ar":
-        width = int((~batch.completion[0]).sum()) + int(batch.written.sum(1).max())
-        targets = batch.written | batch.prompt if learn_prompt else batch.written
-        targets = targets[:, :width].clone()
-        targets[:, 0] = False
-        ids, attention = batch.input_ids[:, :width], batch.attention_mask[:, :width]
-        hidden = policy.forward(ids, attention)[targets]
-        return F.cross_entropy(policy.head(hidden), ids[targets])
-    if policy.kind == "bd":
-        return block_loss(policy, batch, learn_prompt, generator)
+# The families' losses, each f(policy, batch, learn_prompt, generator) -> the loss summed over the
+# positions that are learnt, in nats, and their number.
+
+
+def next_token_loss(policy: Policy, batch: Batch, learn_prompt: bool, generator) -> Loss:
+    """The cross-entropy of the tokens of completions and their ends, each given those before it."""
+    width = int((~batch.completion[0]).sum()) + int(batch.written.sum(1).max())
+    targets = batch.written | batch.prompt if learn_prompt else batch.written
+    targets = targets[:, :width].clone()
+    targets[:, 0] = False
+    ids, attention = batch.input_ids[:, :width], batch.attention_mask[:, :width]
+    logits = policy.head(policy.forward(ids, attention)[targets])
+    return F.cross_entropy(logits, ids[targets], reduction="sum"), len(logits)
+
+
+def masked_loss(policy: Policy, batch: Batch, learn_prompt: bool, generator) -> Loss:
+    """The linear-schedule ELBO over the whole canvas."""
     maskable = batch.completion | batch.prompt if learn_prompt else batch.completion
     t, weight = sample_times(len(maskable), generator)
     xt, masked = mask_tokens(batch.input_ids, t, maskable, policy.mask_token_id, generator)
     logits = policy.head(policy.forward(xt, batch.attention_mask)[masked])
     nll = F.cross_entropy(logits, batch.input_ids[masked], reduction="none")
-    return linear_elbo_loss(nll, masked, weight, maskable)
+    count = int(maskable.sum())
+    return linear_elbo_loss(nll, masked, weight, maskable) * count, count
 
 
-def block_loss(
-    policy: BlockDiffusionPolicy, batch: Batch, learn_prompt: bool, generator
-) -> torch.Tensor:
-    """The block loss L_BD of a batch, all blocks in one pass: the clean canvas, (B, W), and beside
+def block_loss(policy: BlockDiffusionPolicy, batch: Batch, learn_prompt: bool, generator) -> Loss:
+    """The block loss L_BD, all blocks in one pass: the clean canvas, (B, W), and beside
     it a noised copy of what is learnt, (B, N), whose blocks see themselves and the clean ones
     before them."""
     width = int((~batch.completion[0]).sum())
@@ -182,18 +188,9 @@ def block_loss(
     t, weight = sample_times(len(x0) * int(block[-1] + 1), generator)
     t, weight = (v.view(len(x0), -1)[:, block] for v in (t, weight))  # (B, N)
     xt, masked = mask_tokens(x0, t, maskable, policy.mask_token_id, generator)
-
-    clean = pattern[:, None] >= pattern
-    before = pattern[learnt, None] > pattern
-    itself = block[:, None] == block
-    blind = torch.zeros(len(pattern), len(block), dtype=torch.bool, device=block.device)
-    sees = torch.cat([torch.cat([clean, blind], 1), torch.cat([before, itself], 1)])
-    real = torch.cat([batch.attention_mask, batch.attention_mask[:, learnt]], 1)
-    positions = (batch.attention_mask.long().cumsum(1) - 1).clamp(min=0)
-    hidden = policy.hidden_states(
-        torch.cat([batch.input_ids, xt], 1),
-        sees & real[:, None, None],
-        position_ids=torch.cat([positions, positions[:, learnt]], 1),
-    )[:, len(pattern) :]
+    columns = torch.arange(len(pattern), device=pattern.device)[learnt]
+    canvas = batch.input_ids, batch.attention_mask
+    _, hidden = hidden_beside(policy, *canvas, pattern, xt, columns)
     nll = F.cross_entropy(policy.head(hidden[masked]), x0[masked], reduction="none")
-    return linear_elbo_loss(nll, masked, weight, maskable)
+    count = int(maskable.sum())
+    return linear_elbo_loss(nll, masked, weight, maskable) * count, count

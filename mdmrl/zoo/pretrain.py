@@ -26,18 +26,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from mdmrl.config import Config, require, unknown
+from mdmrl.config import Config, require, resolve, unknown
 from mdmrl.policies import (
     AutoregressivePolicy,
     BlockDiffusionPolicy,
     MaskedDiffusionPolicy,
     Policy,
     load_policy,
+    load_tokenizer,
 )
-from mdmrl.policies.load import load_tokenizer
-from mdmrl.runs import Run, environment, generator_for, read_rows, write_atomically
+from mdmrl.provenance import environment
+from mdmrl.runs import Run, generator_for, read_rows, write_atomically
 from mdmrl.tasks import load_task
-from mdmrl.training.supervised import Batch, collate, loss_of
+from mdmrl.training.supervised import Batch, collate
 from mdmrl.zoo import tokenizer_corpus
 from mdmrl.zoo.tokenizer_training import train_tokenizer
 
@@ -114,7 +115,7 @@ def make_policy(config: PretrainConfig, tokenizer) -> Policy:
     architecture.is_causal = config.family == "ar"
     if config.family == "bd":
         architecture.block_length = config.block_length
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([]):
         torch.manual_seed(config.seed)
         model = Qwen2ForCausalLM(architecture)
     if config.start:
@@ -196,7 +197,8 @@ def pretrain(config: PretrainConfig, tokenizer, stream, folder: str | Path) -> P
         for optim, rate in zip(optims, base_rates, strict=True):
             optim.param_groups[0]["lr"] = rate * learning_rate_factor(seen / config.tokens, config)
         with torch.autocast("cpu", torch.bfloat16, enabled=config.bf16):
-            loss = loss_of(policy, batch, learn_prompt, draw)
+            total, count = resolve(policy.loss)(policy, batch, learn_prompt, draw)
+            loss = total / count
         loss.backward()
         torch.nn.utils.clip_grad_norm_(policy.model.parameters(), config.max_grad_norm)
         for optim in optims:
@@ -220,7 +222,7 @@ def pretrain(config: PretrainConfig, tokenizer, stream, folder: str | Path) -> P
             run.save_checkpoint(step, write)
     policy.model.eval().to(torch.bfloat16)
     policy.save_pretrained(run.folder / "model")
-    return load_policy(run.folder / "model")
+    return load_policy(run.folder / "model", device="cpu")
 
 
 def pretrain_by_name(
@@ -251,7 +253,7 @@ def pretrain_by_name(
         "parameters": policy.model.num_parameters(),
         "data_sha256_of_first_documents": hashlib.sha256(documents.encode()).hexdigest(),
         "documents_hashed": HASHED_DOCUMENTS,
-        **environment(),
+        **environment(policy.device),
     }
     write_atomically(model / "recipe.json", json.dumps(recipe, indent=1) + "\n")
     write_atomically(model / "README.md", model_card(name, recipe, log))

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from mdmrl.config import Config, require, unknown
-from mdmrl.policies.base import MaskedDiffusionPolicy, Prompt
+from mdmrl.policies import MaskedDiffusionPolicy, Prompt
 from mdmrl.sampling.config import SamplerConfig
 from mdmrl.sampling.denoise import evenly
-from mdmrl.sampling.generate import in_blocks_of
 
 FORMS = ("faithful", "two_gates")
 
@@ -25,7 +24,7 @@ class GuideConfig(Config):
     Attributes:
         budget: the most that one completion may cost, with all that was rejected, in plain
             completions of its own prompt: positions pushed through the network, without the
-            padding of its batch.
+            padding of its batch. Without thresholds nothing is rejected.
         form: `"faithful"` or `"two_gates"`, see `mdmrl.sampling.guided`.
         checks: after which shares of a block's steps V looks at it; None: before every step, which
             leaves no room for thresholds.
@@ -33,7 +32,7 @@ class GuideConfig(Config):
             0: there is none.
         patience: failures of one block before it goes back (two gates).
         low, high: the thresholds as quantiles of V over base rollouts: the edges of the middle band
-            (faithful), tau_y and tau_x (two gates).
+            (faithful), tau_y, which a description must reach, and tau_x (two gates).
     """
 
     budget: float | None = None
@@ -65,6 +64,13 @@ class GuideConfig(Config):
             self.form == "two_gates" or self.low <= self.high,
             f"low={self.low}, high={self.high}: expected low <= high, the edges of a band",
         )
+        ignored = "patience" if self.form == "faithful" else not self.description_length and "low"
+        given = self.changed()
+        require(
+            ignored not in given,
+            f"{ignored}={given.get(ignored)} would be ignored with form={self.form!r}, "
+            f"description_length={self.description_length}; leave it out",
+        )
 
 
 @dataclass
@@ -72,8 +78,8 @@ class Thresholds:
     """What V must reach, by block and point: before the first step, at each of the checks, and
     before the last step; -inf where nothing is asked.
 
-    low, high: (blocks, 2 + checks). prompts: those that the thresholds were calibrated on, which
-    they must not judge.
+    low, high: (blocks, 2 + checks), float64 on the processor. prompts: those that the thresholds
+    were calibrated on, which they must not judge.
     """
 
     low: Tensor
@@ -108,7 +114,7 @@ class Thresholds:
 def _quantile(values: Tensor, block: int, point: int, share: float) -> float:
     """One of the values at a point, so that a constant V reaches its own threshold."""
     seen = values[:, block, point]
-    seen = seen[~seen.isnan()].double()
+    seen = seen[~seen.isnan()].cpu().double()
     require(
         len(seen) > 0,
         f"no base rollout reached block {block}, so nothing is known of V there: give more "
@@ -155,12 +161,11 @@ def checked(
 ) -> SamplerConfig:
     """`config` with the policy's blocks, if all that was asked for can be had together."""
     require(
-        policy.kind in ("mdm", "bd"),
+        policy.denoises,
         f"a policy of kind {policy.kind!r} has no denoising steps to look at: expected a masked or "
         "block diffusion policy",
     )
-    if policy.kind == "bd":
-        config = in_blocks_of(policy, config)
+    config = config.in_blocks_of(policy.block_length)
     for name in ("threshold", "entropy_bound", "revise", "cfg_scale", "cache"):
         given = getattr(config, name)
         require(

@@ -1,0 +1,104 @@
+"""The network side of a policy: from token ids to hidden states to logits."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from torch import Tensor
+from transformers.utils import logging
+
+from mdmrl.policies.patterns import positions_of
+
+
+@contextlib.contextmanager
+def no_progress_bars():
+    """Load or save without transformers' progress bars: they end up in logs and notebooks."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+class Network:
+    """Runs `self.model`, a causal-LM of transformers that peft may have wrapped."""
+
+    logit_shift: bool
+    positions_computed: int
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def context_length(self) -> int:
+        return self.model.config.max_position_embeddings
+
+    @property
+    def _transformer(self):
+        """The transformers causal-LM inside any peft wrapper; LoRA layers sit inside it."""
+        get_base = getattr(self.model, "get_base_model", None)
+        return get_base() if get_base else self.model
+
+    def hidden_states(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        cache=None,
+        position_ids: Tensor | None = None,
+    ) -> Tensor:
+        """Last hidden states as the network lays them out, (B, L, H); see `forward`.
+
+        With a `cache`, `input_ids` are the new tokens and `attention_mask` covers all of them. A
+        4-D mask, (B, 1, L, K) bool, says what each position sees; it needs `position_ids`.
+        """
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        if attention_mask.ndim == 2:
+            attention_mask = attention_mask.long()
+            position_ids = positions_of(attention_mask)[:, -input_ids.shape[1] :]
+        self.positions_computed += input_ids.numel()
+        return self._transformer.base_model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cache=cache,
+            use_cache=cache is not None,
+        ).last_hidden_state
+
+    def pattern(self, width: int, length: int) -> Tensor | None:
+        """Which block each column of a canvas belongs to, where the family has blocks, else None.
+
+        Args:
+            width: columns of the prompt, P; length: of the completion, L.
+        """
+        return None
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, pattern: Tensor | None = None
+    ) -> Tensor:
+        """Hidden states in canvas positions, (B, L, H): `head(hidden[:, i])` predicts token i.
+
+        `pattern`, from the method of that name, is for families with blocks.
+
+        Where the family shifts (autoregressive ones), nothing predicts position 0 and its row
+        repeats its own hidden state; no sampler or estimator reads it.
+        """
+        hidden = self.hidden_states(input_ids, attention_mask)
+        return torch.cat([hidden[:, :1], hidden[:, :-1]], 1) if self.logit_shift else hidden
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Float32 logits (..., V) of hidden states (..., H); give it only the rows needed."""
+        return self._transformer.get_output_embeddings()(hidden.float())
+
+    def logits(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, pattern: Tensor | None = None
+    ) -> Tensor:
+        """Float32 logits in canvas positions, (B, L, V)."""
+        return self.head(self.forward(input_ids, attention_mask, pattern))
+
+    def trainable_parameters(self) -> dict[str, Tensor]:
+        return {n: p for n, p in self.model.named_parameters() if p.requires_grad}

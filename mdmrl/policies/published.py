@@ -1,0 +1,241 @@
+"""Published diffusion checkpoints whose own code is a renamed Qwen2, Qwen3 or Llama.
+
+Each is read into the native class of transformers with bidirectional attention; the code that it
+ships is never run. `PUBLISHED` is the one place that knows how they differ: field and weight names,
+whether logits are shifted, which token ends a turn. Saved again, such a checkpoint is an ordinary
+native one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LlamaForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2ForCausalLM,
+    Qwen2Tokenizer,
+    Qwen3ForCausalLM,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
+
+from mdmrl.config import InputError, require
+from mdmrl.policies.network import no_progress_bars
+
+
+@contextlib.contextmanager
+def loading(what: str):
+    """What transformers and peft say of files that they cannot read, in one line. They raise errors
+    of many classes, `Exception` itself among them."""
+    try:
+        with no_progress_bars():
+            yield
+    except InputError:
+        raise
+    except Exception as error:
+        said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+        raise InputError(f"{what} cannot be loaded: {type(error).__name__}: {said}") from error
+
+
+def _same_names(fields: dict) -> dict:
+    """Fields of a config.json that has the native names.
+
+    The sliding window is left out: the families' own code masks nothing but padding.
+    """
+    other = ("architectures", "auto_map", "layer_types", "model_type", "use_sliding_window")
+    return {name: value for name, value in fields.items() if name not in other}
+
+
+# What makes LLaDA's configurable block a Llama's. Its other switches (biases, fused projections,
+# norms of queries and keys) add or rename weights, which the loading of the weights refuses.
+LLADA_AS_LLAMA = {
+    "activation_type": "silu",
+    "alibi": False,
+    "input_emb_norm": False,
+    "layer_norm_type": "rms",
+    "rope": True,
+    "scale_logits": False,
+}
+
+
+def _llada_names(fields: dict) -> dict:
+    """LLaDA's fields under Llama's names."""
+    for name, expected in LLADA_AS_LLAMA.items():
+        require(
+            fields.get(name) == expected,
+            f"LLaDA with {name}={fields.get(name)!r}: expected {expected!r}, as in a Llama",
+        )
+    return {
+        # The rows of the embedding; LLaDA's vocab_size may count only those in use.
+        "vocab_size": fields["embedding_size"] or fields["vocab_size"],
+        "hidden_size": fields["d_model"],
+        "intermediate_size": fields["mlp_hidden_size"] or fields["mlp_ratio"] * fields["d_model"],
+        "num_hidden_layers": fields["n_layers"],
+        "num_attention_heads": fields["n_heads"],
+        "num_key_value_heads": fields["n_kv_heads"] or fields["n_heads"],
+        "max_position_embeddings": fields["max_sequence_length"],
+        "rms_norm_eps": fields["rms_norm_eps"],
+        "rope_theta": fields["rope_theta"],
+        "tie_word_embeddings": fields["weight_tying"],
+        "mask_token_id": fields["mask_token_id"],
+        "eos_token_id": fields["eos_token_id"],
+        "pad_token_id": fields["pad_token_id"],
+        "bos_token_id": None,
+    }
+
+
+# Applied one after another, so the head, also called ff_out, comes before the blocks' ff_out.
+LLADA_WEIGHTS = {
+    r"^model\.transformer\.wte": "model.embed_tokens",
+    r"^model\.transformer\.ln_f": "model.norm",
+    r"^model\.transformer\.ff_out": "lm_head",
+    r"^model\.transformer\.blocks": "model.layers",
+    r"\.attn_norm": ".input_layernorm",
+    r"\.q_proj": ".self_attn.q_proj",
+    r"\.k_proj": ".self_attn.k_proj",
+    r"\.v_proj": ".self_attn.v_proj",
+    r"\.attn_out": ".self_attn.o_proj",
+    r"\.ff_norm": ".post_attention_layernorm",
+    r"\.ff_proj": ".mlp.gate_proj",
+    r"\.up_proj": ".mlp.up_proj",
+    r"\.ff_out": ".mlp.down_proj",
+}
+
+
+@dataclass(frozen=True)
+class Published:
+    """How checkpoints of one `model_type` become native ones.
+
+    Attributes:
+        model: the native class.
+        architecture: what the family's own code calls it. A `model_type` is not enough: there are
+            mixtures of experts called llada and block diffusion models called Dream.
+        turn_end: the token that ends a turn, beside the tokenizer's end-of-sequence token.
+        logit_shift: whether position i is predicted by the hidden state of position i-1.
+        fields: turns the fields of config.json into native ones.
+        weights: regular expressions of weight names, and what to put in their place.
+    """
+
+    model: type[PreTrainedModel]
+    architecture: str
+    turn_end: str
+    logit_shift: bool = False
+    fields: Callable[[dict], dict] = _same_names
+    weights: Mapping[str, str] = field(default_factory=dict)
+
+    def config(self, fields: dict) -> PreTrainedConfig:
+        """The native configuration of a checkpoint with these fields in its config.json."""
+        architectures = fields.get("architectures") or [self.architecture]
+        require(
+            architectures == [self.architecture],
+            f"{fields['model_type']} checkpoint with architectures {architectures}: "
+            f"expected [{self.architecture!r}], others compute something else",
+        )
+        config = self.model.config_class(**self.fields(fields))
+        config.is_causal = False
+        config.logit_shift = self.logit_shift
+        return config
+
+
+# By `model_type`. Sources: the checkpoints' own modelling code (GSAI-ML/LLaDA-8B-Instruct,
+# Dream-org/Dream-v0-Instruct-7B), ML-GSAI/LLaDA, DreamLM/Dream; for a2d, adapted from causal models
+# without a shift, ZHZisZZ/dllm (ca176752). Its block diffusion models bear the same names and
+# cannot be told apart.
+PUBLISHED = {
+    "llada": Published(
+        LlamaForCausalLM,
+        "LLaDAModelLM",
+        "<|eot_id|>",
+        fields=_llada_names,
+        weights=LLADA_WEIGHTS,
+    ),
+    "Dream": Published(Qwen2ForCausalLM, "DreamModel", "<|im_end|>", logit_shift=True),
+    "a2d-qwen2": Published(Qwen2ForCausalLM, "A2DQwen2LMHeadModel", "<|im_end|>"),
+    "a2d-qwen3": Published(Qwen3ForCausalLM, "A2DQwen3LMHeadModel", "<|im_end|>"),
+    "a2d-llama": Published(LlamaForCausalLM, "A2DLlamaLMHeadModel", "<|eot_id|>"),
+}
+
+# Tokenizer classes to load as they are: one that is remote code, by the native class with the same
+# rules, and Qwen's, which AutoTokenizer finds only after warnings about an unknown model_type.
+TOKENIZERS = {"DreamTokenizer": Qwen2Tokenizer, "Qwen2Tokenizer": Qwen2Tokenizer}
+
+
+def read_fields(source: str) -> dict:
+    """The fields of a folder's or hub name's config.json.
+
+    Raises:
+        InputError: no such file, or a `model_type` that no native class here computes.
+    """
+    fields, _ = PreTrainedConfig.get_config_dict(source)
+    model_type = fields.get("model_type")
+    encodes = model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES or fields.get("is_encoder_decoder")
+    native = model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not encodes
+    require(
+        native or model_type in PUBLISHED,
+        f"{source} is of model_type {model_type!r}: expected a decoder that transformers has or "
+        f"one of {', '.join(PUBLISHED)}; a checkpoint's own code is never run",
+    )
+    return fields
+
+
+def load_model(source: str, fields: dict, tokenizer, dtype: torch.dtype) -> PreTrainedModel:
+    """The model of a folder or hub name in a native class, every weight read from the checkpoint.
+
+    `config.is_causal`, `config.logit_shift` and `config.mask_token_id` say what kind it is, and
+    `generation_config.eos_token_id` lists the tokens that end a completion.
+
+    Args:
+        fields: from `read_fields`.
+
+    Raises:
+        InputError: a config.json that asks for more than the native class computes, or weights that
+            do not fit it (named).
+    """
+    # Mismatched sizes are let through here to be refused below, with both.
+    options = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    if fields["model_type"] not in PUBLISHED:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            source, trust_remote_code=False, **options
+        )
+        _require_every_weight(source, report)
+        return model
+    family = PUBLISHED[fields["model_type"]]
+    model, report = family.model.from_pretrained(
+        source, config=family.config(fields), key_mapping=dict(family.weights), **options
+    )
+    _require_every_weight(source, report)
+    model._weight_conversions = None  # or save_pretrained would write the old names again
+    # The settings that came along are those of the family's own sampler.
+    ends = model.generation_config.eos_token_id
+    ends = list(ends) if isinstance(ends, list) else [ends]
+    ends = [*ends, tokenizer.get_vocab().get(family.turn_end)]
+    model.generation_config = GenerationConfig(
+        eos_token_id=[end for end in dict.fromkeys(ends) if end is not None],
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return model
+
+
+def _require_every_weight(source: str, report: Mapping) -> None:
+    """Refuse a model with weights that transformers drew at random or left in the file."""
+    faults = [
+        *(f"{name} is missing" for name in sorted(report["missing_keys"])),
+        *(f"{name} is not part of the model" for name in sorted(report["unexpected_keys"])),
+        *(
+            f"{name} is {tuple(saved)} where config.json asks for {tuple(made)}"
+            for name, saved, made in sorted(report["mismatched_keys"])
+        ),
+    ]
+    more = f" and {len(faults) - 4} more" if len(faults) > 4 else ""
+    require(
+        not faults, f"the weights of {source} do not fit its config: {'; '.join(faults[:4])}{more}"
+    )

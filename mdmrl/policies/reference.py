@@ -1,0 +1,116 @@
+"""The reference of a policy: what a KL is measured against."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+
+import torch
+from torch import Tensor
+
+from mdmrl.config import require
+from mdmrl.runs import kept_random_state
+
+
+class Reference:
+    """Holds `self.model` and the reference that belongs to it.
+
+    A frozen copy of the model, made by `sync_reference`; with LoRA a frozen second adapter, and
+    before the first sync the model without its adapter. Another model under the policy (`add_lora`,
+    `merge_lora`) has no reference yet, whatever the one before it had.
+    """
+
+    @property
+    def model(self):
+        return self._model
+
+    @model.setter
+    def model(self, model) -> None:
+        self._model, self._reference = model, None
+        self.name = None
+
+    @property
+    def name(self) -> str | None:
+        """What `load_policy` finds these weights by; None once they have changed."""
+        name, version = self._name
+        return name if version == self._version() else None
+
+    @name.setter
+    def name(self, name: str | None) -> None:
+        self._name = name, self._version()
+
+    def _version(self) -> int:
+        """Goes up with every change in place that torch makes to a weight."""
+        return sum(weight._version for weight in self._model.parameters())
+
+    @property
+    def uses_lora(self) -> bool:
+        return hasattr(self.model, "peft_config")
+
+    def sync_reference(self) -> None:
+        """Copy the policy into the reference."""
+        if not self.uses_lora:
+            self._reference = copy.deepcopy(self.model).requires_grad_(False)
+            return
+        if self._reference is None:
+            with kept_random_state(self.device):
+                self.model.add_adapter("reference", self.model.peft_config["default"])
+            self.model.eval()
+            self._reference = "reference"
+        weights = dict(self.model.named_parameters())
+        with torch.no_grad():
+            for name, weight in weights.items():
+                if ".default." in name:
+                    weights[name.replace(".default.", ".reference.")].copy_(weight)
+        self._activate("default")
+
+    @contextlib.contextmanager
+    def reference(self):
+        """Inside this context the policy is its reference (no gradient)."""
+        require(
+            self.uses_lora or self._reference is not None,
+            "no reference yet: call policy.sync_reference() first",
+        )
+        with torch.no_grad():
+            if not self.uses_lora:
+                policy, self._model = self._model, self._reference
+                try:
+                    yield
+                finally:
+                    self._model = policy
+            elif self._reference is None:
+                with self.model.disable_adapter():
+                    yield
+                self._activate("default")
+            else:
+                self._activate("reference")
+                try:
+                    yield
+                finally:
+                    self._activate("default")
+
+    def _activate(self, adapter: str) -> None:
+        """Switch adapters; peft turns the active one's gradients on, so set them right again."""
+        self.model.base_model.set_adapter(adapter)
+        for name, weight in self.model.named_parameters():
+            weight.requires_grad_("lora_" in name and ".default." in name)
+
+    def reference_state(self) -> dict[str, Tensor]:
+        """Weights of the reference that a checkpoint must keep; empty while it is the base."""
+        if self._reference is None:
+            return {}
+        if self.uses_lora:
+            weights = self.model.named_parameters()
+            return {n: w.detach() for n, w in weights if ".reference." in n}
+        return {n: w.detach() for n, w in self._reference.named_parameters()}
+
+    def load_reference_state(self, state: dict[str, Tensor]) -> None:
+        """Restore what `reference_state` returned."""
+        if not state:
+            return
+        self.sync_reference()
+        model = self.model if self.uses_lora else self._reference
+        weights = dict(model.named_parameters())
+        with torch.no_grad():
+            for name, value in state.items():
+                weights[name].copy_(value)

@@ -1,0 +1,180 @@
+"""The text side of a policy: prompts into token ids, completions into text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from jinja2 import TemplateError
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from mdmrl.config import require
+
+Prompt = str | list[dict]
+BROKEN = "\ufffd"  # what bytes of an unfinished character decode to
+
+
+def as_messages(text: Prompt, role: str) -> list[dict]:
+    """A string as the only message of `role`; a list of messages as it is."""
+    return [{"role": role, "content": text}] if isinstance(text, str) else text
+
+
+def refuse_bare_string(texts: Sequence) -> None:
+    """A string is a sequence too, of one prompt a character."""
+    require(not isinstance(texts, str), f"{texts!r} is one string: expected a list of them")
+
+
+def _written(prompt: Prompt) -> Iterator[str]:
+    """The texts in a prompt that are the user's own, not the chat template's."""
+    for message in as_messages(prompt, "user"):
+        content = message.get("content")
+        for part in content if isinstance(content, list) else [{"text": content}]:
+            if isinstance(part.get("text"), str):
+                yield part["text"]
+
+
+@dataclass
+class Prompts:
+    """Encoded prompts, left-padded: `input_ids` and `attention_mask` are (B, P)."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+
+
+class Text:
+    """Encodes and decodes with `self.tokenizer` and its chat template."""
+
+    @property
+    def end_token_ids(self) -> tuple[int, ...]:
+        """Tokens that end a completion: the tokenizer's, then those of generation_config."""
+        given = self._transformer.generation_config.eos_token_id
+        ends = [self.tokenizer.eos_token_id, *(given if isinstance(given, list) else [given])]
+        return tuple(dict.fromkeys(end for end in ends if end is not None))
+
+    @property
+    def pad_token_id(self) -> int:
+        return self.tokenizer.pad_token_id
+
+    def encode(
+        self,
+        prompts: Sequence[Prompt],
+        max_new_tokens: int = 0,
+        begun: Sequence[str] | None = None,
+    ) -> Prompts:
+        """Encode strings (a user's message) or message lists with the chat template.
+
+        A tokenizer without one belongs to a base model: there a string is plain text to continue,
+        as in TRL's standard format, and a message list is an error, as in transformers. `begun` are
+        texts that the completions begin with; they alone may hold mask tokens.
+
+        Raises:
+            InputError: an empty batch, messages without a chat template, a prompt that spells the
+                mask or an end token, one of no tokens or one that leaves no room for
+                `max_new_tokens`.
+        """
+        refuse_bare_string(prompts)
+        require(len(prompts) > 0, "no prompts given: expected at least one")
+        self._refuse_reserved_tokens(prompts)
+        plain = self.tokenizer.chat_template is None
+        require(
+            not plain or all(isinstance(p, str) for p in prompts),
+            "the tokenizer has no chat template for lists of messages: set "
+            "tokenizer.chat_template, or give strings, which are continued as plain text",
+        )
+        asked = prompts if plain else self.render([as_messages(p, "user") for p in prompts], True)
+        if begun is not None:
+            asked = [prompt + text for prompt, text in zip(asked, begun, strict=True)]
+        return self.encode_texts(asked, max_new_tokens, add_special_tokens=plain)
+
+    def _refuse_reserved_tokens(self, prompts: Sequence[Prompt]) -> None:
+        """Refuse what a user wrote if it would end or mask the text that it stands in. The tokens
+        decide, as a tokenizer may take more than one spelling for them."""
+        reserved = {*self.end_token_ids, self.tokenizer.mask_token_id}
+        for number, prompt in enumerate(prompts):
+            for text in _written(prompt):
+                for token in self.tokenizer(text, add_special_tokens=False).input_ids:
+                    require(
+                        token not in reserved,
+                        f"prompt {number} spells {self.tokenizer.decode([token])}, a token that "
+                        f"ends or masks a text: take it out of {text!r:.200} (`infill` is for "
+                        "texts with gaps)",
+                    )
+
+    def render(
+        self, conversations: Sequence[list[dict]], add_generation_prompt: bool = False
+    ) -> list[str]:
+        """Lists of messages as the chat template writes them."""
+        return self.tokenizer.apply_chat_template(
+            conversations,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            enable_thinking=False,  # Qwen3 answers at once; other templates have no such switch
+        )
+
+    def encode_texts(
+        self, texts: Sequence[str], max_new_tokens: int = 0, add_special_tokens: bool = False
+    ) -> Prompts:
+        """Encode texts as they stand, without a chat template; raises as `encode`, but any token
+        may be spelled.
+
+        With `add_special_tokens` a text gets what the tokenizer puts before it, but no end: it is
+        to be continued.
+        """
+        rows = self.tokenizer(list(texts), add_special_tokens=add_special_tokens).input_ids
+        for row in rows if add_special_tokens else []:
+            while row and row[-1] in self.end_token_ids:
+                row.pop()
+        require(all(rows), "a prompt encodes to no tokens: expected at least one")
+        longest = max(map(len, rows))
+        require(
+            longest + max_new_tokens <= self.context_length,
+            f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the context of "
+            f"{self.context_length}: shorten the prompt or lower max_new_tokens",
+        )
+        ids = [torch.tensor(row) for row in rows]
+        real = [torch.ones_like(row, dtype=torch.bool) for row in ids]
+        return Prompts(
+            pad_sequence(ids, True, self.pad_token_id, "left").to(self.device),
+            pad_sequence(real, True, False, "left").to(self.device),
+        )
+
+    def decode(self, completion_ids: Tensor, completion_mask: Tensor) -> list[str]:
+        """Texts up to the first end token, without the tokens that frame a text (leftover masks
+        too). Tags stay, also where the tokenizer holds them as special tokens."""
+        framing = torch.tensor(sorted(self._framing_token_ids()), device=completion_ids.device)
+        shown = completion_mask & ~torch.isin(completion_ids, framing)
+        rows = [ids[mask] for ids, mask in zip(completion_ids, shown, strict=True)]
+        return self.tokenizer.batch_decode(rows)
+
+    def _framing_token_ids(self) -> set[int]:
+        """Beginning, ends, padding, mask, and the special tokens of the chat format's turns."""
+        named = self.tokenizer
+        ids = {*self.end_token_ids, named.pad_token_id, named.bos_token_id, named.mask_token_id}
+        if named.chat_template is not None:
+            turns = [{"role": role, "content": "x"} for role in ("system", "user", "assistant")]
+            try:
+                (text,) = self.render([turns])
+            except TemplateError:  # some know no system
+                (text,) = self.render([turns[1:]])
+            added = named.added_tokens_decoder
+            turn = named(text, add_special_tokens=False).input_ids
+            ids |= {token for token in turn if token in added and added[token].special}
+        return ids - {None}
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """One string for each token, which together are the text. A character of several tokens
+        stands at the one that completes it, special tokens as they are spelled."""
+        pieces, done = [], 0
+        for stop in range(1, len(ids) + 1):
+            text = self.tokenizer.decode(ids[:stop])
+            whole = text if stop == len(ids) else text.rstrip(BROKEN)
+            pieces.append(whole[done:])
+            done = max(done, len(whole))
+        return pieces
+
+    def completion_mask(self, completion_ids: Tensor) -> Tensor:
+        """True up to and including the first end token, (B, L) bool."""
+        ends = torch.isin(completion_ids, torch.tensor(self.end_token_ids, device=self.device))
+        return ends.cumsum(1) - ends.long() == 0

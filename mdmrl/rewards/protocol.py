@@ -1,0 +1,191 @@
+"""TRL's reward protocol: how rewards are checked, called and summed.
+
+A reward gets by name `prompts`, `completions`, `completion_ids`, every column of the rows, and
+`trainer_state`, `log_metric`, `log_extra`. Nothing it returns is used before it has been checked.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import math
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from types import SimpleNamespace
+from typing import TYPE_CHECKING
+
+from mdmrl.config import InputError, require
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+GIVEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_metric", "log_extra")
+NOT_GIVEN = ("prompt", "completion")  # columns that TRL, too, keeps from rewards
+
+
+class RewardLog:
+    """What rewards report of a batch beside their values.
+
+    Attributes:
+        offered: what rewards get to report with, `log_metric(name, value)` and `log_extra(column,
+            values)`, and `trainer_state`, which has `global_step` and `max_steps`.
+        extras: values by column, one a completion.
+    """
+
+    def __init__(self, global_step: int = 0, max_steps: int = 0):
+        self.extras: dict[str, list] = defaultdict(list)
+        self._metrics: dict[str, list[float]] = defaultdict(list)
+        self.offered = {
+            "trainer_state": SimpleNamespace(global_step=global_step, max_steps=max_steps),
+            "log_metric": lambda name, value: self._metrics[name].append(float(value)),
+            "log_extra": lambda column, values: self.extras[column].extend(values),
+        }
+
+    def metrics(self) -> dict[str, float]:
+        """By name, the mean of the values reported."""
+        return {name: sum(values) / len(values) for name, values in self._metrics.items()}
+
+
+def reward_values(
+    rewards: Sequence[Callable],
+    prompts: Sequence[str | list[dict]],
+    completions: Sequence[str],
+    completion_ids: Sequence[list[int]],
+    rows: Sequence[Mapping],
+    **offered,
+) -> Tensor:
+    """The value of every reward for every completion, (B, number of rewards) float64 on the cpu;
+    NaN where a reward abstains by None.
+
+    Args:
+        completions: texts; rewards get that of a message prompt as a list of one message.
+        rows: whose columns rewards get, all but `prompt` and `completion`.
+        offered: `log.offered` of a `RewardLog`; that of a new one unless given.
+
+    Raises:
+        InputError: a reward returns the wrong number of values, or one that is no finite number;
+            the message names function, index and value.
+    """
+    import torch
+
+    columns = {name: [row.get(name) for row in rows] for name in _columns(rows)}
+    written = [
+        text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+        for prompt, text in zip(prompts, completions, strict=True)
+    ]
+    given = {"prompts": prompts, "completions": written, "completion_ids": completion_ids}
+    values = []
+    for reward in rewards:
+        lists = {name: list(items) for name, items in (given | columns).items()}
+        found = reward(**lists, **(RewardLog().offered | offered))
+        if inspect.iscoroutine(found):  # in a thread, since a notebook's own loop is running
+            with ThreadPoolExecutor(1) as thread:
+                found = thread.submit(asyncio.run, found).result()
+        values.append(_checked(reward_name(reward), found, len(written)))
+    return torch.tensor(values, dtype=torch.float64).T
+
+
+def total_reward(values: Tensor, weights: Sequence[float] | None = None) -> Tensor:
+    """The sum of what does not abstain, (B,); NaN where all rewards do.
+
+    Args:
+        values: (B, number of rewards), from `reward_values`.
+        weights: one a reward, all 1 unless given.
+    """
+    weighted = values if weights is None else values * values.new_tensor(weights)
+    return weighted.nan_to_num(0.0).sum(1).masked_fill(values.isnan().all(1), math.nan)
+
+
+def check_rewards(
+    rewards: Sequence[Callable],
+    weights: Sequence[float] | None = None,
+    rows: Sequence[Mapping] = (),
+) -> list[str]:
+    """The rewards' names, once all that can be checked before the first completion has been.
+
+    Args:
+        rows: where given, each reward must be able to take their columns.
+
+    Raises:
+        InputError: rewards that are no list of functions, share a name, or cannot be called with
+            what they will be given; weights that are not one finite number a reward.
+    """
+    import torch
+
+    listed = isinstance(rewards, list | tuple) and len(rewards) > 0
+    said = reward_name(rewards) if callable(rewards) else f"{rewards!r:.80}"
+    require(listed, f"rewards={said}: expected a list of functions, as in rewards=[short]")
+    for reward in rewards:
+        fit = callable(reward) and not isinstance(reward, type | torch.nn.Module)
+        said = f"reward {reward!s:.80} ({type(reward).__name__})"
+        require(fit, f"{said}: expected a function, or an object that is called like one")
+    names = [reward_name(reward) for reward in rewards]
+    twice = {name for name in names if names.count(name) > 1}
+    require(not twice, f"two rewards share a name: {', '.join(twice)}; set one's __name__")
+    fit = weights is None or (len(weights) == len(names) and all(map(math.isfinite, weights)))
+    require(fit, f"reward_weights={weights}: expected a number for each of {', '.join(names)}")
+    given = (*GIVEN, *_columns(rows))
+    for name, reward in zip(names, rewards if rows else (), strict=False):
+        try:
+            inspect.signature(reward).bind(**dict.fromkeys(given))
+        except ValueError:  # a builtin may have no signature that can be read
+            continue
+        except TypeError as error:
+            raise InputError(
+                f"reward {name!r}: {error}; it is called with {', '.join(given)}, all by name: "
+                "take those it needs, and the others as **columns"
+            ) from None
+    return names
+
+
+def complete_rows(rows: Sequence[Mapping]) -> list[Mapping]:
+    """The rows, each with every column that any has, None where it had none: what a reward gets
+    does not depend on which rows share a batch.
+
+    Raises:
+        InputError: a row without `prompt`, or a column that rewards know as something else.
+    """
+    for index, row in enumerate(rows):
+        if not isinstance(row, Mapping) or "prompt" not in row:
+            raise InputError(f"row {index}, {row!r:.80}: expected a dict with 'prompt'")
+    _columns(rows)
+    every = dict.fromkeys(name for row in rows for name in row)
+    return [row if len(row) == len(every) else {**every, **row} for row in rows]
+
+
+def reward_name(reward: Callable) -> str:
+    """The name a reward is logged under."""
+    while isinstance(reward, partial):
+        reward = reward.func
+    return getattr(reward, "__name__", type(reward).__name__)
+
+
+def _columns(rows: Sequence[Mapping]) -> list[str]:
+    """The columns of the rows that rewards get."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    for name in names:
+        fit = name not in GIVEN
+        require(fit, f"column {name!r}: rewards get something else by this name; rename it")
+    return [name for name in names if name not in NOT_GIVEN]
+
+
+def _checked(name: str, found, count: int) -> list[float]:
+    """What the reward of that name returned, NaN for None."""
+    listed = isinstance(found, Sequence) or getattr(found, "ndim", 0) == 1
+    size = len(found) if listed else type(found).__name__
+    wanted = f"expected a list of {count} values, one a completion"
+    require(size == count, f"reward {name!r} returned {size}: {wanted}")
+    values = []
+    for index, value in enumerate(found):
+        scalar = getattr(value, "ndim", None) == 0  # numpy's and torch's
+        number = math.nan if value is None else value.item() if scalar else value
+        fit = isinstance(number, int | float) and not isinstance(number, bool)
+        if value is not None and not (fit and math.isfinite(number)):
+            raise InputError(
+                f"reward {name!r} returned {value!r} ({type(value).__name__}) for completion "
+                f"{index}: expected a finite number, or None to abstain"
+            )
+        values.append(float(number))
+    return values

@@ -1,0 +1,167 @@
+"""The loop that GRPO, PPO and supervised fine-tuning share: open, resume, look, update, log, save.
+
+An update is a function of its number: which rows it takes and what it draws derive from (seed,
+purpose, step, process), so that a run that was cut off goes on with the same bits.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from mdmrl.identity import described, digest, fingerprint
+from mdmrl.policies import Policy
+from mdmrl.runs import Run
+from mdmrl.training.checkpoints import restore, save
+from mdmrl.training.config import TrainingConfig
+from mdmrl.training.progress import Progress
+
+MAX_SKIPPED = 5
+Metrics = dict[str, float | None]
+
+
+def accelerator_for(policy: Policy) -> Accelerator:
+    """Accelerate's view of the processes that train, each `policy` being on its own device."""
+    return Accelerator(cpu=policy.device.type == "cpu")
+
+
+def open_run(
+    policy: Policy,
+    rows: Sequence[dict],
+    config: TrainingConfig,
+    algorithm: str,
+    accelerator: Accelerator,
+    **parts,
+) -> Run:
+    """The run's folder, known by all that decides its results.
+
+    Args:
+        algorithm: its name and version.
+        parts: what else was brought along: functions, and rows that are not trained on.
+
+    Raises:
+        RunFolderError: the folder holds another run, or is being written to.
+    """
+    settings = config.settings_for(policy)
+    identity = _known(settings | parts) | {
+        "algorithm": algorithm,
+        "policy": policy.fingerprint(),
+        "rows": _known(rows),
+        "processes": accelerator.num_processes,
+    }
+    since = _known(type(config)().settings_for(policy))
+    with accelerator.main_process_first():
+        return Run(config.output_dir, identity, since, accelerator.is_main_process, policy.device)
+
+
+def _known(part):
+    """Settings as they are, functions and rows by their fingerprints."""
+    if isinstance(part, dict):
+        return {name: _known(value) for name, value in part.items()}
+    if isinstance(part, list | tuple) and part and isinstance(part[0], dict):
+        return digest(described(part))
+    return fingerprint(part) if callable(part) else part
+
+
+class Optimizer:
+    """AdamW that takes no step where a gradient is not finite, and gives up after `MAX_SKIPPED`
+    such updates in a row.
+
+    Args:
+        groups: as torch's: parameters, and the options of their group; each is clipped by itself.
+    """
+
+    def __init__(self, groups: Sequence[dict], accelerator: Accelerator, max_grad_norm: float):
+        self.adamw = torch.optim.AdamW(groups, weight_decay=0.0)
+        self.accelerator, self.max_grad_norm = accelerator, max_grad_norm
+        self.skipped = 0
+
+    def step(self, loss: float, batch: str) -> Metrics:
+        """Average the gradient over processes, clip it, and take a step.
+
+        Args:
+            batch: what the gradient was made of, for the error.
+        Returns:
+            `grad_norm` of the first group before clipping, and `skipped_updates` in a row.
+
+        Raises:
+            FloatingPointError: `MAX_SKIPPED` updates in a row that are not finite.
+        """
+        norms = [self._finished(group["params"]) for group in self.adamw.param_groups]
+        finite = all(map(math.isfinite, gather_object([loss, *norms])))
+        if finite:
+            self.adamw.step()
+        self.adamw.zero_grad()
+        self.skipped = 0 if finite else self.skipped + 1
+        if self.skipped >= MAX_SKIPPED:
+            raise FloatingPointError(
+                f"{self.skipped} updates in a row had a loss or gradient that is not finite, the "
+                f"last of {batch}: lower learning_rate or beta"
+            )
+        return {"grad_norm": norms[0], "skipped_updates": self.skipped}
+
+    def _finished(self, parameters: Sequence[Tensor]) -> float:
+        for parameter in parameters:
+            parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
+        return torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm).item()
+
+
+def train(
+    policy: Policy,
+    run: Run,
+    config: TrainingConfig,
+    optimizer: Optimizer,
+    update: Callable[[int], tuple[Metrics, dict | None]],
+    held_out: Callable[[], Metrics] | None = None,
+    values: torch.nn.Module | None = None,
+) -> None:
+    """Make the updates of a run that are left, from its newest whole checkpoint on.
+
+    Args:
+        update: makes the update of that number; returns its metrics, and what to look at of it.
+        held_out: measures the policy before every `eval_steps`-th update, and at the end.
+        values: a value head that is trained and kept beside the policy.
+    """
+    accelerator, last = optimizer.accelerator, config.max_steps
+    first = restore(run, policy, optimizer.adamw, values)
+    if first == last and run.complete(last):
+        return
+    accelerator.wait_for_everyone()  # before the log that `complete` reads is cut
+    writes = accelerator.is_main_process
+    if writes:
+        run.rewind(first)
+    with Progress(run.folder.name, first, last, shown=writes) as progress:
+        for step in range(first, last):
+            looked = held_out() if held_out and step % config.eval_steps == 0 else {}
+            start = time.perf_counter()
+            found, sample = update(step)
+            metrics = looked | found | {"step_time": time.perf_counter() - start}
+            metrics = averaged(metrics)
+            if writes:
+                run.log({"step": step, **metrics})
+                if sample:
+                    run.log({"step": step, **sample}, "samples")
+                if (step + 1) % config.save_steps == 0 or step + 1 == last:
+                    save(run, policy, optimizer.adamw, step + 1, values)
+            progress.update(step + 1, metrics)
+        looked = held_out() if held_out else {}
+        if writes:
+            run.log({"step": last, **looked})
+
+
+def averaged(metrics: Metrics) -> Metrics:
+    """Metrics averaged over the processes that have them."""
+    everywhere = gather_object([metrics])
+    if len(everywhere) == 1:
+        return metrics
+    known = {
+        name: [found[name] for found in everywhere if found.get(name) is not None]
+        for name in metrics
+    }
+    return {name: sum(values) / len(values) if values else None for name, values in known.items()}

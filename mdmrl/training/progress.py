@@ -1,0 +1,57 @@
+"""How far a run has come: a bar on a terminal, else a line now and then."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from tqdm import tqdm
+
+SILENT = 8.0  # most seconds between two lines, updates permitting
+SHOWN = ("reward", "loss", "kl", "eval/accuracy")
+
+
+class Progress:
+    """Shows updates as they finish.
+
+    Args:
+        name: of the run; first, last: updates done before, and in all; shown: nothing is if False.
+    """
+
+    def __init__(self, name: str, first: int, last: int, shown: bool = True):
+        self.name, self.first, self.last, self.shown = name, first, last, shown
+        self.start = time.monotonic()
+        self.said = self.start - SILENT
+        self.bar = None
+        if shown and sys.stderr.isatty():
+            self.bar = tqdm(total=last, initial=first, desc=name, unit="update")
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def update(self, done: int, metrics: dict) -> None:
+        """`done` updates are finished, the last with these metrics."""
+        found = {k: f"{metrics[k]:.4g}" for k in SHOWN if metrics.get(k) is not None}
+        now = time.monotonic()
+        if self.bar is not None:
+            self.bar.set_postfix(found, refresh=False)
+            self.bar.update(1)
+        elif self.shown and (now - self.said >= SILENT or done == self.last):
+            self.said = now
+            left = (now - self.start) / (done - self.first) * (self.last - done)
+            what = ", ".join(f"{name} {value}" for name, value in found.items())
+            print(f"{self.name}: update {done} of {self.last}, {what}, {duration(left)} left")
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words: "40 s", "3 min 20 s", "2 h 5 min"."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60} min {seconds % 60} s"
+    return f"{seconds // 3600} h {seconds % 3600 // 60} min"
