@@ -38,6 +38,11 @@ def cached_table(
         table, known = compute(path.stem)  # hours, in which the sources may change
         write_atomically(path.with_suffix(".json"), json.dumps(known | made_by, indent=1) + "\n")
         write_atomically(path, table.to_csv(index=False, float_format="%.6g"))
+    return read_table(path)
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    """The table of a piece's CSV."""
     table = pd.read_csv(path, keep_default_na=False, na_values=[""])
     return table.assign(run=path.stem)
 
