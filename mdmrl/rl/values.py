@@ -111,7 +111,7 @@ def averages(x: Tensor, accelerator) -> Tensor:
 
 
 def total(x: Tensor, accelerator) -> Tensor:
-    """The sum of all processes' `x`, in double on the processor, which have only cards in common."""
+    """The sum of all processes' `x`, in double on the processor; they have cards in common alone."""
     if accelerator.num_processes == 1:
         return x
     return accelerator.reduce(x.to(accelerator.device), "sum").cpu()
