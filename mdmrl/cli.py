@@ -56,7 +56,7 @@ Family = Annotated[
     str | None, typer.Option(metavar="FILE.py:NAME", help="The policy's class, where it is yours.")
 ]
 Device = Annotated[
-    str, typer.Option(help="auto (a card where there is one), cpu, cuda, cuda:1 ...")
+    str, typer.Option(help="auto (a card if there is one), cpu, cuda, cuda:1 ...")
 ]
 Dtype = Annotated[str, typer.Option(help="Of the policy's body: float32 or bfloat16.")]
 TaskName = Annotated[
