@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 import torch
 from scipy import stats
+from test_sampling import replay
 
 from mdmrl import load_policy, load_task
 from mdmrl.diffusion import SCHEDULES, limit_loss

@@ -40,13 +40,13 @@ def evaluation_table(
     """Accuracy with its 95 % Wilson interval (`low`, `high`), rewards and monitors.
 
     One row a number of denoising `steps`, with the other settings of `sampler`; column `sampler`
-    names those that are not the defaults. An autoregressive policy has no denoising steps and gets
-    one row.
+    names those that are not the defaults. An autoregressive policy has no denoising steps: for
+    it, `[None]`.
     """
     loaded, judged = load_policy(policy), load_task(task)
     rows = judged.rows(split, limit)
     table = []
-    for count in steps if loaded.denoises else [None]:
+    for count in steps:
         config = sampler.replace(steps=count)
         found = evaluate(loaded, rows, config, judged.rewards, judged.metric)
         right = round(found["accuracy"] * len(rows))

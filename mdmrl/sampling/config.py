@@ -119,8 +119,10 @@ class SamplerConfig(Config):
         )
         require(
             not self.order_temperature
-            or (rule.before_drawing and rule.log_probability)
-            and not (self.parallel or self.end_last),
+            or (
+                (rule.before_drawing and rule.log_probability)
+                and not (self.parallel or self.end_last)
+            ),
             f"order_temperature={self.order_temperature} with remasking={rule.name}: expected "
             "remasking='state_confidence', end_last=False and no threshold or entropy_bound beside "
             "it",

@@ -111,9 +111,7 @@ def denoise(
             fresh = step == 0 or (config.cache_refresh and step % config.cache_refresh == 0)
             logits = network.logits(rows, todo, a, b, fresh)  # (N, V)
             quota = targets[step, rows] - (asked[rows, a:b] & ~todo).sum(1)
-            chosen, tokens, logprob = reveal(
-                policy, logits, column, todo, quota, config, generator
-            )
+            chosen, tokens, logprob = reveal(policy, logits, column, todo, quota, config, generator)
             row, column = row[chosen], column[chosen]
             network.write(row, column, tokens)
             logprobs[row, column] = logprob
@@ -129,8 +127,6 @@ def denoise(
                 canvas[behind] = policy.pad_token_id
                 open_ &= ~behind
 
-    completion = canvas[:, width:]
-    mask = policy.completion_mask(completion)
     optimisations = {"head at open positions": EXACT, "no softmax": EXACT}
     if config.parallel:
         optimisations["parallel decoding"] = APPROXIMATE
@@ -142,13 +138,11 @@ def denoise(
         optimisations["block cache"] = EXACT
     if config.cache:
         optimisations[f"{config.cache} cache"] = APPROXIMATE
-    return SamplerOutput(
-        sequences=canvas,
-        prompt_mask=attention[:, :width],
-        completion_ids=completion,
-        completion_mask=mask,
-        completions=policy.decode(completion, mask),
-        logprobs=logprobs[:, width:],
+    return SamplerOutput.of(
+        policy,
+        canvas,
+        attention[:, :width],
+        logprobs[:, width:],
         nfe=network.window.nfe,
         token_forwards=network.window.token_forwards,
         trajectory=trajectory if record else None,

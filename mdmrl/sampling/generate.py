@@ -90,8 +90,8 @@ def infill(
     masks = int(open_.sum(1).max())
     require(
         config.max_new_tokens in (SamplerConfig.max_new_tokens, masks),
-        f"max_new_tokens={config.max_new_tokens}: a text of {masks} mask tokens gets as many; leave "
-        "it out",
+        f"max_new_tokens={config.max_new_tokens}: a text of {masks} mask tokens gets as many; "
+        "leave it out",
     )
     config = config.replace(max_new_tokens=masks, stop_at_end=False)
     output = denoise(policy, canvas, attention, open_, 1, config, generator, record)

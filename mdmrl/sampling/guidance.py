@@ -78,8 +78,8 @@ class Thresholds:
     """What V must reach, by block and point: before the first step, at each of the checks, and
     before the last step; -inf where nothing is asked.
 
-    low, high: (blocks, 2 + checks), float64 on the processor. prompts: those that the thresholds were calibrated on, which
-    they must not judge.
+    low, high: (blocks, 2 + checks), float64 on the processor. prompts: those that the thresholds
+    were calibrated on, which they must not judge.
     """
 
     low: Tensor

@@ -58,9 +58,7 @@ class Recorder:
         look: what to keep of R states, (R, ...); judge: takes V's place; without one V is 0.
     """
 
-    def __init__(
-        self, look: Callable[[States], Tensor], judge: Value | None = None
-    ):
+    def __init__(self, look: Callable[[States], Tensor], judge: Value | None = None):
         self.look, self.judge = look, judge
         self.rows: list[Tensor] = []
         self.found: list[Tensor] = []

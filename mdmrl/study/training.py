@@ -147,9 +147,7 @@ def _train(policy: Policy, arm: Arm, config: GRPOConfig | PPOConfig) -> pd.DataF
     frame = pd.DataFrame(read_rows(folder / "metrics.jsonl"))
     for steps in arm.final_steps:
         own = {"steps": steps, "suppress_mask": False} if policy.denoises else {}
-        sampler = SamplerConfig(
-            max_new_tokens=config.max_completion_length, temperature=1.0, **own
-        )
+        sampler = SamplerConfig(max_new_tokens=config.max_completion_length, temperature=1.0, **own)
         final = evaluate(
             policy,
             held_out,
