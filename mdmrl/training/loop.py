@@ -70,17 +70,23 @@ def _known(part):
 
 
 class Optimizer:
-    """AdamW that takes no step where a gradient is not finite, and gives up after `MAX_SKIPPED`
+    """AdamW that takes no step where a gradient is not finite, and gives up after `most_skipped`
     such updates in a row.
 
     Args:
         groups: as torch's: parameters, and the options of their group; each is clipped by itself.
     """
 
-    def __init__(self, groups: Sequence[dict], accelerator: Accelerator, max_grad_norm: float):
+    def __init__(
+        self,
+        groups: Sequence[dict],
+        accelerator: Accelerator,
+        max_grad_norm: float,
+        most_skipped: int = MAX_SKIPPED,
+    ):
         self.adamw = torch.optim.AdamW(groups, weight_decay=0.0)
         self.accelerator, self.max_grad_norm = accelerator, max_grad_norm
-        self.skipped = 0
+        self.most_skipped, self.skipped = most_skipped, 0
 
     def step(self, loss: float, batch: str) -> Metrics:
         """Average the gradient over processes, clip it, and take a step.
@@ -91,7 +97,7 @@ class Optimizer:
             `grad_norm` of the first group before clipping, and `skipped_updates` in a row.
 
         Raises:
-            FloatingPointError: `MAX_SKIPPED` updates in a row that are not finite.
+            FloatingPointError: `most_skipped` updates in a row that are not finite.
         """
         norms = [self._finished(group["params"]) for group in self.adamw.param_groups]
         finite = all(map(math.isfinite, gather_object([loss, *norms])))
@@ -99,10 +105,10 @@ class Optimizer:
             self.adamw.step()
         self.adamw.zero_grad()
         self.skipped = 0 if finite else self.skipped + 1
-        if self.skipped >= MAX_SKIPPED:
+        if self.skipped >= self.most_skipped:
             raise FloatingPointError(
                 f"{self.skipped} updates in a row had a loss or gradient that is not finite, the "
-                f"last of {batch}: lower learning_rate or beta"
+                f"last at {batch}: lower learning_rate (or beta)"
             )
         return {"grad_norm": norms[0], "skipped_updates": self.skipped}
 
