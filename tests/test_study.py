@@ -45,7 +45,7 @@ def test_a_finished_run_is_read_not_trained(arm, monkeypatch):
     shown = training.last_sample(first, "AR", "quick")
     assert shown.startswith(f"{sample['prompt']}\n{sample['completions'][0]}\nreward ")
 
-    def refuse(*arguments):
+    def refuse(*arguments, **named):
         raise AssertionError("trained again")
 
     config, _, version = training.ALGORITHMS["grpo"]
