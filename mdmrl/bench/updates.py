@@ -61,7 +61,8 @@ def bench_estimators(repeats: int = 5, length: int = 128) -> dict:
         policy.sync_reference()
         config, scorer = GRPOConfig(logp_estimator=name), estimator(name, policy)
         rollout = _some_rollout(policy, prompts, length, config)
-        noise = draw_noise(rollout, 0.0, generator_for(0, "noise"), scorer.samples)
+        random = generator_for(0, "noise", device=policy.device)
+        noise = draw_noise(rollout, 0.0, random, scorer.samples)
         parameters = policy.trainable_parameters()
         runs[name] = partial(update, policy, rollout, scorer, noise, None, parameters, config)
     seconds: dict[str, list[float]] = {name: [] for name in runs}
@@ -84,14 +85,14 @@ def _some_rollout(policy: Policy, prompts: list[str], length: int, config: GRPOC
     encoded, draw = policy.encode(prompts, length), generator_for(0, "tokens")
     first = max(policy.tokenizer.all_special_ids) + 1
     shape, rows = (len(prompts), length), len(prompts)
-    tokens = torch.randint(first, len(policy.tokenizer), shape, generator=draw)
+    tokens = torch.randint(first, len(policy.tokenizer), shape, generator=draw).to(policy.device)
     return Rollout(
         prompt_ids=encoded.input_ids,
         prompt_mask=encoded.attention_mask,
         completion_ids=tokens,
-        completion_mask=torch.ones(shape, dtype=torch.bool),
-        advantages=torch.linspace(-1, 1, rows),
-        counted=torch.ones(rows, dtype=torch.bool),
+        completion_mask=torch.ones_like(tokens, dtype=torch.bool),
+        advantages=torch.linspace(-1, 1, rows, device=policy.device),
+        counted=torch.ones(rows, dtype=torch.bool, device=policy.device),
         sampler=config.sampler(),
     )
 

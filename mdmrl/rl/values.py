@@ -25,6 +25,7 @@ from mdmrl.sampling.guidance import GuideConfig
 from mdmrl.sampling.guided import generate_guided
 from mdmrl.sampling.states import Recorder
 from mdmrl.training.data import rows_of_step
+from mdmrl.training.loop import accelerator_for
 
 PENALTIES = tuple(10.0**k for k in range(-3, 7))  # on squared weights; at the last V is constant
 FOLDS = 4
@@ -111,7 +112,7 @@ def averages(x: Tensor, accelerator) -> Tensor:
 
 
 def total(x: Tensor, accelerator) -> Tensor:
-    """The sum of all processes' `x`, in double on the processor, which have only cards in common."""
+    """The sum of all processes' `x` on the processor; what they have in common is their cards."""
     if accelerator.num_processes == 1:
         return x
     return accelerator.reduce(x.to(accelerator.device), "sum").cpu()
@@ -222,11 +223,9 @@ def fit_to_base(
     Returns:
         V, and its explained variance in cross-validation, see `fit`.
     """
-    from accelerate import Accelerator
-
     values = ValueHead(policy.model.config.hidden_size).to(policy.device)
     base = ValueData.joined(list(base_states(policy, rewards, rows, config)))
-    return values, fit(values, base, Accelerator(cpu=policy.device.type == "cpu"))
+    return values, fit(values, base, accelerator_for(policy))
 
 
 def base_states(

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 from mdmrl.config import require
@@ -31,6 +30,7 @@ from mdmrl.sampling.states import Recorder, States, Value
 from mdmrl.study.pieces import cached_table
 from mdmrl.tasks import load_task
 from mdmrl.tasks.base import Task
+from mdmrl.training.loop import accelerator_for
 
 VERSION = "judging-2"  # part of a piece's hash: raise it when results change
 
@@ -58,7 +58,7 @@ def what_v_explains(
         found = []
         for count in batches:
             values = ValueHead(policy.model.config.hidden_size).to(policy.device)
-            fit(values, ValueData.joined(base[:count]), Accelerator(cpu=policy.device.type == "cpu"))
+            fit(values, ValueData.joined(base[:count]), accelerator_for(policy))
             said = values(features).detach().cpu()
             table = pd.DataFrame({"explained": [explained_variance(v, reward) for v in said.T]})
             table.insert(0, "step", range(len(table)))
