@@ -248,7 +248,7 @@ def base_states(
     for i in range(config.value_batches):
         batch = rows_of_step(rows, config.per_device_train_batch_size, i, rank, processes, seed)
         generator = generator_for(config.seed, "values", i, rank, policy.device)
-        if policy.kind == "bd":
+        if policy.block_length is not None:
             rollout, *_ = collect(policy, batch, rewards, 1, sampler, generator, record=True)
             features = score_episodes(policy, rollout, config.states_per_forward, False).features
         else:

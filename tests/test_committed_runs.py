@@ -1,0 +1,113 @@
+"""The committed runs are those that the notebooks ask for at `full`: none missing, none left over."""
+
+import copy
+import functools
+import re
+from collections import defaultdict
+from pathlib import Path
+from types import SimpleNamespace
+
+import matplotlib.pyplot as plt
+import nbformat
+import pytest
+
+import mdmrl.evaluation.accuracy
+import mdmrl.sampling.hierarchy
+from mdmrl import load_policy, load_task
+from mdmrl.study import judging, pieces, training
+from mdmrl.study.notebooks import plan
+from mdmrl.study.outputs import Outputs
+from mdmrl.tasks import Task
+
+COMMITTED = pieces.pieces_folder("full")
+
+
+def sampled(policy, prompts, *arguments, **options) -> SimpleNamespace:
+    """Stands in for what a sampler makes of prompts, since no run depends on it."""
+    empty = [""] * len(prompts)
+    counts = {"nfe": 1, "unit_nfe": 1, "token_forwards": 1, "seconds": (1.0, 1.0)}
+    return SimpleNamespace(completions=empty, descriptions=[empty], **counts)
+
+
+@pytest.fixture(scope="module")
+def asked():
+    """(asked for, missing): the names of the runs that the notebooks' code asks for.
+
+    The notebooks are executed in this process with the parameters of `full`, and write nothing;
+    a run that is missing is replaced by another of its policy and estimator.
+    """
+    names, missing = set(), set()
+    cached_table = pieces.cached_table
+
+    def recorded(profile, slug, identity, compute):
+        def lacking(name):
+            missing.add(name)
+            raise FileNotFoundError
+
+        try:
+            table = cached_table(profile, slug, identity, lacking)
+        except FileNotFoundError:
+            other = next(COMMITTED.glob(f"{slug}-*.csv"))
+            table = pieces.read_table(other)
+        names.add(table.run[0])
+        return table
+
+    @functools.cache
+    def loaded(*arguments, **options):
+        return load_policy(*arguments, **options)
+
+    read_rows = Task.rows
+
+    @functools.cache
+    def rows(split, limit, system):
+        return read_rows(load_task("medcot"), split, limit, system)
+
+    def fresh(*arguments, **options):
+        policy = loaded(*arguments, **options)
+        return type(policy)(copy.deepcopy(policy.model), policy.tokenizer)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for room in (training, judging):
+            patch.setattr(room, "cached_table", recorded)
+            patch.setattr(room, "load_policy", fresh)
+        patch.setattr(
+            Task, "rows", lambda _, split, limit=None, system=None: rows(split, limit, system)
+        )
+        patch.setattr(mdmrl.sampling, "generate", sampled)
+        patch.setattr(mdmrl.sampling.hierarchy, "generate_hierarchy", sampled)
+        patch.setattr(
+            mdmrl.evaluation.accuracy, "evaluate", lambda *_, **__: defaultdict(lambda: 0.5)
+        )
+        for name in ("figure", "data", "claim"):
+            patch.setattr(Outputs, name, lambda *_, **__: None)
+        for path, parameters in plan("full"):
+            run_here(path, parameters)
+    return names, missing
+
+
+def run_here(path: Path, parameters: dict) -> None:
+    """Execute the cells of a notebook that uses runs."""
+    cells = [c for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"]
+    if not any(
+        re.search(r"from mdmrl\.study import .*(training|judging)", c.source) for c in cells
+    ):
+        return
+    space = {"display": lambda *_: None}
+    for cell in cells:
+        exec(compile(cell.source, path.stem, "exec"), space)
+        if "parameters" in cell.metadata.get("tags", []):
+            space.update(parameters)
+    plt.close("all")
+
+
+def test_no_notebook_asks_for_a_run_that_is_missing(asked):
+    assert asked[1] == set()
+
+
+def test_every_committed_run_is_asked_for(asked):
+    assert {path.stem for path in COMMITTED.glob("*.csv")} - asked[0] == set()
+
+
+def test_every_committed_run_has_its_provenance():
+    tables, facts = ({p.stem for p in COMMITTED.glob(f"*.{end}")} for end in ("csv", "json"))
+    assert tables == facts
