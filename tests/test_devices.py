@@ -26,8 +26,10 @@ from mdmrl import (
     train_ppo,
     train_sft,
 )
+from mdmrl.cli import app
 from mdmrl.config import InputError
 from mdmrl.provenance import environment, machine, pick_device
+from mdmrl.rewards.medical import SentenceEncoder
 from mdmrl.rl.config import EPISODE
 from mdmrl.rl.divergence import path_kl
 from mdmrl.rl.oracle import denoiser_of
@@ -241,7 +243,10 @@ def test_a_policy_is_loaded_onto_its_card(any_policy, tmp_path, card, monkeypatc
     loaded = load_policy(tmp_path, device="cuda:1")
     assert {x.device for x in loaded.model.state_dict().values()} == {card.device}
     assert loaded.device == card.device and loaded.fingerprint() == any_policy.fingerprint()
-    add_lora(loaded, r=2).sync_reference()
+    add_lora(loaded, r=2).save_pretrained(tmp_path / "adapter")
+    adapted = load_policy(tmp_path / "adapter", device="cuda:1")
+    assert {x.device for x in adapted.model.state_dict().values()} == {card.device}
+    loaded.sync_reference()
     assert {x.device for x in loaded.model.state_dict().values()} == {card.device}
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert load_policy(tmp_path).device == card.device
@@ -283,6 +288,16 @@ def test_the_other_ways_of_writing_stay_on_the_card(mdm, ar, card):
 
     denoiser = denoiser_of(mdm, "x", 4)
     assert denoiser(torch.full((1, 4), mdm.mask_token_id)).dtype == torch.float64
+
+
+def test_the_encoder_of_rewards_is_on_the_card_of_its_process(monkeypatch):
+    here = SentenceEncoder().embed(["gout"])
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with FakeCard(float64=False) as card:
+        encoder = SentenceEncoder()
+        there = encoder.embed(["gout"])
+        assert encoder.model.device == card.device
+    assert here == pytest.approx(there, abs=1e-5)
 
 
 def grpo(policy, folder, **changes):
@@ -384,6 +399,41 @@ def test_the_random_state_of_the_own_card_alone_is_kept(card):
     assert torch.equal(torch.get_rng_state(), before)
     with pytest.raises(RuntimeError, match="cuda:0 was asked for"):
         kept_random_state(torch.device("cuda:0")).__enter__()
+
+
+# -- the command line ------------------------------------------------------------------------------
+
+SMALL = ["max_steps=1", "max_completion_length=8", "per_device_train_batch_size=6"]
+SMALL += ["--data", "rows.jsonl", "--reward", "mine.py:short"]
+COMMANDS = {
+    "grpo": ["train", *SMALL],
+    "ppo": ["train", *SMALL, "value_batches=2", "--algorithm", "ppo"],
+    "sft": ["sft", "max_steps=1", "max_completion_length=24", "--data", "rows.jsonl"],
+    "eval": ["eval", "--limit", "2", "--sampler", "max_new_tokens=8"],
+    "sample": ["sample", "--sampler", "max_new_tokens=8"],
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_command_line_puts_its_policy_where_it_is_told(command, mdm, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    mdm.save_pretrained("policy")
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    (tmp_path / "mine.py").write_text(
+        "def short(completions, **columns):\n    return [-len(text) for text in completions]\n"
+    )
+    named = {"eval": ["policy"], "sample": ["policy", "x"]}.get(command, ["--policy", "policy"])
+    words = [*COMMANDS[command], *named]
+    with FakeCard(index=0, cards=1, float64=False):
+        app(words, standalone_mode=False)  # a card that there is is used
+    with FakeCard(float64=False):
+        app([*words, "--device", "cuda:1"], standalone_mode=False)
+        with pytest.raises(RuntimeError, match="cuda was asked for"):
+            app([*words, "--device", "cuda"], standalone_mode=False)
+        with pytest.raises(InputError, match="cuda:2 asked, but the last of the 2 cards is cuda:1"):
+            app([*words, "--device", "cuda:2"], standalone_mode=False)
+    with pytest.raises(InputError, match=r"cuda asked, but this torch .* sees no card"):
+        app([*words, "--device", "cuda"], standalone_mode=False)
 
 
 # -- several processes -----------------------------------------------------------------------------
