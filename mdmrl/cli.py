@@ -55,9 +55,7 @@ PolicyName = Annotated[str, typer.Option(help="A name, a folder, or a hub's orga
 Family = Annotated[
     str | None, typer.Option(metavar="FILE.py:NAME", help="The policy's class, where it is yours.")
 ]
-Device = Annotated[
-    str, typer.Option(help="auto (a card where there is one), cpu, cuda, cuda:1 ...")
-]
+Device = Annotated[str, typer.Option(help="auto (a card if there is one), cpu, cuda, cuda:1 ...")]
 Dtype = Annotated[str, typer.Option(help="Of the policy's body: float32 or bfloat16.")]
 TaskName = Annotated[
     str | None, typer.Option(metavar="NAME|FILE.py:NAME", help="The task; medcot without --data.")
@@ -122,9 +120,7 @@ def _value(text: str):
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError:
-        raise InputError(
-            f"{text!r}: expected a value as YAML has it, as in 3, 1e-5 or [1, 2]"
-        ) from None
+        raise InputError(f"{text!r}: expected a value of YAML, as in 3, 1e-5 or [1, 2]") from None
 
 
 def _sampler(pairs: list[str] | None):
@@ -275,9 +271,7 @@ def train(
     held_out = judged.rows("validation", 48) if "validation" in judged.splits else ()
     options = {"metric": judged.metric, "watch": judged.watch}
     options |= {"draw": load_object(draw)} if draw else {}
-    require(
-        algorithm == "grpo" or not draw, "--draw is for grpo: an episode of ppo has its sampler"
-    )
+    require(algorithm == "grpo" or not draw, "--draw is for grpo: ppo has a sampler of its own")
     with _resumable():
         print(run(trained, rewards, judged.rows("rl"), config, held_out, **options))
 

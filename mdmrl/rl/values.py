@@ -112,7 +112,7 @@ def averages(x: Tensor, accelerator) -> Tensor:
 
 
 def total(x: Tensor, accelerator) -> Tensor:
-    """The sum of all processes' `x` on the processor; what they have in common is their cards."""
+    """The sum of all processes' `x`, in double, on the processor."""
     if accelerator.num_processes == 1:
         return x
     return accelerator.reduce(x.to(accelerator.device), "sum").cpu()
