@@ -301,7 +301,7 @@ def test_the_encoder_of_rewards_is_on_the_card_of_its_process(monkeypatch):
 
 
 def grpo(policy, folder, **changes):
-    small = {"max_steps": 2, "num_generations": 3, "per_device_train_batch_size": 6}
+    small = {"max_steps": 1, "num_generations": 3, "per_device_train_batch_size": 6}
     small |= {"max_completion_length": 8, "save_steps": 1, "eval_steps": 1, "learning_rate": 1e-3}
     steps = {"steps": 4} if policy.denoises else {}
     sampler = steps | changes.pop("sampler", {})
@@ -310,14 +310,14 @@ def grpo(policy, folder, **changes):
 
 
 def ppo(policy, folder, **changes):
-    small = {"max_steps": 2, "num_generations": 2, "per_device_train_batch_size": 4}
-    small |= {"max_completion_length": 8, "value_batches": 3, "sampler": {"steps": 4}}
+    small = {"max_steps": 1, "num_generations": 2, "per_device_train_batch_size": 4}
+    small |= {"max_completion_length": 8, "value_batches": 2, "sampler": {"steps": 4}}
     small |= {"save_steps": 1, "eval_steps": 1, "output_dir": str(folder)}
     return train_ppo(policy, [parity], ROWS, PPOConfig(**small | changes), ROWS[:1])
 
 
 def sft(policy, folder, **changes):
-    small = {"max_steps": 2, "per_device_train_batch_size": 2, "max_completion_length": 24}
+    small = {"max_steps": 1, "per_device_train_batch_size": 2, "max_completion_length": 24}
     small |= {"save_steps": 1, "eval_steps": 1, "output_dir": str(folder)}
     return train_sft(policy, ROWS[:3], SFTConfig(**small | changes), ROWS[3:])
 
@@ -378,11 +378,11 @@ def test_a_run_is_resumed_on_the_card(name, shared_policies, card, tmp_path):
         policy = moved(shared_policies[family], card.device)
         if "lora" in name:
             add_lora(policy, r=2)
-        train(policy, folder, **changes)
+        train(policy, folder, max_steps=2, **changes)
         return policy
 
     whole = start(tmp_path / "whole")
-    LEFT[0] = {grpo: 3, ppo: 6}[train]
+    LEFT[0] = {grpo: 3, ppo: 5}[train]
     with pytest.raises(Interrupted):
         start(tmp_path / "cut")
     assert [p.name for p in (tmp_path / "cut" / "checkpoints").iterdir()] == ["step-000001"]
