@@ -99,7 +99,12 @@ def _put_on_top(policy: Policy, adapter: str) -> None:
 
     base = policy.name
     with loading(adapter):
-        policy.model = peft.PeftModel.from_pretrained(policy.model, adapter, is_trainable=True)
+        policy.model = peft.PeftModel.from_pretrained(
+            policy.model,
+            adapter,
+            is_trainable=True,
+            torch_device="cpu",  # by way of: else the first card, whichever the policy is on
+        )
     policy.model.eval().peft_config["default"].base_model_name_or_path = base
     policy.sync_reference()
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import is_initialized
 from accelerate.utils import gather_object
 from torch import Tensor
 
@@ -27,8 +28,11 @@ Metrics = dict[str, float | None]
 
 
 def accelerator_for(policy: Policy) -> Accelerator:
-    """Accelerate's view of the processes that train, each `policy` being on its own device."""
-    return Accelerator(cpu=policy.device.type == "cpu")
+    """Accelerate's view of the processes that train, each `policy` being on its own device.
+
+    It can be told once in a process; where one process trains several policies it does not matter.
+    """
+    return Accelerator(cpu=policy.device.type == "cpu" and not is_initialized())
 
 
 def open_run(
