@@ -1,4 +1,4 @@
-"""The committed runs are those that the notebooks ask for at `full`: none lacks, none is left over."""
+"""The committed runs are those that the notebooks ask for at `full`: none lacks or is left over."""
 
 import copy
 import functools

@@ -58,7 +58,9 @@ def what_v_explains(
         found = []
         for count in batches:
             values = ValueHead(policy.model.config.hidden_size).to(policy.device)
-            fit(values, ValueData.joined(base[:count]), Accelerator(cpu=policy.device.type == "cpu"))
+            fit(
+                values, ValueData.joined(base[:count]), Accelerator(cpu=policy.device.type == "cpu")
+            )
             said = values(features).detach().cpu()
             table = pd.DataFrame({"explained": [explained_variance(v, reward) for v in said.T]})
             table.insert(0, "step", range(len(table)))
