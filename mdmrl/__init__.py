@@ -13,6 +13,7 @@ _EXPORTS = {
     "generate": "mdmrl.sampling",
     "infill": "mdmrl.sampling",
     "SamplerConfig": "mdmrl.sampling",
+    "Task": "mdmrl.tasks",
     "load_task": "mdmrl.tasks",
     "load_rows": "mdmrl.tasks",
     "SFTConfig": "mdmrl.training.config",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -48,12 +49,78 @@ def pretrain(
     print(f"{name}: saved in {pretrain_by_name(name, folder, tokens, seed)}")
 
 
+# -- options that commands share -------------------------------------------------------------------
+
+PolicyName = Annotated[str, typer.Option(help="A name, a folder, or a hub's organisation/model.")]
+Family = Annotated[
+    str | None, typer.Option(metavar="FILE.py:NAME", help="The policy's class, where it is yours.")
+]
+Device = Annotated[str, typer.Option(help="auto (a card if there is one), cpu, cuda, cuda:1 ...")]
+Dtype = Annotated[str, typer.Option(help="Of the policy's body: float32 or bfloat16.")]
+TaskName = Annotated[
+    str | None, typer.Option(metavar="NAME|FILE.py:NAME", help="The task; medcot without --data.")
+]
+Rank = Annotated[int, typer.Option(help="LoRA rank; 0 trains every weight.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[FILE.yaml] [KEY=VALUE]...",
+        help="Settings, as in learning_rate=1e-5 or sampler.steps=16, those of a file first.",
+    ),
+]
 Sampler = Annotated[
     list[str] | None,
     typer.Option(
         metavar="KEY=VALUE", help="A field of SamplerConfig: block_length=32; repeatable."
     ),
 ]
+
+
+def _settings(given: list[str] | None) -> dict:
+    """Settings by name, from the words of a command line."""
+    from mdmrl.config import require
+
+    found: dict = {}
+    for word in given or []:
+        key, equals, value = word.partition("=")
+        if not equals:
+            require(
+                Path(word).suffix in (".yaml", ".yml"),
+                f"{word!r}: expected a file of settings, FILE.yaml, or KEY=VALUE",
+            )
+            found |= _from_yaml(Path(word))
+            continue
+        outer, _, inner = key.partition(".")
+        if inner:
+            found[outer] = {**found.get(outer, {}), inner: _value(value)}
+        else:
+            found[outer] = _value(value)
+    return found
+
+
+def _from_yaml(path: Path) -> dict:
+    import yaml
+
+    from mdmrl.config import InputError, require
+
+    require(path.is_file(), f"there is no file {path}")
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: {error}") from None
+    require(isinstance(found, dict), f"{path}: expected settings, a line `name: value` each")
+    return found
+
+
+def _value(text: str):
+    import yaml
+
+    from mdmrl.config import InputError
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise InputError(f"{text!r}: expected a value of YAML, as in 3, 1e-5 or [1, 2]") from None
 
 
 def _sampler(pairs: list[str] | None):
@@ -66,10 +133,23 @@ def _sampler(pairs: list[str] | None):
     return SamplerConfig.from_dict(dict(pair.split("=", 1) for pair in pairs or []))
 
 
+@contextmanager
+def _resumable() -> Iterator[None]:
+    """Ctrl-C says how to go on, and is exit code 130."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("mdmrl: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        raise typer.Exit(130) from None
+
+
+# -- commands --------------------------------------------------------------------------------------
+
+
 @app.command("eval")
 def evaluate(
     policy: Annotated[str, typer.Argument(help="A name, or a folder.")],
-    task: Annotated[str, typer.Option(help="The task.")] = "medcot",
+    task: TaskName = "medcot",
     split: Annotated[str, typer.Option(help="validation or test.")] = "test",
     limit: Annotated[int, typer.Option(help="How many prompts.")] = 300,
     steps: Annotated[
@@ -77,15 +157,20 @@ def evaluate(
         typer.Option(help="Denoising steps, half the tokens unless given; repeatable."),
     ] = None,
     sampler: Sampler = None,
+    family: Family = None,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
     csv: Annotated[Path | None, typer.Option(help="Append the rows to this file.")] = None,
 ) -> None:
     """Exact answers and rewards on held-out prompts, greedy unless asked, with intervals."""
+    from mdmrl import load_policy
     from mdmrl.evaluation.tables import append_rows, evaluation_table, print_table
 
-    frame = evaluation_table(policy, task, split, limit, _sampler(sampler), steps or [])
-    print_table(frame)
+    loaded = load_policy(policy, device=device, dtype=dtype, family=family)
+    frame = evaluation_table(loaded, task, split, limit, _sampler(sampler), steps or [])
+    print_table(frame.assign(policy=policy))
     if csv is not None:
-        append_rows(frame, csv)
+        append_rows(frame.assign(policy=policy), csv)
 
 
 @app.command()
@@ -94,60 +179,77 @@ def sample(
     prompt: Annotated[str, typer.Argument(help="A user's message.")],
     sampler: Sampler = None,
     seed: Annotated[int, typer.Option(help="Of the sampler.")] = 0,
+    family: Family = None,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
 ) -> None:
     """Complete one prompt."""
     from mdmrl import generate, load_policy
     from mdmrl.runs import generator_for
 
-    output = generate(
-        load_policy(policy), [prompt], _sampler(sampler), generator_for(seed, "sample")
-    )
-    print(output.completions[0])
+    loaded = load_policy(policy, device=device, dtype=dtype, family=family)
+    generator = generator_for(seed, "sample", device=loaded.device)
+    print(generate(loaded, [prompt], _sampler(sampler), generator).completions[0])
 
 
 @app.command()
 def sft(
-    config: Annotated[Path | None, typer.Argument(help="YAML: SFTConfig's fields.")] = None,
-    policy: Annotated[str, typer.Option(help="A name, or a folder.")] = "tiny-mdm",
+    settings: Settings = None,
+    policy: PolicyName = "tiny-mdm",
     data: Annotated[Path | None, typer.Option(help="JSONL with prompt and completion.")] = None,
     task: Annotated[
         str | None,
         typer.Option(help="Judge by this task's validation rows; learn from it without --data."),
     ] = None,
-    lora_r: Annotated[int, typer.Option(help="LoRA rank; 0 trains every weight.")] = 0,
+    lora_r: Rank = 0,
+    family: Family = None,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
 ) -> None:
-    """Fine-tune on completions, of your own or of a task's pre-training split; takes
-    `accelerate launch -m mdmrl sft ...` too."""
-    import yaml
-
+    """Fine-tune on completions, of your own or of a task's pre-training split; on several processes
+    by `torchrun --nproc-per-node N -m mdmrl sft ...` or `accelerate launch -m mdmrl sft ...`."""
     from mdmrl import SFTConfig, add_lora, load_policy, load_rows, load_task, train_sft
     from mdmrl.config import require
 
     require(bool(data or task), "nothing to learn from: give --data FILE, --task NAME or both")
-    settings = SFTConfig.from_dict((yaml.safe_load(config.read_text()) if config else None) or {})
+    config = SFTConfig.from_dict(_settings(settings))
     judged = load_task(task) if task else None
     rows = load_rows(data, ("prompt", "completion")) if data else judged.rows("pretrain")
-    trained = load_policy(policy)
+    trained = load_policy(policy, device=device, dtype=dtype, family=family)
     if lora_r:
-        add_lora(trained, r=lora_r, seed=settings.seed)
-    held_out, metric = (judged.rows("validation", 48), judged.metric) if judged else ((), None)
-    print(train_sft(trained, rows, settings, held_out, metric) / "model")
+        add_lora(trained, r=lora_r, seed=config.seed)
+    judging = {}
+    if judged and "validation" in judged.splits:
+        judging = {"eval_rows": judged.rows("validation", 48), "metric": judged.metric}
+        judging["watch"] = judged.watch
+    with _resumable():
+        print(train_sft(trained, rows, config, **judging) / "model")
 
 
 @app.command()
 def train(
-    config: Annotated[Path, typer.Argument(help="YAML: fields of GRPOConfig or PPOConfig.")],
+    settings: Settings = None,
     algorithm: Annotated[str, typer.Option(help="grpo or ppo.")] = "grpo",
-    policy: Annotated[str, typer.Option(help="A name, or a folder.")] = "tiny-mdm",
-    task: Annotated[str, typer.Option(help="The task.")] = "medcot",
-    lora_r: Annotated[int, typer.Option(help="LoRA rank; 0 trains every weight.")] = 0,
+    policy: PolicyName = "tiny-mdm",
+    task: TaskName = None,
+    data: Annotated[Path | None, typer.Option(help="JSONL with a prompt in each line.")] = None,
+    reward: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FILE.py:NAME", help="A reward instead of the task's; repeatable."),
+    ] = None,
+    draw: Annotated[
+        str | None, typer.Option(metavar="FILE.py:NAME", help="What completes prompts (grpo).")
+    ] = None,
+    lora_r: Rank = 0,
+    family: Family = None,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
 ) -> None:
-    """Train with GRPO or PPO; `accelerate launch -m mdmrl train ...` on several processes."""
-    import yaml
-
+    """Train with GRPO or PPO; on several processes by `torchrun --nproc-per-node N -m mdmrl train
+    ...` or `accelerate launch -m mdmrl train ...`."""
     import mdmrl
-    from mdmrl import add_lora, load_policy, load_task
-    from mdmrl.config import unknown
+    from mdmrl import Task, add_lora, load_policy, load_rows, load_task
+    from mdmrl.config import load_object, require, unknown
 
     algorithms = {
         "grpo": (mdmrl.GRPOConfig, mdmrl.train_grpo),
@@ -156,14 +258,22 @@ def train(
     if algorithm not in algorithms:
         raise unknown("algorithm", algorithm, algorithms)
     chosen, run = algorithms[algorithm]
-    settings = chosen.from_dict(yaml.safe_load(config.read_text()) or {})
-    judged = load_task(task)
-    trained = load_policy(policy)
+    config = chosen.from_dict(_settings(settings))
+    if data and not task:
+        judged = Task(name=data.stem, splits={"rl": load_rows(data)})
+    else:
+        judged = load_task(task or "medcot", data=data)
+    rewards = [load_object(name) for name in reward or []] or list(judged.rewards)
+    require(len(rewards) > 0, "no reward: give --reward FILE.py:NAME, or a --task that has some")
+    trained = load_policy(policy, device=device, dtype=dtype, family=family)
     if lora_r:
-        add_lora(trained, r=lora_r, seed=settings.seed)
+        add_lora(trained, r=lora_r, seed=config.seed)
     held_out = judged.rows("validation", 48) if "validation" in judged.splits else ()
-    judging = {"metric": judged.metric, "watch": judged.watch}
-    print(run(trained, judged.rewards, judged.rows("rl"), settings, held_out, **judging))
+    options = {"metric": judged.metric, "watch": judged.watch}
+    options |= {"draw": load_object(draw)} if draw else {}
+    require(algorithm == "grpo" or not draw, "--draw is for grpo: ppo has a sampler of its own")
+    with _resumable():
+        print(run(trained, rewards, judged.rows("rl"), config, held_out, **options))
 
 
 @app.command()
@@ -181,6 +291,8 @@ def bench(
     sampler: Annotated[
         list[str] | None, typer.Option(help="Only this one, as the table names it; repeatable.")
     ] = None,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
     json: Annotated[Path | None, typer.Option(help="Write the numbers to this file.")] = None,
 ) -> None:
     """Time samplers, one GRPO update, its scoring by estimator, or the import of the package; run
@@ -201,9 +313,11 @@ def bench(
             prompt_length,
             repeats,
             sampler or [],
+            device,
+            dtype,
         ),
-        "update": lambda: bench_update(policy),
-        "estimators": lambda: bench_estimators(repeats),
+        "update": lambda: bench_update(policy, device=device, dtype=dtype),
+        "estimators": lambda: bench_estimators(repeats, device=device),
         "import": bench_import,
     }
     if what not in benches:
@@ -218,13 +332,12 @@ def bench(
 
 
 def main() -> None:
-    """Run the command line; bad input is one line and exit code 2, a bug keeps its traceback."""
+    """Run the command line; a user's mistake is one line and exit code 2, any other error keeps its
+    traceback."""
+    from mdmrl.config import InputError
+
     try:
         app()
-    except (ValueError, OSError) as error:
-        raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
-        ours = Path(raised_in).is_relative_to(Path(__file__).parent)
-        if isinstance(error, ValueError) and not ours:
-            raise
+    except InputError as error:
         print(f"mdmrl: {error}", file=sys.stderr)
         raise SystemExit(2) from None

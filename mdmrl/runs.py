@@ -38,10 +38,23 @@ def kept_random_state(device: torch.device):
     return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
 
-def config_hash(config: Mapping) -> str:
-    """Ten hexadecimal digits that change when any value of `config` does."""
-    text = json.dumps(config, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:10]
+def filled(held: Mapping, since: Mapping) -> dict:
+    """`held`, and what it does not name yet from `since`, settings inside settings too."""
+    both = {k: filled(held[k], v) for k, v in since.items() if isinstance(held.get(k), Mapping)}
+    return {**since, **held, **both}
+
+
+def as_json(value, **options) -> str:
+    """Strict JSON, in which nan and infinities are null."""
+
+    def strict(x):
+        if isinstance(x, Mapping):
+            return {str(key): strict(inner) for key, inner in x.items()}
+        if isinstance(x, list | tuple):
+            return [strict(inner) for inner in x]
+        return None if isinstance(x, float) and not math.isfinite(x) else x
+
+    return json.dumps(strict(value), sort_keys="indent" in options, allow_nan=False, **options)
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -103,7 +116,7 @@ class Run:
                     "another output_dir"
                 ) from None
         try:
-            self._open(json.loads(_json(identity)), since or {}, writes, device)
+            self._open(json.loads(as_json(identity)), since or {}, writes, device)
         except BaseException:
             self.close()
             raise
@@ -115,11 +128,11 @@ class Run:
                 raise RunFolderError(
                     f"{self.folder} is not empty and holds no run: choose another output_dir"
                 )
-            write_atomically(path, _json(wanted, indent=1))
-            made_on = _json(environment(device), indent=1)
+            write_atomically(path, as_json(wanted, indent=1))
+            made_on = as_json(environment(device), indent=1)
             write_atomically(self.folder / "environment.json", made_on)
             return
-        held = _filled(json.loads(path.read_text(encoding="utf-8")), since)
+        held = filled(json.loads(path.read_text(encoding="utf-8")), since)
         changed = sorted(k for k in held.keys() | wanted.keys() if held.get(k) != wanted.get(k))
         extended = changed == ["max_steps"] and wanted["max_steps"] > held["max_steps"]
         if changed and not extended:
@@ -129,7 +142,7 @@ class Run:
                 "delete the folder (only max_steps may be raised)"
             )
         if extended and writes:
-            write_atomically(path, _json(wanted, indent=1))
+            write_atomically(path, as_json(wanted, indent=1))
 
     def close(self) -> None:
         """Let other processes write to the folder."""
@@ -144,7 +157,7 @@ class Run:
     def log(self, row: Mapping, name: str = "metrics") -> None:
         """Append one row to `<name>.jsonl`; what is no finite number becomes null."""
         with open(self.folder / f"{name}.jsonl", "a", encoding="utf-8") as file:
-            file.write(_json(row) + "\n")
+            file.write(as_json(row) + "\n")
 
     def logged(self, name: str = "metrics") -> list[dict]:
         """The complete rows of `<name>.jsonl`."""
@@ -158,7 +171,7 @@ class Run:
     def rewind(self, step: int) -> None:
         """Drop logged rows of steps at or after `step`: a resumed run writes them again."""
         for name in (path.stem for path in self.folder.glob("*.jsonl")):
-            kept = [_json(row) + "\n" for row in self.logged(name) if row["step"] < step]
+            kept = [as_json(row) + "\n" for row in self.logged(name) if row["step"] < step]
             write_atomically(self.folder / f"{name}.jsonl", "".join(kept))
 
     def save_checkpoint(self, step: int, write: Callable[[Path], None]) -> Path:
@@ -196,25 +209,6 @@ class Run:
             if all((folder / n).exists() and _sha256(folder / n) == d for n, d in listed.items()):
                 return int(folder.name.removeprefix("step-")), folder
         return None
-
-
-def _filled(held: Mapping, since: Mapping) -> dict:
-    """`held`, and what it does not name yet from `since`, settings inside settings too."""
-    both = {k: _filled(held[k], v) for k, v in since.items() if isinstance(held.get(k), Mapping)}
-    return {**since, **held, **both}
-
-
-def _json(value, **options) -> str:
-    """Strict JSON, in which nan and infinities are null."""
-
-    def strict(x):
-        if isinstance(x, Mapping):
-            return {str(key): strict(inner) for key, inner in x.items()}
-        if isinstance(x, list | tuple):
-            return [strict(inner) for inner in x]
-        return None if isinstance(x, float) and not math.isfinite(x) else x
-
-    return json.dumps(strict(value), sort_keys="indent" in options, allow_nan=False, **options)
 
 
 def _sha256(path: Path) -> str:

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoTokenizer
 
 import mdmrl.zoo
+from mdmrl.config import resolve
 from mdmrl.training.config import NESTED
 from mdmrl.zoo.pretrain import PretrainConfig, make_policy
 
@@ -88,6 +89,12 @@ def any_policy(request, shared_policies):
 def policy(request, shared_policies):
     """The two families that need no blocks, in turn."""
     return _fresh(shared_policies[request.param])
+
+
+def loss_of(policy, batch, learn_prompt, generator):
+    """The loss of the policy's family, in nats per position learnt."""
+    total, count = resolve(policy.loss)(policy, batch, learn_prompt, generator)
+    return total / count
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from conftest import loss_of
 from test_diffusion import TINY
 from test_policies import PROMPTS, ids_of
 
@@ -11,7 +12,7 @@ from mdmrl.diffusion import mask_tokens, sample_times
 from mdmrl.policies import load_policy
 from mdmrl.runs import generator_for
 from mdmrl.tasks import medcot
-from mdmrl.zoo.pretrain import PretrainConfig, batches, loss_of, make_policy, pretrain
+from mdmrl.zoo.pretrain import PretrainConfig, batches, make_policy, pretrain
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from conftest import loss_of
 from scipy import stats
 from scipy.special import beta
 
@@ -24,7 +25,7 @@ from mdmrl.diffusion import (
 from mdmrl.diffusion_exact import chain_log_likelihood, conditionals, exact_masked_nll
 from mdmrl.runs import Run, generator_for
 from mdmrl.tasks import medcot
-from mdmrl.zoo.pretrain import POOL, PretrainConfig, batches, loss_of, pretrain
+from mdmrl.zoo.pretrain import POOL, PretrainConfig, batches, pretrain
 
 # -- schedules, matrices, posterior ----------------------------------------------------------------
 

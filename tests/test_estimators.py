@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import nested
 from scipy import stats
+from test_sampling import replay
 
 from mdmrl import load_policy, load_task
 from mdmrl.diffusion import SCHEDULES, limit_loss

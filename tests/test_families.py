@@ -11,8 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.processors import TemplateProcessing
 from torch.nn.functional import scaled_dot_product_attention, silu
 from transformers import (
+    CONFIG_MAPPING,
     AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
@@ -23,7 +25,14 @@ from transformers import (
 )
 
 from mdmrl import SamplerConfig, generate, load_policy
-from mdmrl.policies import MaskedDiffusionPolicy, add_lora
+from mdmrl.config import InputError, resolve
+from mdmrl.policies import (
+    AutoregressivePolicy,
+    BlockDiffusionPolicy,
+    MaskedDiffusionPolicy,
+    add_lora,
+)
+from mdmrl.rl.logprobs import ESTIMATORS
 from mdmrl.zoo.tokenizer_training import train_tokenizer
 
 CHAT = (
@@ -519,3 +528,188 @@ def test_an_architecture_known_only_to_its_own_code_is_refused(tmp_path):
     edit_json(tmp_path / "config.json", model_type="Dream", architectures=["DreamForCausalLM"])
     with pytest.raises(ValueError, match=r"DreamForCausalLM.*expected \['DreamModel'\]"):
         load_policy(tmp_path)
+
+
+# -- folders that hold no policy -------------------------------------------------------------------
+
+TINY = {
+    "vocab_size": ROWS,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+}
+
+
+def one_line(call, *arguments):
+    """The message of the `InputError` that `call` raises, and of nothing else."""
+    with pytest.raises(InputError) as error:
+        call(*arguments)
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("model_type", ["llada2_moe", "diffusion_gemma", "bert", "t5", "qwen2_vl"])
+def test_a_foreign_family_is_refused_in_one_line(tmp_path, model_type):
+    if model_type in CONFIG_MAPPING:
+        CONFIG_MAPPING[model_type]().save_pretrained(tmp_path)
+    else:
+        write_json(tmp_path / "config.json", {"model_type": model_type, **TINY})
+    for tokenizer in (False, True):
+        if tokenizer:
+            llada_tokenizer().save_pretrained(tmp_path)
+        message = one_line(load_policy, tmp_path)
+        assert f"model_type '{model_type}': expected a decoder" in message
+
+
+def test_a_broken_folder_is_refused_in_one_line(tmp_path):
+    write_qwen(tmp_path, "a2d-qwen2")
+    whole = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    load_policy(tmp_path)
+    for name in ("config.json", "tokenizer_config.json", "model.safetensors"):
+        for kept in (whole[name][: len(whole[name]) // 2], b"", None):
+            path = tmp_path / name
+            path.unlink() if kept is None else path.write_bytes(kept)
+            if (name, kept) != ("tokenizer_config.json", None):  # then vocab.json is all there is
+                assert str(tmp_path) in one_line(load_policy, tmp_path)
+            path.write_bytes(whole[name])
+    load_policy(tmp_path)
+
+
+def test_a_published_config_without_a_field_is_refused_in_one_line(tmp_path):
+    write_llada(tmp_path)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    del fields["n_heads"]
+    write_json(tmp_path / "config.json", fields)
+    assert "n_heads" in one_line(load_policy, tmp_path)
+
+
+def test_the_command_line_says_it_in_one_line_and_exits_with_2(tmp_path, monkeypatch, capsys):
+    from mdmrl.cli import main
+
+    write_json(tmp_path / "config.json", {"model_type": "llada2_moe", **TINY})
+    monkeypatch.setattr("sys.argv", ["mdmrl", "sample", str(tmp_path), "low"])
+    with pytest.raises(SystemExit) as error:
+        main()
+    assert error.value.code == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "llada2_moe" in line
+
+
+# -- a family of one's own -------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_a_causal_checkpoint_taken_for_a_diffusion_model_sees_everything(tmp_path):
+    native, special = write_qwen(tmp_path, "a2d-qwen3")
+    edit_json(tmp_path / "config.json", model_type="qwen3", use_sliding_window=False)
+    assert load_policy(tmp_path).kind == "ar"
+    policy = load_policy(tmp_path, family=MaskedDiffusionPolicy)
+    assert policy.mask_token_id == special["<|mask|>"]
+    torch.testing.assert_close(policy.logits(ids_of()), bidirectional(native, ids_of()))
+    policy.save_pretrained(tmp_path / "saved")
+    assert load_policy(tmp_path / "saved").kind == "mdm"
+
+
+OWN = """
+from mdmrl.policies import AutoregressivePolicy
+
+
+def draw(policy, prompts, config, generator, record):
+    return policy.kind, prompts
+
+
+class Own(AutoregressivePolicy):
+    kind = "own"
+    sampler = draw
+    logp_estimator = draw
+
+    def loss(self, batch, learn_prompt, generator):
+        return self.kind, batch
+
+
+def made(model, tokenizer):
+    return Own(model, tokenizer)
+"""
+
+
+@pytest.mark.parametrize("name", ["Own", "made"])
+def test_a_family_comes_from_a_file(tmp_path, name):
+    write_qwen(tmp_path / "model", "a2d-qwen2")
+    (tmp_path / "own.py").write_text(OWN)
+    policy = load_policy(tmp_path / "model", family=f"{tmp_path}/own.py:{name}")
+    assert resolve(policy.sampler)(policy, ["low"], None, None, False) == ("own", ["low"])
+    assert resolve(policy.logp_estimator)(policy, ["low"], None, None, False) == ("own", ["low"])
+    assert resolve(policy.loss)(policy, "batch", False, None) == ("own", "batch")
+    assert (policy.denoises, policy.remasking, policy.block_length) == (False, None, None)
+
+
+def test_a_family_that_makes_no_policy_is_refused(tmp_path):
+    write_qwen(tmp_path, "a2d-qwen2")
+    assert "made a tuple: expected a Policy" in one_line(
+        lambda: load_policy(tmp_path, family=lambda *given: given)
+    )
+
+
+def test_what_each_family_names_is_there():
+    """Samplers, losses and estimators are of lower rooms, so that only their text is in this."""
+    for family in (AutoregressivePolicy, MaskedDiffusionPolicy, BlockDiffusionPolicy):
+        assert all(":" in named for named in (family.sampler, family.loss))
+        assert family.logp_estimator in ESTIMATORS
+        assert (family.remasking is not None) == family.denoises
+
+
+# -- special tokens --------------------------------------------------------------------------------
+
+
+def tagged(policy_class, mdm):
+    """A policy whose tokenizer holds the tags of an answer as special tokens."""
+    tokenizer, model = mdm.tokenizer, mdm.model
+    tokenizer.add_special_tokens({"additional_special_tokens": TAGS})
+    model.resize_token_embeddings(len(tokenizer))
+    return policy_class(model, tokenizer)
+
+
+TAGS = ["<reasoning>", "</reasoning>", "<answer>", "</answer>"]
+
+
+def test_tags_that_are_special_tokens_stay_in_the_text(mdm):
+    policy = tagged(MaskedDiffusionPolicy, mdm)
+    text = "<reasoning>fever</reasoning><answer>gout</answer>"
+    frame = "<|user|>", "<|assistant|>", "<|mask|>", "<|pad|>"
+    ids = policy.tokenizer("".join(frame) + text + "<|end|><|pad|>x", return_tensors="pt").input_ids
+    assert set(policy.tokenizer.convert_tokens_to_ids(TAGS)) < set(ids[0].tolist())
+    assert policy.decode(ids, policy.completion_mask(ids)) == [text]
+
+
+def test_markers_that_only_a_chat_template_knows_are_no_text(tmp_path):
+    """<|im_start|> has no role in the tokenizer, and the system turn may be unknown."""
+    write_qwen(tmp_path, "a2d-qwen2")
+    template = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}" + CHAT
+    edit_json(tmp_path / "tokenizer_config.json", chat_template=template)
+    policy = load_policy(tmp_path)
+    ids = policy.tokenizer("<|im_start|>lot<|beginoftext|>low<|im_end|>", return_tensors="pt")
+    shown = policy.decode(ids.input_ids, torch.ones_like(ids.input_ids).bool())
+    assert shown == ["lot<|beginoftext|>low"]
+
+
+@pytest.mark.parametrize("marks", ["</s>", "<s> </s>"])
+def test_an_end_that_a_base_tokenizer_appends_is_left_out(mdm, marks):
+    tokenizer = mdm.tokenizer
+    tokenizer.chat_template = None
+    front = tokenizer("<|user|>").input_ids if "<s>" in marks else []
+    special = [("<|end|>", tokenizer.eos_token_id), ("<|user|>", 3)]
+    assert tokenizer.convert_tokens_to_ids("<|user|>") == 3
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=("<|user|> " if front else "") + "$A <|end|>", special_tokens=special
+    )
+    assert tokenizer("fever").input_ids[-1] == tokenizer.eos_token_id
+    batch = mdm.encode(["fever", "fever and rash"])
+    for text, ids, real in zip(
+        ["fever", "fever and rash"], batch.input_ids, batch.attention_mask, strict=True
+    ):
+        plain = tokenizer(text, add_special_tokens=False).input_ids
+        assert ids[real].tolist() == front + plain
+    assert (batch.input_ids[:, -1] != tokenizer.eos_token_id).all()

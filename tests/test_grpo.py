@@ -56,7 +56,8 @@ def a_rollout(policy, reward=parity, temperature=1.0, **changes):
     """Two groups of six, with prompts of different lengths and, mostly, several end positions."""
     with torch.no_grad():
         policy.model.get_output_embeddings().weight[policy.tokenizer.eos_token_id] *= 4
-    config = SamplerConfig(max_new_tokens=10, steps=5, temperature=temperature, **changes)
+    steps = 5 if policy.denoises else None
+    config = SamplerConfig(max_new_tokens=10, steps=steps, temperature=temperature, **changes)
     rollout, *_ = collect(policy, ROWS[:2], [reward], 6, config, generator_for(0, "rollout"))
     assert not rollout.prompt_mask.all()
     return rollout
@@ -368,7 +369,8 @@ def test_exact_is_the_log_softmax_of_transformers(ar, temperature):
 def test_scores_are_the_samplers_own_probabilities(request, family, name):
     """`exact` for the left-to-right sampler, `one_step` for one denoising step."""
     policy = request.getfixturevalue(family)
-    config = SamplerConfig(max_new_tokens=10, steps=1, temperature=0.8, suppress_mask=False)
+    own = {"steps": 1, "suppress_mask": False} if policy.denoises else {}
+    config = SamplerConfig(max_new_tokens=10, temperature=0.8, **own)
     out = generate(policy, [row["prompt"] for row in ROWS], config, generator_for(0, "x"))
     rollout = Rollout.of(out, torch.zeros(3), torch.ones(3).bool(), config)
     found = estimator(name, policy)(policy, rollout, no_noise(rollout))
@@ -731,7 +733,7 @@ def test_a_toy_reward_rises(policy, tmp_path, lora):
         policy,
         max_steps=26,
         max_completion_length=8,
-        steps=4,
+        steps=4 if policy.denoises else None,
         beta=0.0,
         learning_rate=2e-2,
         max_grad_norm=1.0,

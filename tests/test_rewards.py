@@ -262,6 +262,11 @@ def test_components_are_called_the_way_trl_does():
     assert Accuracy().encoder is rewards[0].encoder  # one model a process
 
 
+def test_a_reward_with_options_shows_them():
+    assert repr(Accuracy()) == "Accuracy('minilm', answer_only=False)"
+    assert repr(Accuracy("elsewhere", True)) == "Accuracy('elsewhere', answer_only=True)"
+
+
 def test_import_is_light():
     heavy = "{'torch', 'sentence_transformers', 'transformers', 'numpy'}"
     code = f"import sys, mdmrl.rewards; assert not {heavy} & set(sys.modules)"

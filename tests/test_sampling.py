@@ -1,5 +1,7 @@
 """Samplers against plain loops, transformers' own `generate`, and the laws they must keep."""
 
+import math
+
 import pytest
 import torch
 from scipy import stats
@@ -7,7 +9,14 @@ from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from mdmrl.runs import generator_for
 from mdmrl.sampling import SamplerConfig, generate
-from mdmrl.sampling.choose import draw_in_proportion, draw_tokens, keep_most_probable, likeliest
+from mdmrl.sampling.choose import (
+    by_race,
+    by_sums,
+    choose,
+    draw_tokens,
+    keep_most_probable,
+    likeliest,
+)
 from mdmrl.sampling.denoise import evenly
 
 PROMPTS = [
@@ -230,8 +239,9 @@ def test_draws_follow_the_tempered_softmax(temperature):
     torch.testing.assert_close(logprobs, expected.log()[tokens].float(), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("draw_in_proportion", [by_sums, by_race])
 @pytest.mark.parametrize("size", [2, 63, 64, 65, 1000])
-def test_draws_in_proportion_follow_their_weights_whatever_the_size(size):
+def test_draws_in_proportion_follow_their_weights_whatever_the_size(size, draw_in_proportion):
     generator = torch.Generator().manual_seed(size)
     weights = torch.rand(size, generator=generator) ** 4
     weights[torch.rand(size, generator=generator) < 0.3] = 0
@@ -241,13 +251,14 @@ def test_draws_in_proportion_follow_their_weights_whatever_the_size(size):
     counts = torch.bincount(index, minlength=size)
     assert len(counts) == size
     assert (counts[weights == 0] == 0).all()
-    torch.testing.assert_close(total, weights.double().sum().expand(n), rtol=1e-6, atol=0)
+    torch.testing.assert_close(total.double(), weights.double().sum().expand(n), rtol=1e-6, atol=0)
     seen = weights > 0
     expected = (weights / weights.sum() * n)[seen].double()
     assert stats.chisquare(counts[seen], expected / expected.sum() * n).pvalue > 1e-3
 
 
-def test_draws_reach_the_tail_of_a_large_vocabulary():
+@pytest.mark.parametrize("draw_in_proportion", [by_sums, by_race])
+def test_draws_reach_the_tail_of_a_large_vocabulary(draw_in_proportion):
     """A float32 cumulative sum over the whole row would stand still after the first token."""
     weights = torch.full((1, 2**18), 0.99 * 2.0**-24)
     weights[:, 0] = 1
@@ -264,6 +275,52 @@ def test_a_draw_at_temperature_zero_is_the_best_token():
     tokens, logprobs = draw_tokens(logits.clone(), settings(), generator_for(0, "draw"))
     assert tokens.tolist() == [max(range(9), key=row.__getitem__) for row in logits.tolist()]
     torch.testing.assert_close(logprobs, logits.softmax(-1).max(-1).values.log())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"threshold": 0.4, "steps": None}, {"entropy_bound": 1.1, "steps": None}],
+    ids=str,
+)
+def test_positions_are_chosen_by_turn_then_score_then_place(changes):
+    """Against Python's sort, with scores that are equal, infinite, or differ in the last digit."""
+    config, generator = settings(**changes), torch.Generator().manual_seed(0)
+    least = torch.finfo(torch.float32).eps
+    for _ in range(50):
+        open_ = torch.rand(5, 9, generator=generator) < 0.7
+        open_[:, 4] = True
+        n = int(open_.sum())
+        grid = torch.tensor([-torch.inf, -2.0, -0.9, -0.9 + least, -1e-7, 0.0])
+        scores = grid[torch.randint(6, (n,), generator=generator)]
+        postponed = torch.rand(n, generator=generator) < 0.4
+        entropies = torch.tensor([1e-9, 0.3, 1.0])[torch.randint(3, (n,), generator=generator)]
+        quota = torch.randint(1, 4, (5,), generator=generator)
+        found = torch.zeros_like(open_)
+        found[open_] = choose(scores, postponed, entropies, open_, quota, config)
+        rows, columns = (x.tolist() for x in open_.nonzero(as_tuple=True))
+        for row in range(5):
+            mine = [i for i in range(n) if rows[i] == row]
+            first = [i for i in mine if not postponed[i]] or mine
+            ranked = sorted(mine, key=lambda i: (i not in first, -scores[i].item(), columns[i]))
+            if config.threshold is not None:
+                sure = [i for i in first if scores[i].exp() >= config.threshold]
+                expected = {ranked[0], *sure}
+            elif config.entropy_bound is not None:
+                spent = [[entropies[j].item() for j in ranked[: k + 1]] for k in range(len(first))]
+                fits = [math.fsum(e) - max(e) <= config.entropy_bound for e in spent]
+                expected = set(ranked[: sum(fits)])
+            else:
+                expected = set(ranked[: quota[row]])
+            assert {columns[i] for i in expected} == set(found[row].nonzero()[:, 0].tolist())
+
+
+def test_an_entropy_bound_counts_what_is_small():
+    """The sum without the largest, though beside that it vanishes in float32."""
+    config = settings(entropy_bound=0.0, steps=None)
+    scores, entropies = torch.tensor([0.0, -1.0]), torch.tensor([1e-9, 1.0])
+    one = torch.ones(1, 2, dtype=torch.bool)
+    found = choose(scores, scores > 1, entropies, one, torch.ones(1), config)
+    assert found.tolist() == [True, False]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

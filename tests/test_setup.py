@@ -164,9 +164,9 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
 
 def test_any_sampler_can_be_evaluated(monkeypatch, capsys, tmp_path):
     table = tmp_path / "table.csv"
-    options = [*LITTLE, "--steps", "2", "--steps", "4", "--csv", str(table)]
+    options, steps = [*LITTLE, "--csv", str(table)], ["--steps", "2", "--steps", "4"]
     blocks = ["--sampler", "block_length=8", "--sampler", "cache=dual"]
-    assert call(monkeypatch, "eval", "tiny-mdm", *options, *blocks) == 0
+    assert call(monkeypatch, "eval", "tiny-mdm", *options, *steps, *blocks) == 0
     assert call(monkeypatch, "eval", "tiny-ar", *options) == 0
     rows = pd.read_csv(table, keep_default_na=False)
     used = "max_new_tokens=16 block_length=8 cache=dual"

@@ -24,6 +24,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from mdmrl.config import require, unknown
 from mdmrl.policies import Policy, load_policy, load_tokenizer
+from mdmrl.policies.load import DTYPES
 from mdmrl.provenance import environment, pick_device
 from mdmrl.runs import kept_random_state
 from mdmrl.sampling import SamplerConfig, generate
@@ -82,6 +83,8 @@ def bench_samplers(
     prompt_length: int = 128,
     repeats: int = 3,
     samplers: Sequence[str] = (),
+    device: str = "auto",
+    dtype: str = "float32",
 ) -> dict:
     """Time every sampler of a policy's family; run it on an idle machine.
 
@@ -90,6 +93,7 @@ def bench_samplers(
             of ar, mdm and bd, SHAPE one of `SHAPES`.
         prompt_length: tokens of the longest prompt of a batch; the others are shorter.
         samplers: only these, beside their plain loop, by their names in the table; none means all.
+        device, dtype: see `load_policy`.
     Returns:
         `rows`, one a sampler with medians over `repeats` after one run to warm up: seconds,
         samples and tokens a second, forward passes, positions pushed through the network, peak
@@ -101,7 +105,7 @@ def bench_samplers(
             an unknown sampler.
     """
     require(repeats >= 1, f"repeats={repeats}: expected at least 1")
-    loaded = bench_policy(policy, block_length)
+    loaded = bench_policy(policy, block_length, device, dtype)
     sizes = [
         {"batch": batch, "length": length, "steps": count}
         for length in lengths
@@ -152,11 +156,13 @@ def bench_markdown(folder: Path) -> str:
     return "\n".join(lines)
 
 
-def bench_policy(name: str, block_length: int) -> Policy:
+def bench_policy(
+    name: str, block_length: int, device: str = "auto", dtype: str = "float32"
+) -> Policy:
     """A policy by name, or one with random weights; see `bench_samplers`."""
     kind, colon, shape = name.partition(":")
     if not colon:
-        return load_policy(name)
+        return load_policy(name, device=device, dtype=dtype)
     kind = kind.removeprefix("random-")
     require(
         kind in FAMILIES and shape in SHAPES,
@@ -175,12 +181,11 @@ def bench_policy(name: str, block_length: int) -> Policy:
     config.is_causal = kind == "ar"
     if kind == "bd":
         config.block_length = block_length
-    device = torch.device(pick_device())
+    device = torch.device(pick_device(device))
     with kept_random_state(device), device:
         torch.manual_seed(0)
         model = Qwen2ForCausalLM(config)
-    if device.type == "cuda":
-        model.model.to(torch.bfloat16)
+    model.model.to(DTYPES[dtype])
     return FAMILIES[kind](model, tokenizer)
 
 

@@ -23,20 +23,22 @@ from mdmrl.runs import generator_for, read_rows
 from mdmrl.tasks import load_task
 
 
-def bench_update(policy: str = "tiny-mdm", repeats: int = 5) -> dict:
+def bench_update(
+    policy: str = "tiny-mdm", repeats: int = 5, device: str = "auto", dtype: str = "float32"
+) -> dict:
     """Seconds of one GRPO update: 2 prompts of 6 completions, 128 new tokens, 64 steps.
 
     Returns:
         medians over `repeats` updates, after one to warm up, of the whole update and of its
         rollout and reward parts; and the machine.
     """
-    task, loaded = load_task("medcot"), load_policy(policy)
+    task, loaded = load_task("medcot"), load_policy(policy, device=device, dtype=dtype)
     with tempfile.TemporaryDirectory() as folder:
-        config = GRPOConfig(
+        config = GRPOConfig.thesis(
             output_dir=f"{folder}/run",
             max_steps=repeats + 1,
-            steps=64,
-            logp_estimator="exact" if loaded.kind == "ar" else "one_step",
+            sampler={"steps": 64} if loaded.denoises else {},
+            logp_estimator="one_step" if loaded.denoises else "exact",
             save_steps=repeats + 2,
         )
         run = train_grpo(loaded, task.rewards, task.rows("rl"), config)
@@ -46,7 +48,7 @@ def bench_update(policy: str = "tiny-mdm", repeats: int = 5) -> dict:
     return {"policy": policy, "repeats": repeats, **medians, **environment(loaded.device)}
 
 
-def bench_estimators(repeats: int = 5, length: int = 128) -> dict:
+def bench_estimators(repeats: int = 5, length: int = 128, device: str = "auto") -> dict:
     """Seconds of one GRPO update without its sampling, by estimator, on the same 2 x 6 completions
     of `length` tokens, which all count: policy, reference and both backward passes.
 
@@ -57,11 +59,13 @@ def bench_estimators(repeats: int = 5, length: int = 128) -> dict:
     task, runs = load_task("medcot"), {}
     prompts = [row["prompt"] for row in task.rows("rl", 2) for _ in range(6)]
     for name in ("exact", "one_step", "complementary", "coupled"):
-        policy = load_policy("tiny-ar" if name == "exact" else "tiny-mdm")
+        policy = load_policy("tiny-ar" if name == "exact" else "tiny-mdm", device=device)
         policy.sync_reference()
-        config, scorer = GRPOConfig(logp_estimator=name), estimator(name, policy)
+        config = GRPOConfig.thesis(logp_estimator=name, log_gradients=True)
+        scorer = estimator(name, policy)
         rollout = _some_rollout(policy, prompts, length, config)
-        noise = draw_noise(rollout, 0.0, generator_for(0, "noise"), scorer.samples)
+        generator = generator_for(0, "noise", device=policy.device)
+        noise = draw_noise(rollout, 0.0, generator, scorer.samples)
         parameters = policy.trainable_parameters()
         runs[name] = partial(update, policy, rollout, scorer, noise, None, parameters, config)
     seconds: dict[str, list[float]] = {name: [] for name in runs}
@@ -85,14 +89,15 @@ def _some_rollout(policy: Policy, prompts: list[str], length: int, config: GRPOC
     first = max(policy.tokenizer.all_special_ids) + 1
     shape, rows = (len(prompts), length), len(prompts)
     tokens = torch.randint(first, len(policy.tokenizer), shape, generator=draw)
+    device = policy.device
     return Rollout(
         prompt_ids=encoded.input_ids,
         prompt_mask=encoded.attention_mask,
-        completion_ids=tokens,
-        completion_mask=torch.ones(shape, dtype=torch.bool),
-        advantages=torch.linspace(-1, 1, rows),
-        counted=torch.ones(rows, dtype=torch.bool),
-        sampler=config.sampler(),
+        completion_ids=tokens.to(device),
+        completion_mask=torch.ones(shape, dtype=torch.bool, device=device),
+        advantages=torch.linspace(-1, 1, rows, device=device),
+        counted=torch.ones(rows, dtype=torch.bool, device=device),
+        sampler=config.sampler_for(policy),
     )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pandas as pd
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -17,13 +18,13 @@ from mdmrl.runs import write_atomically
 from mdmrl.sampling import SamplerConfig
 from mdmrl.tasks import Task, load_task
 
-FIRST = ("sampler", "steps", "temperature", "accuracy", "low", "high", "reward")
-TITLE = ("policy", "kind", "task", "split", "prompts")
+FIRST = ("steps", "accuracy", "low", "high", "reward")
+TITLE = ("policy", "kind", "task", "split", "prompts", "sampler", "temperature")
 ASIDE = ("repetition", "leftover_mask_rate")
 
 
 def evaluation_table(
-    policy: str | Policy,
+    policy: str | Path | Policy,
     task: str | Task | Callable,
     split: str,
     limit: int | None,
@@ -42,7 +43,7 @@ def evaluation_table(
     Raises:
         InputError: steps of an autoregressive policy, which has none.
     """
-    named = isinstance(policy, str)
+    named = not isinstance(policy, Policy)
     loaded = load_policy(policy, device=device, dtype=dtype) if named else policy
     judged = load_task(task)
     require(
@@ -61,7 +62,7 @@ def evaluation_table(
         asked = judged.metric and metric
         found = evaluate(loaded, rows, config, judged.rewards, asked, watch=judged.watch)
         line = {
-            "policy": policy if named else loaded.kind,
+            "policy": str(policy) if named else loaded.kind,
             "kind": loaded.kind,
             "task": judged.name,
             "split": split,
@@ -80,17 +81,14 @@ def evaluation_table(
 def print_table(frame: pd.DataFrame) -> None:
     """The columns that matter most, and what the task watches, on the terminal."""
     first = frame.iloc[0]
-    title = f"{first.policy} on {first.prompts} prompts of {first.task}/{first.split}"
+    where = f"{first.policy} on {first.prompts} prompts of {first.task}/{first.split}"
+    sampled = f"temperature={first.temperature:g} {first.sampler}"
     more = [n for n in frame if n not in (*FIRST, *TITLE, *ASIDE) and "/" not in n]
     shown = [name for name in (*FIRST, *more) if name in frame]
-    table = Table(*shown, title=title, title_justify="left")
+    table = Table(*shown, box=box.SIMPLE, collapse_padding=True)
     for row in frame[shown].itertuples(index=False):
-        table.add_row(*map(_cell, row))
-    Console().print(table)
-
-
-def _cell(value: str | float | None) -> str:
-    return value if isinstance(value, str) else "-" if pd.isna(value) else f"{value:.3g}"
+        table.add_row(*("-" if pd.isna(value) else f"{value:.3g}" for value in row))
+    Console().print(f"{where}, {sampled}", table)
 
 
 def append_rows(frame: pd.DataFrame, path: str | Path) -> None:

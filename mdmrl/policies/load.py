@@ -24,6 +24,7 @@ from mdmrl.provenance import pick_device
 
 ZOO = ("tiny-ar", "tiny-mdm", "tiny-bd")
 SMOLLM2 = "smollm2-135m"
+NAMES = (*ZOO, SMOLLM2)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 ADAPTER = "adapter_config.json"
 
@@ -61,21 +62,24 @@ def load_policy(
     if dtype not in DTYPES:
         raise unknown("dtype", dtype, DTYPES)
     name = str(name)
-    if adapter is None and (Path(name) / ADAPTER).exists():
+    if adapter is None and _holds_an_adapter_alone(name):
         name, adapter = _base_of(Path(name)), name
     source = _source(name)
-    words = source if adapter is None or not get_tokenizer_config(adapter) else str(adapter)
+    with_words = adapter is not None and (Path(adapter) / "tokenizer_config.json").exists()
     with loading(source):
         fields = read_fields(source)
-        tokenizer = load_tokenizer(words)
+        tokenizer = load_tokenizer(adapter if with_words else source)
         model = load_model(source, fields, tokenizer, DTYPES[dtype])
     model = _with_own_float32_head(model).to(device)
+    folder = name not in NAMES and Path(name).is_dir()
+    known_as = str(Path(name).absolute()) if folder else name
+    model.config.name_or_path = known_as  # which peft writes into an adapter's model card
     policy = _family_of(family, model.config)(model, tokenizer)
     require(
         isinstance(policy, Policy),
         f"family={family!r} made a {type(policy).__name__}: expected a Policy",
     )
-    policy.name = str(Path(name).resolve()) if Path(name).is_dir() else name
+    policy.name = known_as
     if adapter is not None:
         _put_on_top(policy, str(adapter))
     return policy
@@ -98,6 +102,12 @@ def _put_on_top(policy: Policy, adapter: str) -> None:
         policy.model = peft.PeftModel.from_pretrained(policy.model, adapter, is_trainable=True)
     policy.model.eval().peft_config["default"].base_model_name_or_path = base
     policy.sync_reference()
+
+
+def _holds_an_adapter_alone(name: str) -> bool:
+    folder = Path(name)
+    whole = name in NAMES or (folder / "config.json").exists()
+    return not whole and (folder / ADAPTER).exists()
 
 
 def _base_of(adapter: Path) -> str:
@@ -149,7 +159,7 @@ def _source(name: str) -> str:
         return name
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
         return name
-    raise unknown("policy", name, (*ZOO, SMOLLM2))
+    raise unknown("policy", name, NAMES)
 
 
 def _with_own_float32_head(model):

@@ -44,7 +44,7 @@ def add_lora(
     )
     with kept_random_state(policy.device):
         torch.manual_seed(seed)
-        policy.model.name_or_path = policy.name or ""  # for adapter_config.json
+        policy.model.name_or_path = policy.name  # for adapter_config.json
         policy.model = peft.get_peft_model(policy.model, config).eval()
     return policy
 

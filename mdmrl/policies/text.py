@@ -94,13 +94,13 @@ class Text:
         reserved = {*self.end_token_ids, self.tokenizer.mask_token_id}
         for number, prompt in enumerate(prompts):
             for text in _written(prompt):
-                for token in self.tokenizer(text, add_special_tokens=False).input_ids:
-                    require(
-                        token not in reserved,
-                        f"prompt {number} spells {self.tokenizer.decode([token])}, a token that "
-                        f"ends or masks a text: take it out of {text!r:.200} (`infill` is for "
-                        "texts with gaps)",
-                    )
+                ids = self.tokenizer(text, add_special_tokens=False).input_ids
+                spelled = self.tokenizer.convert_ids_to_tokens(sorted(reserved.intersection(ids)))
+                require(
+                    not spelled,
+                    f"prompt {number} spells {', '.join(spelled)}, which ends or masks a text: "
+                    f"take it out of {text!r:.200} (`infill` is for texts with gaps)",
+                )
 
     def render(
         self, conversations: Sequence[list[dict]], add_generation_prompt: bool = False
@@ -123,8 +123,9 @@ class Text:
         to be continued.
         """
         rows = self.tokenizer(list(texts), add_special_tokens=add_special_tokens).input_ids
-        for row in rows if add_special_tokens else []:
-            while row and row[-1] in self.end_token_ids:
+        ends = self.end_token_ids if add_special_tokens else ()
+        for row in rows:
+            while row and row[-1] in ends:
                 row.pop()
         require(all(rows), "a prompt encodes to no tokens: expected at least one")
         longest = max(map(len, rows))

@@ -118,7 +118,7 @@ class Accuracy:
         self.__name__ = "answer_accuracy" if answer_only else "accuracy"
 
     def __repr__(self) -> str:
-        return f"Accuracy({self.encoder.name!r}, {self.column!r})"
+        return f"Accuracy({self.encoder.name!r}, answer_only={self.column == 'Answer'})"
 
     def __call__(self, prompts, completions, completion_ids=None, **columns) -> list[float | None]:
         """One value a completion, in [0, 2] or None.

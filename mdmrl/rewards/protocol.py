@@ -114,9 +114,10 @@ def check_rewards(
     """
     import torch
 
-    listed = isinstance(rewards, list | tuple) and len(rewards) > 0
+    example = "expected a list of functions, as in rewards=[short]"
     said = reward_name(rewards) if callable(rewards) else f"{rewards!r:.80}"
-    require(listed, f"rewards={said}: expected a list of functions, as in rewards=[short]")
+    require(isinstance(rewards, list | tuple), f"rewards={said}: {example}")
+    require(len(rewards) > 0, f"no reward functions given: {example}")
     for reward in rewards:
         fit = callable(reward) and not isinstance(reward, type | torch.nn.Module)
         said = f"reward {reward!s:.80} ({type(reward).__name__})"

@@ -165,7 +165,7 @@ def score_states(policy: MaskedDiffusionPolicy, rollout: Rollout, steps: slice) 
     columns = start[:, None] + inside  # (S, K)
     when, tokens = rollout.revealed_at[:, columns], rollout.completion_ids[:, columns]
     masked = when >= now[:, None]
-    if policy.kind == "bd":
+    if policy.block_length is not None:
         xt = tokens.masked_fill(masked, policy.mask_token_id)  # (R, S, K)
         block, context = _packed(policy, rollout, xt, start)
     else:

@@ -25,6 +25,7 @@ from mdmrl.sampling.guidance import GuideConfig
 from mdmrl.sampling.guided import generate_guided
 from mdmrl.sampling.states import Recorder
 from mdmrl.training.data import rows_of_step
+from mdmrl.training.loop import accelerator_for
 
 PENALTIES = tuple(10.0**k for k in range(-3, 7))  # on squared weights; at the last V is constant
 FOLDS = 4
@@ -103,11 +104,18 @@ def average(x: Tensor, accelerator) -> float:
 
 
 def averages(x: Tensor, accelerator) -> Tensor:
-    """Means of `x` (N, ...) over its first axis on all processes, (...) in double; 0 where there is
-    nothing to average."""
-    total = accelerator.reduce(x.double().sum(0), "sum")
-    count = accelerator.reduce(total.new_tensor(len(x)), "sum")
-    return total / count.clamp(min=1)
+    """Means of `x` (N, ...) over its first axis on all processes, (...) in double on the processor;
+    0 where there is nothing to average."""
+    sums = x.cpu().double().sum(0)
+    count = total(sums.new_tensor(len(x)), accelerator)
+    return total(sums, accelerator) / count.clamp(min=1)
+
+
+def total(x: Tensor, accelerator) -> Tensor:
+    """The sum of all processes' `x`, in double, on the processor."""
+    if accelerator.num_processes == 1:
+        return x
+    return accelerator.reduce(x.to(accelerator.device), "sum").cpu()
 
 
 def value_loss(
@@ -171,25 +179,28 @@ class Ridge:
     """Ridge regression of returns (N,) on the inputs that a head makes of features (N, 3H+2), for
     any penalty: the least mean squared error plus the penalty times the squared weights.
 
-    The states are those on this process; all processes' count.
+    The states are those on this process; all processes' count. It is done in double on the
+    processor.
     """
 
     def __init__(self, features: Tensor, returns: Tensor, accelerator):
+        features, returns = features.cpu(), returns.cpu()
         self.mean = averages(features, accelerator)
         std = averages((features - self.mean).square(), accelerator).sqrt()
         self.std = std.where(std > 1e-6, 1.0)  # where nothing varies
         x, y = ValueHead.inputs(features, self.mean, self.std).double(), returns.double()
         self.centre, self.level = averages(x, accelerator), averages(y, accelerator)
         x, y = x - self.centre, y - self.level
-        count = accelerator.reduce(y.new_tensor(len(y)), "sum").clamp(min=1)
-        moments, self.slopes = (accelerator.reduce(x.T @ z, "sum") / count for z in (x, y))
+        count = total(y.new_tensor(len(y)), accelerator).clamp(min=1)
+        moments, self.slopes = (total(x.T @ z, accelerator) / count for z in (x, y))
         self.scales, self.axes = torch.linalg.eigh(moments)
 
     def solve(self, penalty: float) -> dict[str, Tensor]:
         """The state of a head with these weights."""
         weight = self.axes @ (self.axes.T @ self.slopes / (self.scales + penalty))
         bias = self.level - weight @ self.centre
-        return {"mean": self.mean, "std": self.std, "weight": weight, "bias": bias}
+        state = {"mean": self.mean, "std": self.std, "weight": weight, "bias": bias}
+        return {name: value.float() for name, value in state.items()}
 
 
 def prompts_of(rollout: Rollout) -> list[tuple[int, ...]]:
@@ -212,11 +223,9 @@ def fit_to_base(
     Returns:
         V, and its explained variance in cross-validation, see `fit`.
     """
-    from accelerate import Accelerator
-
     values = ValueHead(policy.model.config.hidden_size).to(policy.device)
     base = ValueData.joined(list(base_states(policy, rewards, rows, config)))
-    return values, fit(values, base, Accelerator(cpu=policy.device.type == "cpu"))
+    return values, fit(values, base, accelerator_for(policy))
 
 
 def base_states(
@@ -239,7 +248,7 @@ def base_states(
     for i in range(config.value_batches):
         batch = rows_of_step(rows, config.per_device_train_batch_size, i, rank, processes, seed)
         generator = generator_for(config.seed, "values", i, rank, policy.device)
-        if policy.kind == "bd":
+        if policy.block_length is not None:
             rollout, *_ = collect(policy, batch, rewards, 1, sampler, generator, record=True)
             features = score_episodes(policy, rollout, config.states_per_forward, False).features
         else:

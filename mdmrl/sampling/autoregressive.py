@@ -57,14 +57,11 @@ def extend(
         tokens = completion[:, position : position + 1]
         attention = torch.cat([attention, torch.ones_like(tokens, dtype=torch.bool)], 1)
 
-    mask = policy.completion_mask(completion)
-    return SamplerOutput(
-        sequences=torch.cat([prompts.input_ids, completion], 1),
-        prompt_mask=prompts.attention_mask,
-        completion_ids=completion,
-        completion_mask=mask,
-        completions=policy.decode(completion, mask),
-        logprobs=logprobs,
+    return SamplerOutput.of(
+        policy,
+        torch.cat([prompts.input_ids, completion], 1),
+        prompts.attention_mask,
+        logprobs,
         nfe=nfe,
         token_forwards=token_forwards,
         optimisations={"key-value cache": EXACT},

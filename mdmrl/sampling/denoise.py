@@ -127,8 +127,6 @@ def denoise(
                 canvas[behind] = policy.pad_token_id
                 open_ &= ~behind
 
-    completion = canvas[:, width:]
-    mask = policy.completion_mask(completion)
     optimisations = {"head at open positions": EXACT, "no softmax": EXACT}
     if config.parallel:
         optimisations["parallel decoding"] = APPROXIMATE
@@ -140,13 +138,11 @@ def denoise(
         optimisations["block cache"] = EXACT
     if config.cache:
         optimisations[f"{config.cache} cache"] = APPROXIMATE
-    return SamplerOutput(
-        sequences=canvas,
-        prompt_mask=attention[:, :width],
-        completion_ids=completion,
-        completion_mask=mask,
-        completions=policy.decode(completion, mask),
-        logprobs=logprobs[:, width:],
+    return SamplerOutput.of(
+        policy,
+        canvas,
+        attention[:, :width],
+        logprobs[:, width:],
         nfe=network.window.nfe,
         token_forwards=network.window.token_forwards,
         trajectory=trajectory if record else None,

@@ -155,15 +155,11 @@ def generate_guided(
             batch.judge(*judgement)
         batch.finish_blocks(rows, ends)
 
-    completion = batch.canvas[:, batch.width :]
-    mask = policy.completion_mask(completion)
-    return GuidedOutput(
-        sequences=batch.canvas,
-        prompt_mask=batch.attention[:, : batch.width],
-        completion_ids=completion,
-        completion_mask=mask,
-        completions=policy.decode(completion, mask),
-        logprobs=batch.logprobs[:, batch.width :],
+    return GuidedOutput.of(
+        policy,
+        batch.canvas,
+        batch.attention[:, : batch.width],
+        batch.logprobs[:, batch.width :],
         nfe=nfe,
         token_forwards=token_forwards,
         optimisations={"value guidance": APPROXIMATE} if thresholds else {},

@@ -205,16 +205,16 @@ class Hierarchical:
         )
         padded = [F.pad(row, (0, asked - len(row)), value=policy.pad_token_id) for row in ids]
         ids, encoded = torch.stack(padded).to(policy.device), policy.encode(prompts)
-        return SamplerOutput(
-            sequences=torch.cat([encoded.input_ids, ids], 1),
-            prompt_mask=encoded.attention_mask,
-            completion_ids=ids,
-            completion_mask=policy.completion_mask(ids),
-            completions=found.completions,
-            logprobs=torch.full(ids.shape, torch.nan, device=policy.device),
+        output = SamplerOutput.of(
+            policy,
+            torch.cat([encoded.input_ids, ids], 1),
+            encoded.attention_mask,
+            torch.full(ids.shape, torch.nan, device=policy.device),
             nfe=found.nfe,
             token_forwards=found.token_forwards,
         )
+        output.completions = found.completions
+        return output
 
     @staticmethod
     def _phase(config: SamplerConfig, tokens: int) -> SamplerConfig:

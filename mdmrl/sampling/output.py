@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from mdmrl.policies.base import Policy
+
 EXACT, APPROXIMATE = "exact", "approximate"
 
 
@@ -53,6 +55,14 @@ class SamplerOutput:
     trajectory: list[Step] | None = None
     asked: Tensor | None = None
     optimisations: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, policy: Policy, sequences: Tensor, prompt_mask: Tensor, logprobs: Tensor, **more):
+        """What is behind the prompts of `sequences` (B, P+L), drawn with `logprobs` (B, L)."""
+        completion = sequences[:, prompt_mask.shape[1] :]
+        mask = policy.completion_mask(completion)
+        texts = policy.decode(completion, mask)
+        return cls(sequences, prompt_mask, completion, mask, texts, logprobs, **more)
 
     @property
     def exact(self) -> bool:

@@ -45,21 +45,14 @@ class Rule:
     def name(self) -> str:
         return getattr(self.scores, "__name__", repr(self.scores))
 
-    def __call__(
-        self,
-        logits: Tensor,
-        tokens: Tensor,
-        logprobs: Tensor,
-        positions: Tensor,
-        generator: torch.Generator,
-    ) -> Tensor:
+    def __call__(self, logits, tokens, logprobs, positions, generator) -> Tensor:
         found = self.scores(logits, tokens, logprobs, positions, generator)
         require(
             isinstance(found, Tensor) and found.shape == tokens.shape and not found.isnan().any(),
-            f"remasking={self.name} returned {found}: expected {len(tokens)} numbers, one an open "
-            "position",
+            f"remasking={self.name} returned {found!r:.80}: expected {len(tokens)} numbers, one an "
+            "open position",
         )
-        return found
+        return found.float()
 
 
 def low_confidence(logits, tokens, logprobs, positions, generator) -> Tensor:

@@ -12,16 +12,16 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 from mdmrl.config import require
+from mdmrl.identity import described, digest
 from mdmrl.policies import Policy, load_policy
 from mdmrl.rewards import reward_values, total_reward
 from mdmrl.rewards.text import extract_answer
 from mdmrl.rl.config import PPOConfig
 from mdmrl.rl.values import ValueData, ValueHead, base_states, explained_variance, fit, fit_to_base
-from mdmrl.runs import config_hash, generator_for
+from mdmrl.runs import generator_for
 from mdmrl.sampling import SamplerConfig, SamplerOutput, generate
 from mdmrl.sampling.denoise import denoise
 from mdmrl.sampling.guidance import GuideConfig, Thresholds
@@ -32,7 +32,17 @@ from mdmrl.study.pieces import cached_table
 from mdmrl.tasks import load_task
 from mdmrl.tasks.base import Task
 
-VERSION = "judging-2"  # part of a piece's hash: raise it when results change
+VERSION = "judging-2"  # part of a piece's identity: raise it when results change
+# What of a `PPOConfig` decides what V is fitted to and asked about.
+DECISIVE = (
+    "max_completion_length",
+    "sampler",
+    "per_device_train_batch_size",
+    "num_generations",
+    "value_batches",
+    "gamma",
+    "seed",
+)
 
 
 def what_v_explains(
@@ -58,9 +68,7 @@ def what_v_explains(
         found = []
         for count in batches:
             values = ValueHead(policy.model.config.hidden_size).to(policy.device)
-            fit(
-                values, ValueData.joined(base[:count]), Accelerator(cpu=policy.device.type == "cpu")
-            )
+            fit(values, ValueData.joined(base[:count]), accelerator_for(policy))
             said = values(features).detach().cpu()
             table = pd.DataFrame({"explained": [explained_variance(v, reward) for v in said.T]})
             table.insert(0, "step", range(len(table)))
@@ -199,12 +207,13 @@ def _piece(
     compute: Callable[[Policy, Task], pd.DataFrame],
 ) -> pd.DataFrame:
     policy, task = load_policy(name), load_task("medcot")
+    settled = config.settings_for(policy)
     identity = {
         "piece": kind,
-        "weights": policy.weights_fingerprint(),
-        "rows": config_hash({"rows": [task.rows(split) for split in ("rl", "validation", "test")]}),
+        "settings": {name: settled[name] for name in DECISIVE},
+        "policy": policy.fingerprint(),
+        "rows": digest(described([task.rows(name) for name in ("rl", "validation", "test")])),
         "version": VERSION,
-        **config.changed(),
         **settings,
     }
     slug = f"{Path(name).name}-{kind}-s{config.seed}"

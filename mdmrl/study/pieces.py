@@ -1,44 +1,60 @@
 """Results that take long, each computed once.
 
-A piece is one table. Its name is a readable slug and a hash of its identity: settings, weights,
-rows, the version of the algorithm. That decides the law of the result; its bits also depend on the
-machine (a card draws other random numbers) and on the revision of the sources. It lies as a CSV,
-beside it a JSON with the identity, machine and revision (early ones lack some of these) and what
-else is to be known, in `figures/data/runs` for the `full` profile (committed) and in
-`runs/<profile>/runs` for any other; a piece whose CSV is there is not computed again.
+A piece is one table. It is known by its identity: settings, weights, rows, the version of the
+algorithm. That decides the law of the result; its bits also depend on the machine (a card draws
+other random numbers) and on the revision of the sources. It lies as a CSV, beside it a JSON with
+the identity, machine and revision (early ones name no machine) and what else is to be known, in
+`figures/data/runs` for the `full` profile (committed) and in `runs/<profile>/runs` for any other; a
+piece whose identity lies there is not computed again. Its name, a readable slug and a hash, is a
+name only, so that a setting that is added later orphans nothing.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import lru_cache
 from pathlib import Path
 
 import pandas as pd
 
+from mdmrl.identity import described, digest
 from mdmrl.provenance import machine, pick_device, revision
-from mdmrl.runs import config_hash, write_atomically
+from mdmrl.runs import as_json, filled, write_atomically
 from mdmrl.study.outputs import figures_folder, project_root
 
 
 def cached_table(
-    profile: str, slug: str, identity: dict, compute: Callable[[str], tuple[pd.DataFrame, dict]]
+    profile: str,
+    slug: str,
+    identity: Mapping,
+    compute: Callable[[str], tuple[pd.DataFrame, dict]],
+    since: Mapping | None = None,
 ) -> pd.DataFrame:
     """The table that `compute` makes, or the one that an earlier call of the same identity left.
 
     Args:
         compute: takes the piece's name; returns the table, and what the JSON is to hold.
+        since: values of what the identity of an older piece does not name yet.
     Returns:
         the table as its CSV has it (six digits), with the piece's name in a column `run`.
     """
-    path = pieces_folder(profile) / f"{slug}-{config_hash(identity)}.csv"
-    if not path.exists():
-        made_on = {"machine": machine(pick_device()), "revision": revision()}
-        made_by = {"identity": identity, **made_on}
-        table, known = compute(path.stem)  # hours, in which the sources may change
-        write_atomically(path.with_suffix(".json"), json.dumps(known | made_by, indent=1) + "\n")
-        write_atomically(path, table.to_csv(index=False, float_format="%.6g"))
+    folder, wanted = pieces_folder(profile), json.loads(as_json(identity))
+    for path in sorted(folder.glob(f"{slug}-??????????.json")):
+        if filled(_identity(path), since or {}) == wanted:
+            return read_table(path.with_suffix(".csv"))
+    path = folder / f"{slug}-{digest(described(wanted))}.csv"
+    made_on = {"machine": machine(pick_device()), "revision": revision()}
+    table, known = compute(path.stem)  # hours, in which the sources may change
+    text = as_json(known | {"identity": identity, **made_on}, indent=1)
+    write_atomically(path, table.to_csv(index=False, float_format="%.6g"))
+    write_atomically(path.with_suffix(".json"), text + "\n")  # last: without it there is no piece
     return read_table(path)
+
+
+@lru_cache(maxsize=1024)
+def _identity(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8")).get("identity", {})
 
 
 def read_table(path: Path) -> pd.DataFrame:

@@ -17,12 +17,13 @@ import pandas as pd
 
 from mdmrl.config import Config, require, unknown
 from mdmrl.evaluation.accuracy import evaluate
+from mdmrl.identity import described, digest
 from mdmrl.policies import Policy, add_lora, load_policy
 from mdmrl.rewards.text import TAGS
 from mdmrl.rl import grpo, ppo
 from mdmrl.rl.config import GRPOConfig, PPOConfig
 from mdmrl.rl.divergence import path_kl
-from mdmrl.runs import config_hash, generator_for, read_rows
+from mdmrl.runs import generator_for, read_rows
 from mdmrl.sampling import SamplerConfig
 from mdmrl.sampling.hierarchy import Hierarchical
 from mdmrl.study.outputs import project_root
@@ -37,7 +38,7 @@ FEW_STEPS = 16  # denoising steps at which appendix C looks at completions
 
 # Of each algorithm: its settings, how it trains, its version.
 ALGORITHMS = {
-    "grpo": (GRPOConfig, grpo.train_grpo, grpo.ALGORITHM),
+    "grpo": (GRPOConfig.thesis, grpo.train_grpo, grpo.ALGORITHM),
     "ppo": (PPOConfig, ppo.train_ppo, ppo.ALGORITHM),
 }
 
@@ -50,7 +51,7 @@ class Arm(Config):
         name: how figures and tables call it.
         policy: what `load_policy` takes; dtype as there.
         lora: settings of `add_lora`; empty for full fine-tuning.
-        algorithm: `grpo` or `ppo`; settings: of `GRPOConfig` or `PPOConfig`.
+        algorithm: `grpo` or `ppo`; settings: of `GRPOConfig.thesis` or `PPOConfig`.
         instruct: put the format's instruction before each prompt, for a model that was not
             pre-trained on the task.
         eval_prompts: how many held-out prompts are completed greedily.
@@ -82,6 +83,13 @@ class Arm(Config):
     hierarchy: dict = field(default_factory=dict)
     rewards: dict = field(default_factory=dict)
 
+    def config(self, seed: int) -> GRPOConfig | PPOConfig:
+        """The run's settings. What the figures draw is logged: the KL, and the gradient norms of
+        the loss's two parts."""
+        made, _, _ = ALGORITHMS[self.algorithm]
+        given = {"log_gradients": True, **self.settings, "seed": seed}
+        return made(**given, log_kl=given.get("beta") == 0)
+
     def validate(self) -> None:
         if self.algorithm not in ALGORITHMS:
             raise unknown("algorithm", self.algorithm, ALGORITHMS)
@@ -100,22 +108,22 @@ def train_arms(arms: Sequence[Arm], seeds: Sequence[int], profile: str) -> pd.Da
 
 
 def train_arm(arm: Arm, seed: int, profile: str) -> pd.DataFrame:
-    """Train one arm with one seed, or read what an earlier run of the same hash left."""
+    """Train one arm with one seed, or read what an earlier run of the same identity left."""
     policy = load_policy(arm.policy, dtype=arm.dtype)
     if arm.lora:
         add_lora(policy, **arm.lora, seed=seed)
-    settings, _, version = ALGORITHMS[arm.algorithm]
-    config = settings.from_dict({**arm.settings, "seed": seed})
-    described = {k: v for k, v in arm.changed().items() if k not in ("name", "settings")}
-    identity = (
-        described
-        | config.changed()
-        | {
-            "weights": policy.weights_fingerprint(),
-            "rows": config_hash({"rows": load_task("medcot").rows("rl")}),
-            "algorithm": version,
-        }
-    )
+    config = arm.config(seed)
+    *_, version = ALGORITHMS[arm.algorithm]
+    aside = ("name", "policy", "settings", "algorithm")
+    identity = {
+        "arm": {k: v for k, v in arm.to_dict().items() if k not in aside},
+        "settings": config.settings_for(policy),
+        "policy": policy.fingerprint(),
+        "rows": digest(described(load_task("medcot").rows("rl"))),
+        "algorithm": version,
+    }
+    nothing = Arm(name="", policy="", algorithm=arm.algorithm)
+    since = {"arm": nothing.to_dict(), "settings": nothing.config(seed).settings_for(policy)}
     kind = config.logp_estimator if arm.algorithm == "grpo" else arm.algorithm
     slug = "-".join([Path(arm.policy).name, kind, f"s{seed}"])
 
@@ -124,7 +132,7 @@ def train_arm(arm: Arm, seed: int, profile: str) -> pd.DataFrame:
         frame = _train(policy, arm, config.replace(output_dir=str(folder)))
         return frame, read_rows(folder / "samples.jsonl")[-1]
 
-    frame = cached_table(profile, slug, identity, compute)
+    frame = cached_table(profile, slug, identity, compute, since)
     frame.insert(0, "seed", seed)
     frame.insert(0, "arm", arm.name)
     return frame
@@ -170,8 +178,8 @@ def _probe(arm: Arm, config: GRPOConfig | PPOConfig, held_out: Sequence[dict]) -
     task = load_task("medcot", **arm.rewards)
     start = load_policy(arm.policy, dtype=arm.dtype)
     prompts = [row["prompt"] for row in held_out]
-    episode = PPOConfig(max_completion_length=config.max_completion_length, **arm.path_kl)
-    sampler = episode.sampler(start)
+    length = config.max_completion_length
+    sampler = PPOConfig(max_completion_length=length, sampler=arm.path_kl).sampler_for(start)
 
     def probe(policy: Policy) -> dict[str, float]:
         generator = generator_for(config.seed, "path_kl", device=policy.device)
@@ -195,15 +203,15 @@ def medcot_arms(
     """The arms of Fig. 4-1 and 4-2 by name: the autoregressive model, and the masked diffusion
     model for each estimator and number of denoising steps; every weight is trained.
 
-    `settings` are GRPOConfig's that all arms share.
+    `settings` are GRPOConfig's that all arms share. A [MASK] that is drawn stays, as with Dream.
     """
     length = settings["max_completion_length"]
+    denoised = {"remasking": "low_confidence", "suppress_mask": False}
     arms = [
         Arm(
             name="AR",
             policy=autoregressive,
-            settings={k: v for k, v in settings.items() if k != "suppress_mask"}
-            | {"logp_estimator": "exact"},
+            settings={**settings, "logp_estimator": "exact"},
             final_steps=[length],
             eval_prompts=eval_prompts,
         )
@@ -212,7 +220,11 @@ def medcot_arms(
         Arm(
             name=f"MDM {estimator}, {count} steps",
             policy=masked_diffusion,
-            settings={**settings, "logp_estimator": estimator, "steps": count},
+            settings={
+                **settings,
+                "logp_estimator": estimator,
+                "sampler": {**denoised, "steps": count},
+            },
             final_steps=[FEW_STEPS, length],
             eval_prompts=eval_prompts,
         )
@@ -223,11 +235,12 @@ def medcot_arms(
 
 
 def variant(arm: Arm, name: str, lora: dict | None = None, **changes) -> Arm:
-    """`arm` under another name with other settings, or with LoRA. Appendix C looks at the
-    completions of the main arms alone, so a variant is spared that."""
-    return arm.replace(
-        name=name, lora=lora or arm.lora, settings={**arm.settings, **changes}, final_steps=[]
-    )
+    """`arm` under another name with other settings (of its sampler, those that are given), or with
+    LoRA. Appendix C looks at the completions of the main arms alone, so a variant is spared that.
+    """
+    sampler = {**arm.settings.get("sampler", {}), **changes.get("sampler", {})}
+    settings = {**arm.settings, **changes, "sampler": sampler}
+    return arm.replace(name=name, lora=lora or arm.lora, settings=settings, final_steps=[])
 
 
 def per_seed(runs: pd.DataFrame, arm: str, column: str) -> list[np.ndarray]:
