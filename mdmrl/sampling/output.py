@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from mdmrl.policies.base import Policy
+from mdmrl.policies import Policy
 
 EXACT, APPROXIMATE = "exact", "approximate"
 
