@@ -286,7 +286,8 @@ def last_sample(runs: pd.DataFrame, arm: str, profile: str) -> str:
 
 def real_arm(policy: str, dtype: str, **settings) -> Arm:
     """A real pretrained autoregressive model with the thesis's settings; its weights in `dtype`."""
-    thesis = {"learning_rate": 5e-6, "beta": 1.0, "epsilon": 0.1, "ref_model_sync_steps": 500}
+    thesis = {"learning_rate": 5e-6, "ref_model_sync_steps": 500}
+    thesis |= {"kl_estimator": "k3", "beta": 1.0, "epsilon": 0.1}
     return Arm(
         name=policy,
         policy=policy,
