@@ -31,6 +31,7 @@ from mdmrl.sampling.states import Recorder, States, Value
 from mdmrl.study.pieces import cached_table
 from mdmrl.tasks import load_task
 from mdmrl.tasks.base import Task
+from mdmrl.training.loop import accelerator_for
 
 VERSION = "judging-2"  # part of a piece's identity: raise it when results change
 # What of a `PPOConfig` decides what V is fitted to and asked about.
