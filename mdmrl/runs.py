@@ -106,6 +106,11 @@ class Run:
     ):
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
+        held = {path.name for path in self.folder.iterdir()} - {LOCK}
+        if held and "config.json" not in held:
+            raise RunFolderError(
+                f"{self.folder} is not empty and holds no run: choose another output_dir"
+            )
         self._lock = FileLock(self.folder / LOCK)  # let go by the system when its process dies
         if writes:
             try:
@@ -124,10 +129,6 @@ class Run:
     def _open(self, wanted: dict, since: Mapping, writes: bool, device) -> None:
         path = self.folder / "config.json"
         if not path.exists():
-            if any(file.name != LOCK for file in self.folder.iterdir()):
-                raise RunFolderError(
-                    f"{self.folder} is not empty and holds no run: choose another output_dir"
-                )
             write_atomically(path, as_json(wanted, indent=1))
             made_on = as_json(environment(device), indent=1)
             write_atomically(self.folder / "environment.json", made_on)

@@ -16,6 +16,8 @@ from mdmrl.zoo.pretrain import PretrainConfig, make_policy
 
 # Workers share the cores, and the kernels of notebooks inherit this.
 os.environ["OMP_NUM_THREADS"] = "1"
+# What is asserted to the bit is so on the processor; test_devices.py has a card of its own.
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 torch.set_num_threads(1)
 
 

@@ -109,14 +109,17 @@ class FakeCard(TorchFunctionMode):
                 raise RuntimeError("torch.load without map_location: onto the card of who saved it")
             return load(*args, map_location=map_location, **options)
 
-        class Accelerator(accelerate.Accelerator):
-            """Processes talk through the processor, whichever card they use."""
+        begin, reduce = accelerate.Accelerator.__init__, accelerate.Accelerator.reduce
 
-            def __init__(self, cpu=False):
-                assert not cpu, "Accelerator(cpu=True) for a policy on a card"
-                super().__init__(cpu=True)
+        def begin_on_card(self, cpu=False):
+            assert not cpu, "Accelerator(cpu=True) for a policy on a card"
+            begin(self, cpu=True)  # processes talk through the processor, whichever card they use
 
-            device = property(lambda self: card.device)
+        def reduce_on_card(self, tensor, *how):
+            assert self.num_processes == 1 or card.holds(tensor), (
+                "NCCL takes what is on cards alone"
+            )
+            return reduce(self, tensor, *how)
 
         yield (
             torch.cuda,
@@ -131,7 +134,14 @@ class FakeCard(TorchFunctionMode):
             },
         )
         yield torch, {"Generator": generator, "load": load_to}
-        yield accelerate, {"Accelerator": Accelerator}
+        yield (
+            accelerate.Accelerator,
+            {
+                "__init__": begin_on_card,
+                "reduce": reduce_on_card,
+                "device": property(lambda self: card.device),
+            },
+        )
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
@@ -219,6 +229,6 @@ class _Operations(TorchDispatchMode):
         ]
         if wrong:
             raise RuntimeError(
-                f"Expected all tensors to be on the same device, {self.card.device}, but {operation} "
-                f"was given one on the processor, of shape {tuple(wrong[0].shape)}"
+                f"Expected all tensors to be on the same device, {self.card.device}, but "
+                f"{operation} was given one on the processor, of shape {tuple(wrong[0].shape)}"
             )

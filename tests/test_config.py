@@ -3,10 +3,13 @@
 from dataclasses import dataclass, field
 
 import pytest
+from conftest import nested
 
-from mdmrl.config import Config, unknown
-from mdmrl.rl.config import GRPOConfig
+from mdmrl.config import Config, InputError, load_object, unknown
+from mdmrl.rl.config import GRPOConfig, PPOConfig
+from mdmrl.rl.logprobs import ESTIMATORS, estimator
 from mdmrl.sampling import SamplerConfig
+from mdmrl.training.config import SFTConfig
 
 
 @dataclass
@@ -122,23 +125,95 @@ BAD_GRPO = {
 
 @pytest.mark.parametrize("key", BAD_GRPO)
 def test_grpo_settings_that_make_no_sense_are_refused_by_name(key):
-    name = "max_new_tokens" if key == "max_completion_length" else key
-    with pytest.raises(ValueError, match=name):
-        GRPOConfig.from_dict({key: BAD_GRPO[key]})
+    with pytest.raises(InputError, match=key):
+        GRPOConfig(**nested({key: BAD_GRPO[key]}))
 
 
 def test_grpo_refuses_a_negative_batch():
-    with pytest.raises(ValueError, match="per_device_train_batch_size"):
+    with pytest.raises(InputError, match="per_device_train_batch_size"):
         GRPOConfig(per_device_train_batch_size=-6, gradient_accumulation_steps=-1)
 
 
-def test_grpo_refuses_more_steps_than_tokens_as_the_sampler_does():
-    with pytest.raises(ValueError, match=r"steps=64.*32"):
-        GRPOConfig(steps=64, max_completion_length=32)
-    assert GRPOConfig(max_completion_length=33).sampler().denoising_steps == 17
-    assert GRPOConfig(block_length=32).sampler() == SamplerConfig(block_length=32, temperature=1.0)
-    with pytest.raises(ValueError, match="block_length=33: expected a divisor"):
-        GRPOConfig(block_length=33)
+def test_the_sampler_is_checked_with_the_number_of_tokens(mdm, ar):
+    with pytest.raises(InputError, match=r"steps=64.*32"):
+        GRPOConfig(sampler={"steps": 64}, max_completion_length=32)
+    assert GRPOConfig(max_completion_length=33).sampler_for(mdm).denoising_steps == 17
+    found = GRPOConfig(sampler={"block_length": "32", "top_p": 0.9}, temperature=0.7)
+    assert found.sampler == {"block_length": 32, "top_p": 0.9}
+    assert found.sampler_for(mdm) == SamplerConfig(
+        block_length=32, top_p=0.9, temperature=0.7, remasking="state_confidence"
+    )
+    greedy = found.sampler_for(mdm, greedy=True)
+    assert (greedy.temperature, greedy.block_length, greedy.top_p) == (0, 32, 1)
+    assert GRPOConfig().sampler_for(ar) == SamplerConfig(temperature=1.0)
+    with pytest.raises(InputError, match="block_length=33: expected a divisor"):
+        GRPOConfig(sampler={"block_length": 33})
+    with pytest.raises(InputError, match=r"did you mean 'steps'"):
+        GRPOConfig(sampler={"step": 3})
+    with pytest.raises(InputError, match="max_completion_length, which stands beside it"):
+        GRPOConfig(sampler={"max_new_tokens": 3})
+    assert GRPOConfig(sampler=SamplerConfig(steps=4)).sampler == {"steps": 4}
+
+
+@pytest.mark.parametrize("made", [GRPOConfig, PPOConfig, SFTConfig])
+@pytest.mark.parametrize("name", ["steps", "block_length", "remasking", "end_last"])
+def test_a_setting_that_has_moved_says_where_to(made, name):
+    for make in (made, lambda **values: made.from_dict(values)):
+        with pytest.raises(InputError, match=rf"{name}=4: .*sampler={{'{name}': ...}}"):
+            make(**{name: 4})
+
+
+def test_defaults_are_the_recommended_and_the_thesis_is_a_preset(ar, mdm, bd):
+    ours, thesis = GRPOConfig(), GRPOConfig.thesis()
+    assert (ours.kl_estimator, ours.beta) == ("k2", 0.05)
+    assert (thesis.kl_estimator, thesis.beta, thesis.epsilon) == ("k3", 1, 0.1)
+    for policy in (mdm, bd):
+        assert ours.settings_for(policy)["logp_estimator"] == "trajectory"
+        assert ours.sampler_for(policy).remasking == "state_confidence"
+        assert thesis.sampler_for(policy).remasking == "low_confidence"
+        assert estimator(thesis.logp_estimator, policy) is ESTIMATORS["ar_style"]
+        assert estimator(ours.logp_estimator, policy) is ESTIMATORS["trajectory"]
+    for config in (ours, thesis):
+        assert estimator(config.logp_estimator, ar) is ESTIMATORS["exact"]
+    assert GRPOConfig.thesis(beta=0, sampler={"steps": 8}).sampler["steps"] == 8
+    assert GRPOConfig.thesis(learning_rate=5e-6).learning_rate == 5e-6
+
+
+IGNORED = {
+    "p_mask_prompt": {"p_mask_prompt": 0.3},
+    "p_mask_prompt of another": {"p_mask_prompt": 0.3, "logp_estimator": "elbo"},
+    "kl_estimator": {"kl_estimator": "k1", "beta": 0},
+    "kl_in_reward": {"kl_in_reward": True, "beta": 0},
+    "log_kl": {"log_kl": True},
+    "psi": {"psi": 2.0},
+    "epsilon_high": {"epsilon_high": 0.3, "loss_type": "wd1", "beta": 0},
+}
+
+
+@pytest.mark.parametrize("name", IGNORED)
+def test_an_option_that_would_be_ignored_is_refused(name):
+    with pytest.raises(InputError, match=rf"{name.split()[0]}=.*would be ignored"):
+        GRPOConfig(**IGNORED[name])
+
+
+def test_scale_rewards_takes_what_trl_takes():
+    found = [GRPOConfig(scale_rewards=value).scale_rewards for value in (True, False, "batch")]
+    assert found == ["group", "none", "batch"]
+    with pytest.raises(InputError, match="scale_rewards"):
+        GRPOConfig(scale_rewards="groups")
+
+
+def test_a_function_may_be_given_or_named_in_a_file(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text("def half(d):\n    return d / 2\n")
+    assert GRPOConfig(kl_estimator=f"{path}:half").kl_estimator(3) == 1.5
+    assert GRPOConfig(kl_estimator=len).kl_estimator is len
+    with pytest.raises(InputError, match=r"object in .*mine.py 'hal': did you mean 'half'"):
+        load_object(f"{path}:hal")
+    with pytest.raises(InputError, match="there is no file"):
+        load_object("nowhere.py:half")
+    with pytest.raises(InputError, match=r"expected FILE.py:NAME"):
+        load_object("mine")
 
 
 def test_changed_is_what_makes_the_same_settings():

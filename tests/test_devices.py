@@ -2,11 +2,15 @@
 
 import copy
 import json
+import os
+import subprocess
+import sys
 from contextlib import nullcontext
 from dataclasses import fields
 
 import pytest
 import torch
+from accelerate import PartialState
 from fake_card import FakeCard
 from torch import Tensor
 
@@ -22,9 +26,20 @@ from mdmrl import (
     train_ppo,
     train_sft,
 )
+from mdmrl.cli import app
 from mdmrl.config import InputError
 from mdmrl.provenance import environment, machine, pick_device
+from mdmrl.rewards.medical import SentenceEncoder
+from mdmrl.rl.config import EPISODE
+from mdmrl.rl.divergence import path_kl
+from mdmrl.rl.oracle import denoiser_of
+from mdmrl.rl.values import fit_to_base
 from mdmrl.runs import generator_for, kept_random_state
+from mdmrl.sampling.generate import infill
+from mdmrl.sampling.guidance import GuideConfig
+from mdmrl.sampling.guided import calibrate, generate_guided
+from mdmrl.sampling.hierarchy import Unit, generate_hierarchy
+from mdmrl.training.loop import accelerator_for
 
 
 @pytest.fixture
@@ -228,7 +243,10 @@ def test_a_policy_is_loaded_onto_its_card(any_policy, tmp_path, card, monkeypatc
     loaded = load_policy(tmp_path, device="cuda:1")
     assert {x.device for x in loaded.model.state_dict().values()} == {card.device}
     assert loaded.device == card.device and loaded.fingerprint() == any_policy.fingerprint()
-    add_lora(loaded, r=2).sync_reference()
+    add_lora(loaded, r=2).save_pretrained(tmp_path / "adapter")
+    adapted = load_policy(tmp_path / "adapter", device="cuda:1")
+    assert {x.device for x in adapted.model.state_dict().values()} == {card.device}
+    loaded.sync_reference()
     assert {x.device for x in loaded.model.state_dict().values()} == {card.device}
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert load_policy(tmp_path).device == card.device
@@ -236,7 +254,8 @@ def test_a_policy_is_loaded_onto_its_card(any_policy, tmp_path, card, monkeypatc
 
 @pytest.mark.parametrize(("family", "changes"), WAYS, ids=str)
 def test_completions_are_drawn_on_the_card(family, changes, request, card, same_draws):
-    config = SamplerConfig(**{"max_new_tokens": 8, "steps": 4, "temperature": 1.0} | changes)
+    steps = {} if family == "ar" else {"steps": 4}
+    config = SamplerConfig(**{"max_new_tokens": 8, "temperature": 1.0} | steps | changes)
 
     def does(policy):
         draw = generator_for(0, "draw", device=policy.device)
@@ -248,44 +267,79 @@ def test_completions_are_drawn_on_the_card(family, changes, request, card, same_
     assert torch.equal(here.sequences, there.sequences.cpu())
 
 
+def test_the_other_ways_of_writing_stay_on_the_card(mdm, ar, card):
+    mdm, ar = moved(mdm, card.device), moved(ar, card.device)
+    filled = infill(mdm, [f"a {mdm.tokenizer.mask_token} c"])
+    assert {x.device for x in tensors_of(filled).values()} == {card.device}
+    units = [Unit("a", "<a>", "</a>"), Unit("b", "<b>", "</b>")]
+    phases = [SamplerConfig(max_new_tokens=3, steps=3), SamplerConfig(max_new_tokens=4, steps=2)]
+    generate_hierarchy(mdm, ["x", "longer"], units, *phases, length=24)
+    generate_hierarchy(ar, ["x"], units, *(p.replace(steps=None) for p in phases), length=24)
+
+    sampler = SamplerConfig(max_new_tokens=8, steps=4, temperature=1.0, **EPISODE)
+    config = PPOConfig(max_completion_length=8, sampler={"steps": 4}, value_batches=2)
+    values, _ = fit_to_base(mdm, [parity], ROWS, config)
+    judge, guide = lambda states: values(states.features), GuideConfig(budget=2.0)
+    thresholds = calibrate(mdm, ["a", "b", "c"], sampler, guide, judge)
+    guided = generate_guided(mdm, ["x", "y"], sampler, guide, judge, thresholds)
+    assert guided.sequences.device == next(values.parameters()).device == card.device
+    draw = generator_for(0, "kl", device=card.device)
+    assert path_kl(mdm, moved(mdm, card.device), ["x"], sampler, draw).device == card.device
+
+    denoiser = denoiser_of(mdm, "x", 4)
+    assert denoiser(torch.full((1, 4), mdm.mask_token_id)).dtype == torch.float64
+
+
+def test_the_encoder_of_rewards_is_on_the_card_of_its_process(monkeypatch):
+    here = SentenceEncoder().embed(["gout"])
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with FakeCard(float64=False) as card:
+        encoder = SentenceEncoder()
+        there = encoder.embed(["gout"])
+        assert encoder.model.device == card.device
+    assert here == pytest.approx(there, abs=1e-5)
+
+
 def grpo(policy, folder, **changes):
-    small = {"max_steps": 2, "num_generations": 3, "per_device_train_batch_size": 6}
-    small |= {"max_completion_length": 8, "steps": None if policy.kind == "ar" else 4}
-    small |= {"save_steps": 1, "eval_steps": 1, "learning_rate": 1e-3, "output_dir": str(folder)}
-    names = {"ar": "exact", "mdm": "one_step", "bd": "one_step"}
-    config = GRPOConfig(**small | {"logp_estimator": names[policy.kind]} | changes)
+    small = {"max_steps": 1, "num_generations": 3, "per_device_train_batch_size": 6}
+    small |= {"max_completion_length": 8, "save_steps": 1, "eval_steps": 1, "learning_rate": 1e-3}
+    steps = {"steps": 4} if policy.denoises else {}
+    sampler = steps | changes.pop("sampler", {})
+    config = GRPOConfig(output_dir=str(folder), sampler=sampler, **small | changes)
     return train_grpo(policy, [parity], ROWS, config, ROWS[:1], lambda text, row: "e" in text)
 
 
 def ppo(policy, folder, **changes):
-    small = {"max_steps": 2, "num_generations": 2, "per_device_train_batch_size": 4, "steps": 4}
-    small |= {"max_completion_length": 8, "value_batches": 3, "learning_rate": 1e-3}
+    small = {"max_steps": 1, "num_generations": 2, "per_device_train_batch_size": 4}
+    small |= {"max_completion_length": 8, "value_batches": 2, "sampler": {"steps": 4}}
     small |= {"save_steps": 1, "eval_steps": 1, "output_dir": str(folder)}
     return train_ppo(policy, [parity], ROWS, PPOConfig(**small | changes), ROWS[:1])
 
 
 def sft(policy, folder, **changes):
-    small = {"max_steps": 2, "per_device_train_batch_size": 2, "max_completion_length": 24}
+    small = {"max_steps": 1, "per_device_train_batch_size": 2, "max_completion_length": 24}
     small |= {"save_steps": 1, "eval_steps": 1, "output_dir": str(folder)}
     return train_sft(policy, ROWS[:3], SFTConfig(**small | changes), ROWS[3:])
 
 
-TRAJECTORY = {"logp_estimator": "trajectory", "remasking": "state_confidence"}
 TRAININGS = {
     "ar": (grpo, {}),
     "mdm": (grpo, {}),
     "bd": (grpo, {}),
     "ar-lora": (grpo, {"num_iterations": 2, "ref_model_sync_steps": 1, "kl_in_reward": True}),
-    "mdm-trajectory": (grpo, TRAJECTORY),
-    "bd-trajectory": (grpo, TRAJECTORY),
+    "mdm-one-step": (grpo, {"logp_estimator": "one_step", "log_gradients": True}),
+    "bd-one-step": (grpo, {"logp_estimator": "one_step", "scale_rewards": "batch"}),
     "mdm-coupled": (grpo, {"logp_estimator": "coupled"}),
     "bd-elbo": (grpo, {"logp_estimator": "elbo-2"}),
     "mdm-wd1": (grpo, {"loss_type": "wd1"}),
     "mdm-spg": (grpo, {"loss_type": "spg", "logp_estimator": "elbo-2"}),
-    "mdm-random": (grpo, {"logp_estimator": "trajectory-positions", "remasking": "random"}),
+    "mdm-random": (
+        grpo,
+        {"logp_estimator": "trajectory-positions", "sampler": {"remasking": "random"}},
+    ),
     "mdm-confidence": (
         grpo,
-        {"logp_estimator": "trajectory-positions", "remasking": "low_confidence"},
+        {"logp_estimator": "trajectory-positions", "sampler": {"remasking": "low_confidence"}},
     ),
     "mdm-ppo": (ppo, {}),
     "bd-ppo": (ppo, {"kl_in_reward": True}),
@@ -316,7 +370,7 @@ def test_training_happens_on_the_card_and_gives_what_the_processor_gives(
         torch.testing.assert_close(found["cuda:1"][key], value, atol=1e-4, rtol=1e-3, msg=key)
 
 
-@pytest.mark.parametrize("name", ["ar", "mdm-ppo", "ar-lora"])
+@pytest.mark.parametrize("name", ["mdm-ppo", "ar-lora"])
 def test_a_run_is_resumed_on_the_card(name, shared_policies, card, tmp_path):
     family, (train, changes) = name.partition("-")[0], TRAININGS[name]
 
@@ -324,11 +378,11 @@ def test_a_run_is_resumed_on_the_card(name, shared_policies, card, tmp_path):
         policy = moved(shared_policies[family], card.device)
         if "lora" in name:
             add_lora(policy, r=2)
-        train(policy, folder, **changes)
+        train(policy, folder, max_steps=2, **changes)
         return policy
 
     whole = start(tmp_path / "whole")
-    LEFT[0] = {grpo: 3, ppo: 6}[train]
+    LEFT[0] = {grpo: 3, ppo: 5}[train]
     with pytest.raises(Interrupted):
         start(tmp_path / "cut")
     assert [p.name for p in (tmp_path / "cut" / "checkpoints").iterdir()] == ["step-000001"]
@@ -345,3 +399,84 @@ def test_the_random_state_of_the_own_card_alone_is_kept(card):
     assert torch.equal(torch.get_rng_state(), before)
     with pytest.raises(RuntimeError, match="cuda:0 was asked for"):
         kept_random_state(torch.device("cuda:0")).__enter__()
+
+
+# -- the command line ------------------------------------------------------------------------------
+
+SMALL = ["max_steps=1", "max_completion_length=8", "per_device_train_batch_size=6"]
+SMALL += ["--data", "rows.jsonl", "--reward", "mine.py:short"]
+COMMANDS = {
+    "grpo": ["train", *SMALL],
+    "ppo": ["train", *SMALL, "value_batches=2", "--algorithm", "ppo"],
+    "sft": ["sft", "max_steps=1", "max_completion_length=24", "--data", "rows.jsonl"],
+    "eval": ["eval", "--limit", "2", "--sampler", "max_new_tokens=8"],
+    "sample": ["sample", "--sampler", "max_new_tokens=8"],
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_command_line_puts_its_policy_where_it_is_told(command, mdm, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    mdm.save_pretrained("policy")
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    (tmp_path / "mine.py").write_text(
+        "def short(completions, **columns):\n    return [-len(text) for text in completions]\n"
+    )
+    named = {"eval": ["policy"], "sample": ["policy", "x"]}.get(command, ["--policy", "policy"])
+    words = [*COMMANDS[command], *named]
+    with FakeCard(index=0, cards=1, float64=False):
+        app(words, standalone_mode=False)  # a card that there is is used
+    with FakeCard(float64=False):
+        app([*words, "--device", "cuda:1"], standalone_mode=False)
+        with pytest.raises(RuntimeError, match="cuda was asked for"):
+            app([*words, "--device", "cuda"], standalone_mode=False)
+        with pytest.raises(InputError, match="cuda:2 asked, but the last of the 2 cards is cuda:1"):
+            app([*words, "--device", "cuda:2"], standalone_mode=False)
+    with pytest.raises(InputError, match=r"cuda asked, but this torch .* sees no card"):
+        app([*words, "--device", "cuda"], standalone_mode=False)
+
+
+# -- several processes -----------------------------------------------------------------------------
+
+
+def test_policies_on_several_devices_are_trained_in_one_process(mdm, monkeypatch):
+    accelerator_for(mdm)
+    monkeypatch.setitem(PartialState._shared_state, "device", torch.device("cuda"))
+    assert accelerator_for(mdm).num_processes == 1
+
+
+TWO_CARDS = """
+import os, sys
+import torch
+from accelerate import PartialState
+from fake_card import FakeCard
+from test_devices import TRAININGS, grpo, ppo, sft
+from mdmrl import load_policy
+
+folder, output = sys.argv[1:]
+with FakeCard(index=int(os.environ["LOCAL_RANK"])) as card:
+    for name, train in {"grpo": grpo, "ppo": ppo, "sft": sft}.items():
+        for max_steps in (1, 2):  # the second run goes on from the first one's checkpoint
+            policy = load_policy(folder)
+            train(policy, f"{output}/{name}", max_steps=max_steps)
+        assert {x.device for x in policy.model.state_dict().values()} == {card.device}
+        print("weights", name, policy.fingerprint())
+"""
+
+
+@pytest.mark.slow
+def test_each_of_two_processes_stays_on_its_own_card(mdm, tmp_path):
+    mdm.save_pretrained(tmp_path / "policy")
+    (tmp_path / "script.py").write_text(TWO_CARDS)
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"),
+            *(tmp_path / "script.py", tmp_path / "policy", tmp_path / "runs"),
+        ],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert done.returncode == 0, done.stderr
+    found = [line for line in done.stdout.splitlines() if line.startswith("weights")]
+    assert len(found) == 6 and len(set(found)) == 3

@@ -26,7 +26,7 @@ from mdmrl.zoo.toy import toy_policy
 
 PROMPT, LENGTH, BLOCK = "abca", 4, 2
 END, MASK, STATES = 3, 4, 5  # letters are 0, 1, 2
-MASKED = [name for name, found in ESTIMATORS.items() if "mdm" in found.kinds]
+MASKED = [name for name, found in ESTIMATORS.items() if found.denoising]
 NOISY = [name for name in MASKED if ESTIMATORS[name].samples]
 TEXTS = torch.tensor([[0, 2, 1, 1], [2, 2, 0, END], [1, END, 0, 2], [1, 0, END, 2]])
 

@@ -564,6 +564,21 @@ def test_a_foreign_family_is_refused_in_one_line(tmp_path, model_type):
         assert f"model_type '{model_type}': expected a decoder" in message
 
 
+@pytest.mark.parametrize("model_type", ["bloom", "gpt2"])
+def test_other_decoders_work_or_are_refused_in_one_line(tmp_path, model_type):
+    sizes = {"vocab_size": ROWS, "n_layer": 1, "n_head": 2}
+    config = CONFIG_MAPPING[model_type](**sizes, hidden_size=16, bos_token_id=0, eos_token_id=1)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    llada_tokenizer().save_pretrained(tmp_path)
+    if model_type == "bloom":  # no positions, so no longest context
+        assert "bloom does not say how long" in one_line(load_policy, tmp_path)
+        return
+    policy = load_policy(tmp_path)
+    expected = policy.model(input_ids=ids_of()).logits
+    torch.testing.assert_close(policy.logits(ids_of())[:, 1:], expected[:, :-1])
+    assert generate(policy, ["low", "lower"], SamplerConfig(max_new_tokens=3)).nfe == 3
+
+
 def test_a_broken_folder_is_refused_in_one_line(tmp_path):
     write_qwen(tmp_path, "a2d-qwen2")
     whole = {path.name: path.read_bytes() for path in tmp_path.iterdir()}

@@ -420,9 +420,10 @@ def test_prompt_masks_cover_real_tokens_at_their_rate_and_change_the_score(mdm):
 
 
 def test_an_estimator_is_refused_for_the_wrong_family(ar, mdm):
-    with pytest.raises(ValueError, match=r"'ar_style'.*'mdm', this one is 'ar'.*'exact'"):
-        estimator("ar_style", ar)
-    with pytest.raises(ValueError, match=r"'exact'.*'ar'.*'ar_style' or 'one_step'"):
+    with pytest.raises(ValueError, match=r"'one_step'.* of kind 'ar': expected 'exact'"):
+        estimator("one_step", ar)
+    assert estimator("ar_style", ar) is ESTIMATORS["exact"]  # the same call
+    with pytest.raises(ValueError, match=r"'exact'.*'mdm'.*'ar_style' or 'one_step'"):
         estimator("exact", mdm)
     with pytest.raises(ValueError, match="did you mean 'one_step'"):
         estimator("one_stp", mdm)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mdmrl.identity import described, fingerprint
-from mdmrl.rewards import Accuracy, depth
+from mdmrl.rewards.medical import Accuracy, depth
 
 
 def weighted(weight):

@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+import sys
 from collections import Counter
 
 import pytest
@@ -311,6 +312,12 @@ def test_a_malformed_real_file_is_named(tmp_path):
     path.write_text('{"Question": "x", "Complex_CoT": "y"}')
     with pytest.raises(ValueError, match=r"real\.jsonl:1: field 'Response'"):
         load_task("medcot", data=path)
+
+
+def test_the_hub_needs_its_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(InputError, match="some/rows is no file; the hub needs pip install"):
+        load_task("medcot", data="some/rows")
 
 
 def test_a_split_that_is_empty_is_refused(tmp_path):

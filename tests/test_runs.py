@@ -2,15 +2,18 @@
 
 import contextlib
 import json
+import math
 import os
 import random
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 from scipy import stats
 
-from mdmrl.runs import Run, config_hash, derived_seed, generator_for, write_atomically
+from mdmrl.runs import Run, RunFolderError, derived_seed, generator_for, write_atomically
 
 CONFIG = {"learning_rate": 1e-4, "seed": 0, "sizes": [1, 2]}
 
@@ -43,14 +46,6 @@ def test_streams_of_neighbouring_steps_are_independent():
     assert stats.kstest(draws[:, 0].numpy(), "uniform").pvalue > 1e-3  # across generators
 
 
-def test_config_hash_ignores_order_and_sees_every_value():
-    assert config_hash(CONFIG) == config_hash(dict(reversed(CONFIG.items())))
-    variants = [CONFIG, CONFIG | {"seed": 1}, CONFIG | {"sizes": [2, 1]}, CONFIG | {"beta": 0}]
-    hashes = {config_hash(variant) for variant in variants}
-    assert len(hashes) == len(variants)
-    assert all(len(h) == 10 and int(h, 16) >= 0 for h in hashes)
-
-
 # -- the folder ------------------------------------------------------------------------------------
 
 
@@ -62,6 +57,72 @@ def test_a_folder_of_another_run_is_refused_and_left_alone(tmp_path):
     with pytest.raises(FileExistsError, match="beta None -> 1"):
         Run(tmp_path / "run", CONFIG | {"beta": 1})
     assert json.loads((tmp_path / "run" / "config.json").read_text()) == CONFIG
+
+
+def test_only_max_steps_may_be_raised(tmp_path):
+    config = CONFIG | {"max_steps": 5}
+    Run(tmp_path / "run", config)
+    with pytest.raises(RunFolderError, match=r"max_steps 5 -> 4.*only max_steps may be raised"):
+        Run(tmp_path / "run", config | {"max_steps": 4})
+    with pytest.raises(RunFolderError, match="seed 0 -> 1"):
+        Run(tmp_path / "run", config | {"max_steps": 9, "seed": 1})
+    Run(tmp_path / "run", config | {"max_steps": 9})
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["max_steps"] == 9
+
+
+def test_a_setting_that_came_later_is_at_what_it_was_before(tmp_path):
+    """A folder of an older version lacks it; nested settings too."""
+    old = CONFIG | {"sampler": {"steps": 4}}
+    new = CONFIG | {"sampler": {"steps": 4, "order": 0.0}, "scale": "group"}
+    since = {"sampler": {"order": 0.0}, "scale": "group"}
+    Run(tmp_path / "run", old)
+    Run(tmp_path / "run", new, since)
+    with pytest.raises(RunFolderError, match="scale"):
+        Run(tmp_path / "run", new | {"scale": "batch"}, since)
+    with pytest.raises(RunFolderError, match="sampler"):
+        Run(tmp_path / "run", new | {"sampler": {"steps": 4, "order": 0.5}}, since)
+
+
+WRITER = """
+import sys, time
+from mdmrl.runs import Run
+run = Run(sys.argv[1], {"seed": 0})
+print("open", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_second_process_is_refused_and_a_killed_one_leaves_no_lock(tmp_path):
+    folder = tmp_path / "run"
+    first = subprocess.Popen(
+        [sys.executable, "-c", WRITER, folder], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert first.stdout.readline() == "open\n"
+        with pytest.raises(RunFolderError, match="another process is writing"):
+            Run(folder, {"seed": 0})
+        Run(folder, {"seed": 0}, writes=False)  # another rank of the same run
+    finally:
+        first.kill()
+        first.wait()
+    with Run(folder, {"seed": 0}) as run:
+        with pytest.raises(RunFolderError, match="another process is writing"):
+            Run(folder, {"seed": 0})
+        run.log({"step": 0})
+    Run(folder, {"seed": 0})
+
+
+def test_what_is_no_number_is_null_in_the_log(tmp_path):
+    """Strict JSON: another reader than Python's would stop at NaN."""
+    run = Run(tmp_path / "run", CONFIG)
+    run.log({"step": 0, "kl": math.inf, "parts": [1.0, math.nan], "none": None})
+    text = (run.folder / "metrics.jsonl").read_text()
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    found = json.loads(text, parse_constant=refuse)
+    assert found == {"step": 0, "kl": None, "parts": [1.0, None], "none": None}
 
 
 def test_a_folder_of_other_files_is_refused(tmp_path):

@@ -45,7 +45,7 @@ def test_a_finished_run_is_read_not_trained(arm, monkeypatch):
     shown = training.last_sample(first, "AR", "quick")
     assert shown.startswith(f"{sample['prompt']}\n{sample['completions'][0]}\nreward ")
 
-    def refuse(*arguments, **options):
+    def refuse(*arguments, **named):
         raise AssertionError("trained again")
 
     config, _, version = training.ALGORITHMS["grpo"]
@@ -219,7 +219,7 @@ def test_every_algorithm_trains_an_arm_of_its_own(arm):
             "per_device_train_batch_size": 2,
             "num_generations": 2,
             "max_completion_length": 8,
-            "sampler": {"steps": 2},
+            "steps": 2,
             "value_batches": 2,
             "learning_rate": 1e-3,
         },

@@ -83,6 +83,11 @@ class Policy(Text, Network, Reference):
             tokenizer.eos_token_id is not None,
             "the tokenizer has no end-of-sequence token: completions could never end",
         )
+        require(
+            getattr(model.config, "max_position_embeddings", None) is not None,
+            f"a {model.config.model_type} does not say how long its context is: expected a decoder "
+            "with max_position_embeddings in its config",
+        )
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
 

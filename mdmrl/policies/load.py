@@ -66,20 +66,20 @@ def load_policy(
         name, adapter = _base_of(Path(name)), name
     source = _source(name)
     with_words = adapter is not None and (Path(adapter) / "tokenizer_config.json").exists()
+    fields = read_fields(source)
     with loading(source):
-        fields = read_fields(source)
         tokenizer = load_tokenizer(adapter if with_words else source)
-        model = load_model(source, fields, tokenizer, DTYPES[dtype])
+    model = load_model(source, fields, tokenizer, DTYPES[dtype])
     model = _with_own_float32_head(model).to(device)
     folder = name not in NAMES and Path(name).is_dir()
-    known_as = str(Path(name).absolute()) if folder else name
-    model.config.name_or_path = known_as  # which peft writes into an adapter's model card
+    own_name = str(Path(name).absolute()) if folder else name
+    model.config.name_or_path = own_name  # which peft writes into an adapter's model card
     policy = _family_of(family, model.config)(model, tokenizer)
     require(
         isinstance(policy, Policy),
         f"family={family!r} made a {type(policy).__name__}: expected a Policy",
     )
-    policy.name = known_as
+    policy.name = own_name
     if adapter is not None:
         _put_on_top(policy, str(adapter))
     return policy
@@ -99,7 +99,12 @@ def _put_on_top(policy: Policy, adapter: str) -> None:
 
     base = policy.name
     with loading(adapter):
-        policy.model = peft.PeftModel.from_pretrained(policy.model, adapter, is_trainable=True)
+        policy.model = peft.PeftModel.from_pretrained(
+            policy.model,
+            adapter,
+            is_trainable=True,
+            torch_device="cpu",  # by way of: else the first card, whichever the policy is on
+        )
     policy.model.eval().peft_config["default"].base_model_name_or_path = base
     policy.sync_reference()
 

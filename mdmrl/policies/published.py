@@ -175,7 +175,8 @@ def read_fields(source: str) -> dict:
     Raises:
         InputError: no such file, or a `model_type` that no native class here computes.
     """
-    fields, _ = PreTrainedConfig.get_config_dict(source)
+    with loading(source):
+        fields, _ = PreTrainedConfig.get_config_dict(source)
     model_type = fields.get("model_type")
     encodes = model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES or fields.get("is_encoder_decoder")
     native = model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not encodes
@@ -203,15 +204,17 @@ def load_model(source: str, fields: dict, tokenizer, dtype: torch.dtype) -> PreT
     # Mismatched sizes are let through here to be refused below, with both.
     options = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
     if fields["model_type"] not in PUBLISHED:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            source, trust_remote_code=False, **options
-        )
+        with loading(source):
+            model, report = AutoModelForCausalLM.from_pretrained(
+                source, trust_remote_code=False, **options
+            )
         _require_every_weight(source, report)
         return model
     family = PUBLISHED[fields["model_type"]]
-    model, report = family.model.from_pretrained(
-        source, config=family.config(fields), key_mapping=dict(family.weights), **options
-    )
+    with loading(source):
+        model, report = family.model.from_pretrained(
+            source, config=family.config(fields), key_mapping=dict(family.weights), **options
+        )
     _require_every_weight(source, report)
     model._weight_conversions = None  # or save_pretrained would write the old names again
     # The settings that came along are those of the family's own sampler.

@@ -26,22 +26,23 @@ class Reference:
 
     @model.setter
     def model(self, model) -> None:
-        self._model, self._reference = model, None
-        self.name = None
+        self._model, self._reference, self._name = model, None, (None, 0)
 
     @property
     def name(self) -> str | None:
         """What `load_policy` finds these weights by; None once they have changed."""
-        name, version = self._name
-        return name if version == self._version() else None
+        name, checksum = self._name
+        return name if checksum == self._checksum() else None
 
     @name.setter
-    def name(self, name: str | None) -> None:
-        self._name = name, self._version()
+    def name(self, name: str) -> None:
+        self._name = name, self._checksum()
 
-    def _version(self) -> int:
-        """Goes up with every change in place that torch makes to a weight."""
-        return sum(weight._version for weight in self._model.parameters())
+    def _checksum(self) -> int:
+        """The sum of all weights' bits, the same on every device."""
+        words = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+        weights = (weight.detach() for weight in self._model.parameters())
+        return sum(int(weight.view(words[weight.element_size()]).sum()) for weight in weights)
 
     @property
     def uses_lora(self) -> bool:

@@ -84,6 +84,10 @@ class RLConfig(TrainingConfig):
         )
 
     @property
+    def drawn_at(self) -> float:
+        return 1.0
+
+    @property
     def prompts_per_process(self) -> int:
         return self.batch // self.num_generations
 
@@ -187,6 +191,10 @@ class GRPOConfig(RLConfig):
                 why is None or value == field.default,
                 f"{field.name}={value!r} would be ignored: {why}; leave it at {field.default!r}",
             )
+
+    @property
+    def drawn_at(self) -> float:
+        return self.temperature
 
     def sampler_for(self, policy: Policy, greedy: bool = False) -> SamplerConfig:
         asked = {"remasking": policy.remasking} if policy.remasking else {}

@@ -213,9 +213,10 @@ def denoiser_of(
 
     def denoiser(xt: Tensor) -> Tensor:
         behind = xt.new_full((len(xt), length - xt.shape[1]), policy.mask_token_id)
-        canvas = torch.cat([ids.expand(len(xt), -1), xt, behind], 1)
+        written = torch.cat([xt, behind], 1).to(policy.device)
+        canvas = torch.cat([ids.expand(len(xt), -1), written], 1)
         hidden = policy.forward(canvas, pattern=policy.pattern(width, length))
-        logits = policy.head(hidden[:, width : width + xt.shape[1]]).double() / temperature
+        logits = policy.head(hidden[:, width : width + xt.shape[1]]).cpu().double() / temperature
         if suppress_mask:
             mask = torch.arange(logits.shape[-1]) == policy.mask_token_id
             logits = logits.masked_fill(mask, -torch.inf)

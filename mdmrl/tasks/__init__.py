@@ -37,8 +37,8 @@ def load_task(
         task = load_object(task)
     if not isinstance(task, Task) and callable(task):
         task, options = task(**options), {}
-    require(isinstance(task, Task), f"task {given!r:.80} is {task!r:.80}: expected a mdmrl Task")
-    require(not options, f"task {given!r:.80} takes no options, got {', '.join(options)}")
+    require(isinstance(task, Task), f"task {given!s:.200} is {task!r:.80}: expected a mdmrl Task")
+    require(not options, f"task {task.name} takes no options, got {', '.join(options)}")
     if data is not None:
         rows = load_rows(data)
         task = replace(task, splits={"rl": rows, "test": rows})

@@ -77,9 +77,14 @@ class TrainingConfig(Config):
             if name not in NESTED:
                 raise unknown("setting of the sampler", name, NESTED)
         # Coerced, and checked with the number of tokens.
-        length, known = self.max_completion_length, {**self.OWN_SAMPLER, **self.sampler}
-        asked = SamplerConfig(max_new_tokens=length, **known)
+        known = {**self.OWN_SAMPLER, **self.sampler, "temperature": self.drawn_at}
+        asked = SamplerConfig(max_new_tokens=self.max_completion_length, **known)
         self.sampler = {name: getattr(asked, name) for name in self.sampler}
+
+    @property
+    def drawn_at(self) -> float:
+        """The temperature at which completions are drawn."""
+        return 0.0
 
     @property
     def batch(self) -> int:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import is_initialized
 from accelerate.utils import gather_object
 from torch import Tensor
 
@@ -27,8 +28,11 @@ Metrics = dict[str, float | None]
 
 
 def accelerator_for(policy: Policy) -> Accelerator:
-    """Accelerate's view of the processes that train, each `policy` being on its own device."""
-    return Accelerator(cpu=policy.device.type == "cpu")
+    """Accelerate's view of the processes that train, each `policy` being on its own device.
+
+    It can be told once in a process; where one process trains several policies it does not matter.
+    """
+    return Accelerator(cpu=policy.device.type == "cpu" and not is_initialized())
 
 
 def open_run(
@@ -70,17 +74,23 @@ def _known(part):
 
 
 class Optimizer:
-    """AdamW that takes no step where a gradient is not finite, and gives up after `MAX_SKIPPED`
+    """AdamW that takes no step where a gradient is not finite, and gives up after `most_skipped`
     such updates in a row.
 
     Args:
         groups: as torch's: parameters, and the options of their group; each is clipped by itself.
     """
 
-    def __init__(self, groups: Sequence[dict], accelerator: Accelerator, max_grad_norm: float):
+    def __init__(
+        self,
+        groups: Sequence[dict],
+        accelerator: Accelerator,
+        max_grad_norm: float,
+        most_skipped: int = MAX_SKIPPED,
+    ):
         self.adamw = torch.optim.AdamW(groups, weight_decay=0.0)
         self.accelerator, self.max_grad_norm = accelerator, max_grad_norm
-        self.skipped = 0
+        self.most_skipped, self.skipped = most_skipped, 0
 
     def step(self, loss: float, batch: str) -> Metrics:
         """Average the gradient over processes, clip it, and take a step.
@@ -91,7 +101,7 @@ class Optimizer:
             `grad_norm` of the first group before clipping, and `skipped_updates` in a row.
 
         Raises:
-            FloatingPointError: `MAX_SKIPPED` updates in a row that are not finite.
+            FloatingPointError: `most_skipped` updates in a row that are not finite.
         """
         norms = [self._finished(group["params"]) for group in self.adamw.param_groups]
         finite = all(map(math.isfinite, gather_object([loss, *norms])))
@@ -99,10 +109,10 @@ class Optimizer:
             self.adamw.step()
         self.adamw.zero_grad()
         self.skipped = 0 if finite else self.skipped + 1
-        if self.skipped >= MAX_SKIPPED:
+        if self.skipped >= self.most_skipped:
             raise FloatingPointError(
                 f"{self.skipped} updates in a row had a loss or gradient that is not finite, the "
-                f"last of {batch}: lower learning_rate or beta"
+                f"last at {batch}: lower learning_rate (or beta)"
             )
         return {"grad_norm": norms[0], "skipped_updates": self.skipped}
 
@@ -160,8 +170,9 @@ def averaged(metrics: Metrics) -> Metrics:
     everywhere = gather_object([metrics])
     if len(everywhere) == 1:
         return metrics
+    names = dict.fromkeys(name for found in everywhere for name in found)
     known = {
         name: [found[name] for found in everywhere if found.get(name) is not None]
-        for name in metrics
+        for name in names
     }
     return {name: sum(values) / len(values) if values else None for name, values in known.items()}

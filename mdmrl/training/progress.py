@@ -44,7 +44,12 @@ class Progress:
             self.said = now
             left = (now - self.start) / (done - self.first) * (self.last - done)
             what = ", ".join(f"{name} {value}" for name, value in found.items())
-            print(f"{self.name}: update {done} of {self.last}, {what}, {duration(left)} left")
+            # A notebook shows what goes to stderr as an error, a shell's pipe wants results alone.
+            where = sys.stdout if "ipykernel" in sys.modules else sys.stderr
+            print(
+                f"{self.name}: update {done} of {self.last}, {what}, {duration(left)} left",
+                file=where,
+            )
 
 
 def duration(seconds: float) -> str:

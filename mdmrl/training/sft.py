@@ -58,7 +58,7 @@ def train_sft(
     Raises:
         InputError: no rows, one that does not fit (see `encode_pairs`), or a held-out prompt
             among the training rows.
-        FloatingPointError: several updates in a row that are not finite.
+        FloatingPointError: a loss or gradient that is not finite.
     """
     accelerator = accelerator_for(policy)
     rank, processes = accelerator.process_index, accelerator.num_processes
@@ -104,7 +104,7 @@ def train_sft(
 
     parts = {"eval_rows": eval_rows, "metric": metric, "watch": watch}
     with open_run(policy, rows, config, ALGORITHM, accelerator, **parts) as run:
-        optimizer = Optimizer(groups, accelerator, config.max_grad_norm)
+        optimizer = Optimizer(groups, accelerator, config.max_grad_norm, most_skipped=1)
         train(policy, run, config, optimizer, make_update, held_out if eval_rows else None)
         if policy.uses_lora:
             merge_lora(policy)
