@@ -172,7 +172,6 @@ def averaged(metrics: Metrics) -> Metrics:
         return metrics
     names = dict.fromkeys(name for found in everywhere for name in found)
     known = {
-        name: [found[name] for found in everywhere if found.get(name) is not None]
-        for name in names
+        name: [found[name] for found in everywhere if found.get(name) is not None] for name in names
     }
     return {name: sum(values) / len(values) if values else None for name, values in known.items()}
