@@ -30,6 +30,7 @@ def reproduce(
     force: Annotated[bool, typer.Option("--force", help="Run unchanged ones again.")] = False,
 ) -> None:
     """Run the notebooks headlessly; write figures, tables and claims."""
+    print(f"profile {profile}: loading", flush=True)  # which takes a while at first
     from mdmrl.study.reproduce import reproduce
 
     raise typer.Exit(reproduce(profile, [*(only or []), *(more or [])], force))
