@@ -9,7 +9,7 @@ from test_sampling import double
 
 from mdmrl.provenance import machine, revision
 from mdmrl.rl.config import PPOConfig
-from mdmrl.rl.episodes import score
+from mdmrl.rl.episodes import score_episodes
 from mdmrl.rl.rollout import Rollout
 from mdmrl.rl.values import explained_variance, fit_to_base
 from mdmrl.runs import generator_for
@@ -138,7 +138,7 @@ def test_v_explains_what_it_said_it_explains(policy):
     output = generate(policy, prompts, sampler, generator_for(0, "held-out"), record=True)
     outcome = torch.tensor([float(odd(ids)) for ids in output.token_lists()])
     rollout = Rollout.of(output, outcome, outcome.isfinite(), sampler, outcome)
-    features = score(policy, rollout, 8, reference=False).features
+    features = score_episodes(policy, rollout, 8, reference=False).features
     for batches in (2, 4):
         config = CONFIG.replace(value_batches=batches)
         V, _ = fit_to_base(policy, judging.load_task("toy").rewards, SPLITS["rl"], config)
