@@ -175,7 +175,11 @@ class Text:
             done = max(done, len(whole))
         return pieces
 
+    def is_end(self, ids: Tensor) -> Tensor:
+        """Where `ids` are end tokens; bool, of the same shape."""
+        return torch.isin(ids, torch.tensor(self.end_token_ids, device=ids.device))
+
     def completion_mask(self, completion_ids: Tensor) -> Tensor:
         """True up to and including the first end token, (B, L) bool."""
-        ends = torch.isin(completion_ids, torch.tensor(self.end_token_ids, device=self.device))
+        ends = self.is_end(completion_ids)
         return ends.cumsum(1) - ends.long() == 0

@@ -46,7 +46,7 @@ from mdmrl.policies import MaskedDiffusionPolicy, Prompt
 from mdmrl.runs import generator_for
 from mdmrl.sampling.choose import reveal
 from mdmrl.sampling.config import SamplerConfig
-from mdmrl.sampling.denoise import blank_canvas, evenly
+from mdmrl.sampling.denoise import Canvas, evenly
 from mdmrl.sampling.guidance import (
     GuideConfig,
     Thresholds,
@@ -190,7 +190,7 @@ class Attempts:
         self.policy, self.config, self.guide = policy, config, guide
         encoded = policy.encode(prompts, config.max_new_tokens)
         self.width, self.length = encoded.input_ids.shape[1], config.max_new_tokens
-        self.canvas, self.attention, self.open_ = blank_canvas(policy, encoded, self.length)
+        self.canvas, self.attention, self.open_, _ = Canvas.behind(encoded, self.length, policy.mask_token_id)
         rows, device = len(self.canvas), self.canvas.device
         self.block_length = config.block_length or self.length
         self.blocks = self.length // self.block_length
@@ -308,7 +308,7 @@ class Attempts:
         self.block[rows] += 1
         self.step[rows] = self.failures[rows] = 0
         if self.config.stop_at_end:
-            for row in rows[torch.isin(written, ends).any(1)].tolist():
+            for row in rows[self.policy.is_end(written).any(1)].tolist():
                 behind = self.width + int(self.block[row]) * self.block_length
                 self.canvas[row, behind:] = self.policy.pad_token_id
                 self.block[row] = self.blocks
