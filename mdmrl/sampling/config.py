@@ -18,7 +18,7 @@ def require_at_least(config: Config, **lowest: float) -> None:
     for name, least in lowest.items():
         value = getattr(config, name)
         holds = value is None or least <= value < math.inf
-        require(holds, f"{name}={value}: expected a number of at least {least}")
+        require(holds, f"{name}={value}: expected at least {least}, and finite")
 
 
 @dataclass
@@ -93,7 +93,7 @@ class SamplerConfig(Config):
         require_at_least(self, cfg_scale=0, revise=0, order_temperature=0, entropy_bound=0)
         for name in ("top_p", "threshold"):
             value = getattr(self, name)
-            require(value is None or 0 < value <= 1, f"{name}={value}: expected a number in (0, 1]")
+            require(value is None or 0 < value <= 1, f"{name}={value}: expected (0, 1]")
         require(
             block is None or (block >= 1 and length % block == 0),
             f"block_length={block}: expected a divisor of max_new_tokens={length}",
