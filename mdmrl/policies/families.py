@@ -259,7 +259,6 @@ class BlockDiffusionPolicy(MaskedDiffusionPolicy):
         return self.model.config.block_length
 
     def pattern(self, width: int, length: int) -> Tensor:
-        """The block of every column, (P+L,): 0 for the prompt, then 1, 1, ..., 2, 2, ..."""
         return blocks_of(width, length, self.block_length, self.device)
 
     def forward(
@@ -279,3 +278,9 @@ class BlockDiffusionPolicy(MaskedDiffusionPolicy):
             attention_mask = torch.ones_like(input_ids)
         sees = packed(pattern) & attention_mask.bool()[:, None, None]
         return self.hidden_states(input_ids, sees, position_ids=positions_of(attention_mask))
+
+
+FAMILIES = {
+    family.kind: family
+    for family in (AutoregressivePolicy, MaskedDiffusionPolicy, BlockDiffusionPolicy)
+}

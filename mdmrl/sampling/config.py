@@ -101,8 +101,8 @@ class SamplerConfig(Config):
         blocks = length // (block or length)
         require(
             steps is None or blocks <= steps <= length,
-            f"steps={steps}: expected {blocks} to max_new_tokens={length}, since every block needs a "
-            "step and a step reveals at least one token",
+            f"steps={steps}: expected {blocks} to max_new_tokens={length}, since a block needs one "
+            "and a step reveals at least one token",
         )
         require(
             self.temperature > 0 or (self.top_k is None and self.top_p == 1),

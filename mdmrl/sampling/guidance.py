@@ -181,8 +181,8 @@ def checked(
     low, high, shape = thresholds.low, thresholds.high, (length // block, 2 + len(guide.checks))
     require(
         low.shape == high.shape == shape,
-        f"thresholds of shape {tuple(low.shape)}: expected {shape}, a block and its points, for low "
-        "and high; calibrate on this sampler",
+        f"thresholds of shape {tuple(low.shape)}: expected {shape}, a block and its points, both "
+        "low and high; calibrate on this sampler",
     )
     require(
         bool((low <= high).all()),

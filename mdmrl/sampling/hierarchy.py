@@ -27,6 +27,8 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 
 import torch
 from torch import Generator
@@ -142,10 +144,9 @@ def generate_hierarchy(
             y[row][j], ended[row][j] = c.cut(text)
     middle = time.perf_counter()
     whole = [list(row) for row in y]
-    by_unit = [
-        [(row, j) for row in range(len(prompts)) if not ended[row][j]] for j in range(len(units))
-    ]
-    for places in filter(None, [sum(by_unit, [])] if parallel else by_unit):
+    left = [(row, j) for j in range(len(units)) for row in range(len(prompts)) if not ended[row][j]]
+    batches = [left] if parallel else [list(some) for _, some in groupby(left, itemgetter(1))]
+    for places in filter(None, batches):
         for (row, j), text in zip(places, next_texts(places, unit), strict=True):
             whole[row][j], _ = units[j].cut(y[row][j] + text)
     seconds = (middle - start, time.perf_counter() - middle)
