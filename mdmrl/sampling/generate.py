@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Generator
 
 from mdmrl.config import require, resolve
-from mdmrl.policies import MaskedDiffusionPolicy, Policy, Prompt, refuse_bare_string
+from mdmrl.policies import MaskedDiffusionPolicy, Policy, Prompt, require_texts
 from mdmrl.runs import generator_for
 from mdmrl.sampling.config import SamplerConfig
 from mdmrl.sampling.denoise import denoise
@@ -73,8 +73,7 @@ def infill(
         f"block_length={config.block_length}, cache={config.cache}, cfg_scale={config.cfg_scale}: "
         "gaps have no order of blocks and no prompt; leave these out",
     )
-    refuse_bare_string(texts)
-    require(len(texts) > 0, "no texts given: expected at least one")
+    require_texts(texts, "texts")
     for index, text in enumerate(texts):
         mask = policy.tokenizer.mask_token
         require(mask in text, f"text {index} has no {mask} to fill in: {text!r}")
