@@ -182,6 +182,10 @@ def _converted_smollm2() -> Path:
     aside = cache.with_name(f".{cache.name}.{os.getpid()}")
     model.save_pretrained(aside)
     tokenizer.save_pretrained(aside)
+    return _put_in_place(aside, cache)
+
+
+def _put_in_place(aside: Path, cache: Path) -> Path:
     try:
         os.replace(aside, cache)
     except OSError:  # another process was quicker

@@ -107,7 +107,7 @@ class SamplerConfig(Config):
             raise unknown("cache", self.cache, CACHES)
         require(
             self.cache_refresh is None or self.cache is not None,
-            f"cache_refresh={self.cache_refresh}: expected a cache, one of {', '.join(CACHES)}",
+            f"cache_refresh={self.cache_refresh} with cache=None: expected a cache to refresh",
         )
         self._validate_order()
 
