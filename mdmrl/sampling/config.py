@@ -92,11 +92,15 @@ class SamplerConfig(Config):
             block is None or (block >= 1 and length % block == 0),
             f"block_length={block}: expected a divisor of max_new_tokens={length}",
         )
+        require(
+            steps is None or 1 <= steps <= length,
+            f"steps={steps}: expected 1 to max_new_tokens={length}, since a step reveals at "
+            "least one token",
+        )
         blocks = length // (block or length)
         require(
-            steps is None or blocks <= steps <= length,
-            f"steps={steps}: expected {blocks} to max_new_tokens={length}, since a block needs a "
-            "step and a step reveals at least one token",
+            steps is None or steps >= blocks,
+            f"steps={steps}: expected at least {blocks}, one for each block of {block}",
         )
         require(
             self.temperature > 0 or (self.top_k is None and self.top_p == 1),

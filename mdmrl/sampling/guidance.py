@@ -89,31 +89,26 @@ class Thresholds:
         Raises:
             InputError: a block that no rollout reached.
         """
-        blocks, points = values.shape[1:]
-        low, high = torch.full((2, blocks, points), -torch.inf, dtype=torch.double)
-        described = guide.description_length // block_length
-        gates = guide.form == "two_gates"
-        for block in range(described if gates else 0, blocks):
-            for point in range(1, points - 1):
-                high[block, point] = _quantile(values, block, point, guide.high)
-                if not gates:
-                    low[block, point] = _quantile(values, block, point, guide.low)
-        if gates and described:
-            gate = _quantile(values, described, 0, guide.low)
-            low[described, 0] = high[described, 0] = gate
+        described, gates = guide.description_length // block_length, guide.form == "two_gates"
+        first, values = described if gates else 0, values.cpu().double()
+        low, high = torch.full((2, *values.shape[1:]), -torch.inf, dtype=torch.double)
+        for block in range(first, values.shape[1]):
+            require(
+                not values[:, block].isnan().all(),
+                f"no base rollout reached block {block}, so nothing is known of V there: give more "
+                "prompts, or stop_at_end=False",
+            )
+
+        def quantile(of: Tensor, share: float) -> Tensor:
+            """One of the values, so that a constant V reaches its own threshold."""
+            return of.nanquantile(share, 0, interpolation="lower")
+
+        high[first:, 1:-1] = quantile(values[:, first:, 1:-1], guide.high)
+        if not gates:
+            low[first:, 1:-1] = quantile(values[:, first:, 1:-1], guide.low)
+        elif described:
+            low[first, 0] = high[first, 0] = quantile(values[:, first, 0], guide.low)
         return cls(low, high, tuple(prompts))
-
-
-def _quantile(values: Tensor, block: int, point: int, share: float) -> float:
-    """One of the values at a point, so that a constant V reaches its own threshold."""
-    seen = values[:, block, point]
-    seen = seen[~seen.isnan()].cpu().double()
-    require(
-        len(seen) > 0,
-        f"no base rollout reached block {block}, so nothing is known of V there: give more "
-        "prompts, or stop_at_end=False",
-    )
-    return seen.quantile(share, interpolation="lower").item()
 
 
 def steps_of_blocks(config: SamplerConfig) -> list[int]:
