@@ -38,6 +38,7 @@ TABLE = {
     "exact": INDIGO,
     "state": SKY,
     "ppo": BLACK,
+    "mdm": MDM,
     # samplers of a masked diffusion model
     "whole completion": MDM,
     "whole": SKY,  # the arm that scores whole texts by `one_step`
@@ -48,7 +49,6 @@ TABLE = {
     "flat": SAND,
     "unit after unit": SKY,
     "units at once": INDIGO,
-    "mdm": MDM,
     # what judges half-denoised text, and what follows from it
     "v": INDIGO,
     "two gates": INDIGO,
