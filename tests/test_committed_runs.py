@@ -1,4 +1,4 @@
-"""The committed runs are those that the notebooks ask for at `full`: none missing, none left over."""
+"""The committed runs are those that the notebooks ask for at `full`: none lacks or is left over."""
 
 import copy
 import functools
@@ -39,13 +39,13 @@ def asked():
     names, missing = set(), set()
     cached_table = pieces.cached_table
 
-    def recorded(profile, slug, identity, compute):
+    def recorded(profile, slug, identity, compute, since=None):
         def lacking(name):
             missing.add(name)
             raise FileNotFoundError
 
         try:
-            table = cached_table(profile, slug, identity, lacking)
+            table = cached_table(profile, slug, identity, lacking, since)
         except FileNotFoundError:
             other = next(COMMITTED.glob(f"{slug}-*.csv"))
             table = pieces.read_table(other)

@@ -498,6 +498,8 @@ def test_what_to_expect_of_the_best_of_n():
         ({"patience": 0}, "patience=0: expected at least 1"),
         ({"low": -0.1}, "low=-0.1.*expected quantiles"),
         ({"form": "faithful", "low": 0.6}, "low=0.6, high=0.5: expected low <= high"),
+        ({"form": "faithful", "patience": 5}, "patience=5 would be ignored with form='faithful'"),
+        ({"low": 0.3}, "low=0.3 would be ignored.*description_length=0"),
     ],
 )
 def test_a_guide_that_makes_no_sense_is_refused(changes, message):

@@ -187,17 +187,42 @@ def test_a_policy_is_trained_by_any_algorithm(monkeypatch, capsys, tmp_path, alg
         "per_device_train_batch_size": 2,
         "num_generations": 2,
         "max_completion_length": 8,
-        "steps": 2,
+        "sampler": {"steps": 2},
     }
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(settings | own))
     assert call(monkeypatch, "train", str(config), "--algorithm", algorithm) == 0
-    assert capsys.readouterr().out.strip() == str(tmp_path / "run")
+    assert capsys.readouterr().out.splitlines()[-1] == str(tmp_path / "run")
     rows = read_rows(tmp_path / "run" / "metrics.jsonl")
     assert len(rows) == 2
     assert ("values/loss" in rows[0]) == (algorithm == "ppo")
     assert call(monkeypatch, "train", str(config), "--algorithm", "pp") == 2
     assert "unknown algorithm 'pp': did you mean 'ppo'?" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_processes_train_from_the_command_line(tmp_path):
+    """By torchrun, since accelerate's own launcher wants MPI on processors: every process gets a
+    share of the prompts, and one of them writes."""
+    settings = {
+        "output_dir": str(tmp_path / "run"),
+        "max_steps": 1,
+        "per_device_train_batch_size": 2,
+        "num_generations": 2,
+        "max_completion_length": 8,
+        "sampler": {"steps": 2},
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*command, "-m", "mdmrl", "train", str(tmp_path / "config.yaml")],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = read_rows(tmp_path / "run" / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [0, 1]
 
 
 def test_samplers_are_refused_by_name(monkeypatch, capsys):

@@ -219,7 +219,7 @@ def test_every_algorithm_trains_an_arm_of_its_own(arm):
             "per_device_train_batch_size": 2,
             "num_generations": 2,
             "max_completion_length": 8,
-            "steps": 2,
+            "sampler": {"steps": 2},
             "value_batches": 2,
             "learning_rate": 1e-3,
         },

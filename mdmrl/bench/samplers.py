@@ -77,9 +77,9 @@ SHOWN = (
 def bench_samplers(
     policy: str,
     lengths: Sequence[int] = (128,),
-    steps: Sequence[int] = (64,),
+    steps: Sequence[int] = (),
     batches: Sequence[int] = (1, 16),
-    block_length: int = 32,
+    block_length: int | None = None,
     prompt_length: int = 128,
     repeats: int = 3,
     samplers: Sequence[str] = (),
@@ -91,6 +91,8 @@ def bench_samplers(
     Args:
         policy: a name that `load_policy` takes, or `random-KIND:SHAPE` for random weights, KIND one
             of ar, mdm and bd, SHAPE one of `SHAPES`.
+        steps: of denoising; none means 64. block_length: of samplers with blocks, and of random
+            block diffusion; None means 32.
         prompt_length: tokens of the longest prompt of a batch; the others are shorter.
         samplers: only these, beside their plain loop, by their names in the table; none means all.
         device, dtype: see `load_policy`.
@@ -102,19 +104,25 @@ def bench_samplers(
 
     Raises:
         ValueError: more steps than tokens, blocks that do not divide them or outnumber the steps,
-            an unknown sampler.
+            an unknown sampler, steps or blocks for a policy that has none, or its own.
     """
     require(repeats >= 1, f"repeats={repeats}: expected at least 1")
-    loaded = bench_policy(policy, block_length, device, dtype)
+    loaded = bench_policy(policy, block_length or 32, device, dtype)
+    require(loaded.denoises or not steps, f"steps={steps}: {policy} has no denoising steps")
+    require(
+        block_length in (None, loaded.block_length)
+        or (loaded.denoises and loaded.block_length is None),
+        f"block_length={block_length}: {policy} has no such blocks; leave it out",
+    )
     sizes = [
         {"batch": batch, "length": length, "steps": count}
         for length in lengths
         for batch in batches
-        for count in (steps if loaded.denoises else [length])
+        for count in (steps or [64] if loaded.denoises else [length])
     ]
     # All of them before the first is timed, so that bad input costs nothing.
     groups = [
-        _chosen(_samplers(loaded, size["length"], size["steps"], block_length), samplers)
+        _chosen(_samplers(loaded, size["length"], size["steps"], block_length or 32), samplers)
         for size in sizes
     ]
     rows = []

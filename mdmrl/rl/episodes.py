@@ -29,6 +29,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mdmrl.config import require
 from mdmrl.policies import BlockDiffusionPolicy, MaskedDiffusionPolicy
 from mdmrl.policies.patterns import hidden_beside
 from mdmrl.rl.rollout import Rollout
@@ -111,6 +112,12 @@ def score_episodes(
 ) -> OldPolicyScores:
     """Look at every state of a recorded `rollout` with the policy as it is and its reference; or
     without `reference` with the policy alone, whose KL then counts as 0."""
+    rule = rollout.sampler.rule
+    require(
+        rule.before_drawing,
+        f"remasking={rule.name}: expected a rule that looks at the state alone (state_confidence), "
+        "or what it chooses has a probability of its own",
+    )
     batch, steps = len(rollout), len(block_starts(policy, rollout))
     length = rollout.completion_ids.shape[1]
     rows = max(1, states_per_forward // steps)  # whole episodes if they fit

@@ -49,8 +49,8 @@ class SamplerConfig(Config):
         temperature: 0 takes the most probable token. top_k, top_p: above it, draw from the k most
             probable tokens, then from the smallest set that holds the probability p, after the
             temperature.
-        cfg_scale: classifier-free guidance, logits u + (1 + cfg_scale) (c - u) with u from a
-            masked prompt; doubles the work.
+        cfg_scale: raise what the prompt adds (classifier-free, as LLaDA): logits
+            u + (1 + cfg_scale) (c - u) with u from a masked prompt; doubles the work.
         cache: keys and values kept between the steps of a block, approximate for a bidirectional
             policy (Wu et al. 2025): `"prefix"` those before the block, `"dual"` those after it
             too. Block diffusion and autoregressive policies always keep theirs, exactly.
@@ -79,50 +79,44 @@ class SamplerConfig(Config):
     suppress_mask: bool = True
 
     def validate(self) -> None:
-        rule = self.rule
+        rule, length, infinity = self.rule, self.max_new_tokens, float("inf")
         if self.cache not in (None, *CACHES):
             raise unknown("cache", self.cache, CACHES)
-        length, infinity = self.max_new_tokens, float("inf")
-        require(length >= 1, f"max_new_tokens={length}: expected at least 1")
+        for name, holds, expected in (
+            ("max_new_tokens", length >= 1, "at least 1"),
+            ("temperature", 0 <= self.temperature < infinity, "0 (greedy) or more"),
+            ("top_p", 0 < self.top_p <= 1, "(0, 1]"),
+            ("top_k", self.top_k is None or self.top_k >= 1, "at least 1"),
+            ("cfg_scale", 0 <= self.cfg_scale < infinity, "0 or more"),
+            ("revise", self.revise >= 0, "0 or more"),
+            ("order_temperature", 0 <= self.order_temperature < infinity, "0 (surest) or more"),
+            ("threshold", self.threshold is None or 0 < self.threshold <= 1, "(0, 1]"),
+            ("entropy_bound", self.entropy_bound is None or self.entropy_bound >= 0, "0 or more"),
+        ):
+            require(holds, f"{name}={getattr(self, name)}: expected {expected}")
         require(
             self.steps is None or 1 <= self.steps <= length,
             f"steps={self.steps}: expected 1 to max_new_tokens={length}, "
             "since a step reveals at least one token",
         )
-        block = self.block_length
+        block = self.block_length or length
         require(
-            block is None or (1 <= block <= length and length % block == 0),
-            f"block_length={block}: expected a divisor of max_new_tokens={length}",
+            self.block_length != 0 and 1 <= block <= length and length % block == 0,
+            f"block_length={self.block_length}: expected a divisor of max_new_tokens={length}",
         )
-        if block is not None and self.steps is not None:
-            blocks = length // block
-            require(
-                self.steps >= blocks,
-                f"steps={self.steps}: expected at least {blocks}, one for each block of {block}",
-            )
         require(
-            0 <= self.temperature < infinity,
-            f"temperature={self.temperature}: expected 0 (greedy) or more",
+            self.steps is None or self.steps >= length // block,
+            f"steps={self.steps}: expected at least {length // block}, one for each block of "
+            f"{block}",
         )
-        require(0 < self.top_p <= 1, f"top_p={self.top_p}: expected (0, 1]")
-        require(self.top_k is None or self.top_k >= 1, f"top_k={self.top_k}: expected at least 1")
         require(
             self.temperature > 0 or (self.top_k is None and self.top_p == 1),
             f"top_k={self.top_k}, top_p={self.top_p} would be ignored: at temperature=0 the most "
             "probable token is taken; leave them out, or raise the temperature",
         )
-        require(0 <= self.cfg_scale < infinity, f"cfg_scale={self.cfg_scale}: expected 0 or more")
-        require(self.revise >= 0, f"revise={self.revise}: expected 0 or more")
+        ordered = rule.before_drawing and rule.log_probability
         require(
-            0 <= self.order_temperature < infinity,
-            f"order_temperature={self.order_temperature}: expected 0 (the surest first) or more",
-        )
-        require(
-            not self.order_temperature
-            or (
-                (rule.before_drawing and rule.log_probability)
-                and not (self.parallel or self.end_last)
-            ),
+            not self.order_temperature or (ordered and not (self.parallel or self.end_last)),
             f"order_temperature={self.order_temperature} with remasking={rule.name}: expected "
             "remasking='state_confidence', end_last=False and no threshold or entropy_bound beside "
             "it",
@@ -137,8 +131,6 @@ class SamplerConfig(Config):
     def _validate_parallel(self) -> None:
         """Options by which the text decides how many positions a step reveals."""
         threshold, bound = self.threshold, self.entropy_bound
-        require(threshold is None or 0 < threshold <= 1, f"threshold={threshold}: expected (0, 1]")
-        require(bound is None or bound >= 0, f"entropy_bound={bound}: expected 0 nats or more")
         if not self.parallel:
             return
         given = f"threshold={threshold}, entropy_bound={bound}"

@@ -1,4 +1,4 @@
-"""Which columns of the canvas a denoising step pushes through the network, and what it remembers.
+"""The network as denoising steps see it: which columns of the canvas go through, what is kept.
 
 A step needs hidden states at the active block, columns [a, b) of W. What else must be computed:
 
@@ -87,8 +87,8 @@ class Window:
 class Predictor:
     """Logits at open positions.
 
-    With `scale`, that of classifier-free guidance, there are twice as many rows: below each lies
-    its twin, whose prompt is masked.
+    With a `scale` (`SamplerConfig.cfg_scale`) there are twice as many rows: below each lies its
+    twin, whose prompt is masked.
     """
 
     def __init__(

@@ -90,6 +90,11 @@ class Arm(Config):
         given = {"log_gradients": True, **self.settings, "seed": seed}
         return made(**given, log_kl=given.get("beta") == 0)
 
+    def beside_settings(self) -> dict:
+        """What decides the results beside the run's settings, policy and algorithm."""
+        aside = ("name", "policy", "settings", "algorithm")
+        return {k: v for k, v in self.to_dict().items() if k not in aside}
+
     def validate(self) -> None:
         if self.algorithm not in ALGORITHMS:
             raise unknown("algorithm", self.algorithm, ALGORITHMS)
@@ -114,16 +119,16 @@ def train_arm(arm: Arm, seed: int, profile: str) -> pd.DataFrame:
         add_lora(policy, **arm.lora, seed=seed)
     config = arm.config(seed)
     *_, version = ALGORITHMS[arm.algorithm]
-    aside = ("name", "policy", "settings", "algorithm")
     identity = {
-        "arm": {k: v for k, v in arm.to_dict().items() if k not in aside},
+        "arm": arm.beside_settings(),
         "settings": config.settings_for(policy),
         "policy": policy.fingerprint(),
         "rows": digest(described(load_task("medcot").rows("rl"))),
         "algorithm": version,
     }
     nothing = Arm(name="", policy="", algorithm=arm.algorithm)
-    since = {"arm": nothing.to_dict(), "settings": nothing.config(seed).settings_for(policy)}
+    since = {"arm": nothing.beside_settings()}
+    since["settings"] = nothing.config(seed).settings_for(policy)
     kind = config.logp_estimator if arm.algorithm == "grpo" else arm.algorithm
     slug = "-".join([Path(arm.policy).name, kind, f"s{seed}"])
 
@@ -286,7 +291,8 @@ def last_sample(runs: pd.DataFrame, arm: str, profile: str) -> str:
 
 def real_arm(policy: str, dtype: str, **settings) -> Arm:
     """A real pretrained autoregressive model with the thesis's settings; its weights in `dtype`."""
-    thesis = {"learning_rate": 5e-6, "beta": 1.0, "epsilon": 0.1, "ref_model_sync_steps": 500}
+    thesis = {"learning_rate": 5e-6, "ref_model_sync_steps": 500}
+    thesis |= {"kl_estimator": "k3", "beta": 1.0, "epsilon": 0.1}
     return Arm(
         name=policy,
         policy=policy,

@@ -170,8 +170,8 @@ def averaged(metrics: Metrics) -> Metrics:
     everywhere = gather_object([metrics])
     if len(everywhere) == 1:
         return metrics
+    names = dict.fromkeys(name for found in everywhere for name in found)
     known = {
-        name: [found[name] for found in everywhere if found.get(name) is not None]
-        for name in metrics
+        name: [found[name] for found in everywhere if found.get(name) is not None] for name in names
     }
     return {name: sum(values) / len(values) if values else None for name, values in known.items()}
