@@ -30,6 +30,7 @@ BLOCK = re.compile(
     r"(?:<!-- not executed: (?P<why>[^>]+) -->\n)?```(?P<language>\w+)\n(?P<code>.*?)```", re.S
 )
 SLOW = ("papermill", "torchrun", "accelerate")
+SHORT = "def short(completions, **columns): return [-len(text) / 100 for text in completions]\n"
 FILES = {
     "prompts.jsonl": [{"prompt": "Which test is decisive for gout?"}, {"prompt": "What is fever?"}],
     "mine.jsonl": [{"prompt": "What is fever?", "completion": "A raised temperature."}] * 2,
@@ -47,6 +48,7 @@ def test_code_runs(page, slow, tmp_path, monkeypatch):
     for name, rows in FILES.items():
         Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "notebooks").symlink_to(ROOT / "notebooks")
+    Path("my_rewards.py").write_text(SHORT)
     known = {"__name__": page.stem}
     for block in BLOCK.finditer(page.read_text()):
         code = block["code"]
