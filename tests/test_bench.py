@@ -11,7 +11,7 @@ from mdmrl.config import InputError
 
 
 def rows_of(policy, monkeypatch, **options):
-    monkeypatch.setattr(bench, "bench_policy", lambda name, block_length: double(policy))
+    monkeypatch.setattr(bench, "bench_policy", lambda name, *_: double(policy))
     own = {"steps": [6], "block_length": 4} if policy.denoises else {}
     options = {"lengths": [12], "batches": [3], **own} | options
     numbers = bench.bench_samplers("x", prompt_length=30, repeats=1, **options)

@@ -886,7 +886,7 @@ def test_names_carry_settings(toys, ar):
     }.items():
         with pytest.raises(ValueError, match=message):
             estimator(name, policy)
-    with pytest.raises(ValueError, match=r"'complementary-2' is for .* this one is 'ar'"):
+    with pytest.raises(ValueError, match=r"'complementary-2' is not for .* 'ar': expected 'exact'"):
         estimator("complementary-2", ar)
 
 

@@ -9,7 +9,7 @@ import torch
 from scipy import stats
 from test_sampling import PROMPTS, double, ender
 
-from mdmrl.rl.episodes import look
+from mdmrl.rl.episodes import score_states
 from mdmrl.rl.oracle import denoiser_of, tabulate
 from mdmrl.rl.rollout import Rollout
 from mdmrl.runs import generator_for
@@ -116,7 +116,7 @@ def test_v_sees_what_the_value_head_was_fitted_on(denoiser):
     config = settings(stop_at_end=False, end_last=False)
     output = generate(denoiser, PROMPTS, config, generator_for(0, "x"), record=True)
     rollout = Rollout.of(output, torch.zeros(4), torch.ones(4, dtype=torch.bool), config)
-    expected = look(denoiser, rollout, slice(0, 12)).features(12)  # (4, 12, F)
+    expected = score_states(denoiser, rollout, slice(0, 12)).features(12)  # (4, 12, F)
     seen = {}
 
     def value(states):

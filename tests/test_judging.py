@@ -9,7 +9,7 @@ from test_sampling import double
 
 from mdmrl.provenance import machine, revision
 from mdmrl.rl.config import PPOConfig
-from mdmrl.rl.episodes import score
+from mdmrl.rl.episodes import score_episodes
 from mdmrl.rl.rollout import Rollout
 from mdmrl.rl.values import explained_variance, fit_to_base
 from mdmrl.runs import generator_for
@@ -122,7 +122,8 @@ def test_how_much_the_first_half_decides(policy, reward, of, low, high):
 
 
 def test_half_of_a_text_is_a_state_only_between_blocks(policy):
-    for settings in ({"block_length": 8}, {"block_length": 4, "max_completion_length": 12}):
+    whole = {"sampler": {"steps": 8, "block_length": 8}}
+    for settings in (whole, {"max_completion_length": 12}):
         odd_number = CONFIG.replace(**settings)
         with pytest.raises(ValueError, match="an even number of blocks"):
             judging.what_is_decided("toy", odd_number, 4, 2, "quick")
@@ -138,7 +139,7 @@ def test_v_explains_what_it_said_it_explains(policy):
     output = generate(policy, prompts, sampler, generator_for(0, "held-out"), record=True)
     outcome = torch.tensor([float(odd(ids)) for ids in output.token_lists()])
     rollout = Rollout.of(output, outcome, outcome.isfinite(), sampler, outcome)
-    features = score(policy, rollout, 8, reference=False).features
+    features = score_episodes(policy, rollout, 8, reference=False).features
     for batches in (2, 4):
         config = CONFIG.replace(value_batches=batches)
         V, _ = fit_to_base(policy, judging.load_task("toy").rewards, SPLITS["rl"], config)

@@ -70,8 +70,7 @@ def enumerated(policy, texts):
     """All texts in one rollout. Where `counted` are probabilities, sums are expectations."""
     prompt = policy.encode(["ab"]).input_ids.expand(len(texts), -1)
     config = SamplerConfig(temperature=1.0)
-    counted = torch.ones(len(texts), dtype=torch.bool)
-    return Rollout(prompt, prompt >= 0, texts, texts >= 0, torch.zeros(len(texts)), counted, config)
+    return Rollout(prompt, prompt >= 0, texts, texts >= 0, torch.zeros(len(texts)), None, config)
 
 
 # -- the loss --------------------------------------------------------------------------------------

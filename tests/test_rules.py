@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mdmrl.config import InputError
 from mdmrl.rl.divergence import path_kl
-from mdmrl.rl.episodes import score
+from mdmrl.rl.episodes import score_episodes
 from mdmrl.rl.logprobs import draw_noise, estimator
 from mdmrl.rl.rollout import Rollout
 from mdmrl.runs import generator_for
@@ -192,10 +192,10 @@ def test_the_kl_of_paths_needs_the_state_alone():
 def test_episodes_need_the_state_alone():
     policy = toy_policy("ab", "mdm", 1, 2)
     with pytest.raises(InputError, match="remasking=likely: expected a rule that looks at the st"):
-        score(policy, rollout_of(policy, remasking=likely), 4, reference=False)
+        score_episodes(policy, rollout_of(policy, remasking=likely), 4, reference=False)
     known = Rule(likely, before_drawing=True)
     own, ours = (
-        score(policy, rollout_of(policy, remasking=rule), 4, reference=False)
+        score_episodes(policy, rollout_of(policy, remasking=rule), 4, reference=False)
         for rule in (known, "state_confidence")
     )
     assert torch.equal(own.features, ours.features)

@@ -149,7 +149,7 @@ def train_grpo(
         if config.mask_truncated_completions:
             ends = rollout.completion_ids.new_tensor(policy.end_token_ids)
             ended = torch.isin(rollout.completion_ids, ends).any(1)
-            rollout = replace(rollout, learnt=rollout.counted & ended)
+            rollout = replace(rollout, truncated=~ended)
         if scorer.records:
             rollout = rollout.whole()
         noises = [noise_for(rollout, "noise", step, i) for i in range(config.num_iterations)]

@@ -25,7 +25,7 @@ class Rollout:
     True up to and including the first end token; loss, KL and metrics count these positions.
     advantages: (B,). counted: (B,), False for samples that all rewards left out of their group.
     sampler: what drew them; scoring applies its temperature. rewards: (B,), NaN where left out.
-    learnt: (B,), those of `counted` that the loss is made of; all of them unless given.
+    truncated: (B,), samples that the loss leaves out for having no end; None for none.
     logprobs: (B, L), as the tokens were drawn. revealed_at: (B, L), the denoising step that
     revealed each position, -1 where none did; place: (B, L), its place among those of that step, in
     the order drawn; both None unless the trajectory was recorded.
@@ -42,11 +42,12 @@ class Rollout:
     logprobs: Tensor | None = None
     revealed_at: Tensor | None = None
     place: Tensor | None = None
-    learnt: Tensor | None = None
+    truncated: Tensor | None = None
 
-    def __post_init__(self) -> None:
-        if self.learnt is None:
-            self.learnt = self.counted
+    @property
+    def learnt(self) -> Tensor:
+        """Samples that the loss is made of, (B,)."""
+        return self.counted if self.truncated is None else self.counted & ~self.truncated
 
     @classmethod
     def of(

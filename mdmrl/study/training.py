@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -123,7 +124,7 @@ def train_arm(arm: Arm, seed: int, profile: str) -> pd.DataFrame:
         "arm": arm.beside_settings(),
         "settings": config.settings_for(policy),
         "policy": policy.fingerprint(),
-        "rows": digest(described(load_task("medcot").rows("rl"))),
+        "rows": rl_rows(),
         "algorithm": version,
     }
     nothing = Arm(name="", policy="", algorithm=arm.algorithm)
@@ -141,6 +142,12 @@ def train_arm(arm: Arm, seed: int, profile: str) -> pd.DataFrame:
     frame.insert(0, "seed", seed)
     frame.insert(0, "arm", arm.name)
     return frame
+
+
+@cache
+def rl_rows() -> str:
+    """The fingerprint of the rows that every arm learns from."""
+    return digest(described(load_task("medcot").rows("rl")))
 
 
 def _train(policy: Policy, arm: Arm, config: GRPOConfig | PPOConfig) -> pd.DataFrame:
