@@ -45,6 +45,7 @@ COMMAND = typer.main.get_command(app)
 def test_code_runs(page, slow, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("MDMRL_ROOT", str(tmp_path))  # where notebooks write
     for name, rows in FILES.items():
         Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "notebooks").symlink_to(ROOT / "notebooks")
