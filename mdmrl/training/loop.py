@@ -174,4 +174,6 @@ def averaged(metrics: Metrics) -> Metrics:
     measured = {
         name: [found[name] for found in everywhere if found.get(name) is not None] for name in names
     }
-    return {name: sum(values) / len(values) if values else None for name, values in measured.items()}
+    return {
+        name: sum(values) / len(values) if values else None for name, values in measured.items()
+    }
