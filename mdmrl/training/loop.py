@@ -16,7 +16,7 @@ from accelerate.state import is_initialized
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from mdmrl.identity import described, digest, fingerprint
+from mdmrl.identity import described, digest, fingerprint, named
 from mdmrl.policies import Policy
 from mdmrl.runs import Run
 from mdmrl.training.checkpoints import restore, save
@@ -55,7 +55,7 @@ def open_run(
     settings = config.settings_for(policy)
     identity = known(settings | parts) | {
         "algorithm": algorithm,
-        "policy": policy.fingerprint(),
+        "policy": policy.fingerprint() | {"family": named(type(policy))},
         "rows": known(rows),
         "processes": accelerator.num_processes,
     }
