@@ -53,21 +53,21 @@ def open_run(
         RunFolderError: the folder holds another run, or is being written to.
     """
     settings = config.settings_for(policy)
-    identity = _known(settings | parts) | {
+    identity = known(settings | parts) | {
         "algorithm": algorithm,
         "policy": policy.fingerprint() | {"family": named(type(policy))},
-        "rows": _known(rows),
+        "rows": known(rows),
         "processes": accelerator.num_processes,
     }
-    since = _known(type(config)().settings_for(policy))
+    since = known(type(config)().settings_for(policy))
     with accelerator.main_process_first():
         return Run(config.output_dir, identity, since, accelerator.is_main_process, policy.device)
 
 
-def _known(part):
+def known(part):
     """Settings as they are, functions and rows by their fingerprints."""
     if isinstance(part, dict):
-        return {name: _known(value) for name, value in part.items()}
+        return {name: known(value) for name, value in part.items()}
     if isinstance(part, list | tuple) and part and isinstance(part[0], dict):
         return digest(described(part))
     return fingerprint(part) if callable(part) else part
@@ -171,7 +171,9 @@ def averaged(metrics: Metrics) -> Metrics:
     if len(everywhere) == 1:
         return metrics
     names = dict.fromkeys(name for found in everywhere for name in found)
-    known = {
+    measured = {
         name: [found[name] for found in everywhere if found.get(name) is not None] for name in names
     }
-    return {name: sum(values) / len(values) if values else None for name, values in known.items()}
+    return {
+        name: sum(values) / len(values) if values else None for name, values in measured.items()
+    }
