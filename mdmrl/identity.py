@@ -58,12 +58,8 @@ def described(data) -> str:
 
 
 class _Description:
-    """One reading of a thing and all that it holds.
-
-    Args:
-        seen: containers by id, each with its text when it was first seen; it holds them, so that no
-            id is taken twice.
-    """
+    """One reading of a thing and all that it holds. `seen` has containers by id, each with its text
+    when it was first seen; it holds them, so that no id is taken twice."""
 
     def __init__(self, seen: dict[int, tuple[object, str]]):
         self.seen, self.above = seen, []
@@ -91,10 +87,14 @@ class _Description:
                 yield from sorted(f"{self.of(k)}: {self.of(v)}" for k, v in thing.items())
             case Set():
                 yield from sorted(self._all(thing))
+            case np.ndarray() if thing.dtype.kind not in "biufc":  # text, dates, objects
+                yield f"{thing.dtype} {thing.shape} {self.of(thing.ravel().tolist())}"
             case torch.Tensor() | np.ndarray():
                 array = torch.as_tensor(thing).detach().cpu().contiguous().flatten()
                 content = hashlib.sha256(array.view(torch.uint8).numpy())
                 yield f"{array.dtype} {tuple(thing.shape)} {content.hexdigest()}"
+            case torch.nn.Module() if not _is_users(type(thing)):
+                yield from self._all((repr(thing), thing.state_dict()))
             case Sequence():
                 yield from self._all(thing)
             case types.ModuleType():
@@ -115,6 +115,8 @@ class _Description:
                 yield thing.__qualname__
             case _ if hasattr(thing, "fingerprint"):
                 yield str(thing.fingerprint())
+            case _ if type(thing).__module__.partition(".")[0] == "pandas":  # repr leaves rows out
+                yield from self._all((type(thing), thing.to_dict()))
             case _ if not _is_users(type(thing)) and type(thing).__repr__ is not object.__repr__:
                 yield f"{_source(type(thing))} {re.sub(r' at 0x[0-9a-f]+', '', repr(thing))}"
             case _:

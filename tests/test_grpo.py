@@ -14,6 +14,7 @@ import torch
 from conftest import nested
 
 import mdmrl.rl.grpo as grpo
+import mdmrl.rl.rounds as rounds
 from mdmrl.policies import add_lora
 from mdmrl.rl.config import GRPOConfig
 from mdmrl.rl.grpo import grpo_loss, train_grpo, update
@@ -82,11 +83,11 @@ def test_texts_are_written_on_behind_their_end_only_where_that_is_read(
         mdm.model.get_output_embeddings().weight[mdm.tokenizer.eos_token_id] *= 4
     seen = []
 
-    def recorded(*args):
-        seen.append(collect(*args))
+    def recorded(*args, **options):
+        seen.append(collect(*args, **options))
         return seen[-1]
 
-    monkeypatch.setattr(grpo, "collect", recorded)
+    monkeypatch.setattr(rounds, "collect", recorded)
     changes = {"logp_estimator": name, "max_steps": 1, "end_last": False, "steps": 10}
     train_grpo(mdm, [parity], ROWS, settings(tmp_path / "run", **changes))
     ((rollout, metrics, _),) = seen

@@ -43,9 +43,8 @@ def path_kl(
         f"{config.described()}: expected temperature=1, no top_k, no top_p, no [MASK]",
     )
     output = generate(policy, prompts, config, generator, record=True)
-    nothing = torch.zeros(len(prompts), device=policy.device)
-    rollout = Rollout.of(output, nothing, nothing == 0, config)
-    total = nothing
+    total = torch.zeros(len(prompts), device=policy.device)
+    rollout = Rollout.of(output, total, total == 0, config)
     for step in range(len(block_starts(policy, rollout))):
         now = slice(step, step + 1)
         states, before = (score_states(p, rollout, now) for p in (policy, start))

@@ -39,9 +39,8 @@ def charged(
     with policy.reference():
         ref = score_in_parts(policy, rollout, scorer, noise.reference or noise, config)
     cost = charge(logp, ref, rollout, config)
-    advantages, _ = group_advantages(
-        rollout.rewards.cpu() - cost.cpu(), config.num_generations, config.scale_rewards
-    )
+    left = rollout.rewards.cpu() - cost.cpu()
+    advantages, _ = group_advantages(left, config.num_generations, config.scale_rewards)
     return replace(rollout, advantages=advantages.to(policy.device)), cost.mean().item()
 
 

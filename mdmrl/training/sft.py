@@ -114,12 +114,7 @@ def train_sft(
 
 
 def backward(
-    policy: Policy,
-    drawn: Sequence[Pair],
-    config: SFTConfig,
-    step: int,
-    rank: int,
-    processes: int,
+    policy: Policy, drawn: Sequence[Pair], config: SFTConfig, step: int, rank: int, processes: int
 ) -> tuple[float, int]:
     """Add up the gradient of the summed loss, micro-batch by micro-batch; returns that loss and the
     number of positions it is a sum over."""
