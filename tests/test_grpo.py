@@ -813,18 +813,19 @@ def test_a_finite_update_starts_the_count_again(ar, tmp_path, monkeypatch):
 # -- several processes -----------------------------------------------------------------------------
 
 TWO_PROCESSES = """
-import hashlib, sys
+import hashlib, json, sys
 from mdmrl import GRPOConfig, load_policy, train_grpo
 
 def short(prompts, completions, **columns):
-    return [-float(len(text)) for text in completions]
+    return [-float(len(t)) if "1" not in p else None for p, t in zip(prompts, completions)]
 
-folder, output = sys.argv[1:]
+folder, output, changes = sys.argv[1:]
 policy = load_policy(folder)
 rows = [{"prompt": f"What is {i}?"} for i in range(8)]
 config = GRPOConfig(
     output_dir=output, max_steps=2, sampler={"steps": 2}, max_completion_length=6,
     num_generations=2, per_device_train_batch_size=4, save_steps=1,
+    **json.loads(changes),
 )
 train_grpo(policy, [short], rows, config)
 weights = b"".join(p.detach().numpy().tobytes() for p in policy.model.parameters())
@@ -832,14 +833,20 @@ print("weights", hashlib.sha256(weights).hexdigest())
 """
 
 
+# All that a process tells the others of, or hears from them.
+TOLD = {"scale_rewards": "batch", "kl_in_reward": True, "kl_estimator": "k1", "num_iterations": 2}
+TOLD |= {"mask_truncated_completions": True, "log_gradients": True, "max_steps": 3}
+
+
 @pytest.mark.slow
-def test_two_processes_share_the_prompts_and_keep_the_same_weights(mdm, tmp_path):
+@pytest.mark.parametrize("changes", [{}, TOLD], ids=["defaults", "options"])
+def test_two_processes_share_the_prompts_and_keep_the_same_weights(mdm, tmp_path, changes):
     mdm.save_pretrained(tmp_path / "policy")
     (tmp_path / "script.py").write_text(TWO_PROCESSES)
     # What `accelerate launch` uses for several GPUs; its own CPU launcher wants mpirun.
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     done = subprocess.run(
-        [*command, tmp_path / "script.py", tmp_path / "policy", tmp_path / "run"],
+        [*command, *(tmp_path / n for n in ("script.py", "policy", "run")), json.dumps(changes)],
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -848,4 +855,4 @@ def test_two_processes_share_the_prompts_and_keep_the_same_weights(mdm, tmp_path
     digests = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("weights")]
     assert len(digests) == 2 and len(set(digests)) == 1
     rows = read_rows(tmp_path / "run" / "metrics.jsonl")
-    assert [row["step"] for row in rows] == [0, 1, 2]
+    assert [row["step"] for row in rows] == list(range(changes.get("max_steps", 2) + 1))

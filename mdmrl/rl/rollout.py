@@ -124,7 +124,8 @@ def group_advantages(
         std = (centred.square().sum(1, keepdim=True) / (n - 1).clamp(min=1)).sqrt()
     elif scale == "batch":
         everywhere = torch.tensor(gather_object(rewards.tolist()), dtype=rewards.dtype)
-        std = everywhere[~everywhere.isnan()].std()
+        spoken = everywhere[~everywhere.isnan()]
+        std = spoken.std() if len(spoken) > 1 else 0.0
     scaled = centred if scale == "none" else centred / (std + 1e-4)
     return torch.where(equal, 0.0, scaled).flatten().float(), counted.flatten()
 
