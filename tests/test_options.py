@@ -79,7 +79,7 @@ def deviation(values):
 
 @pytest.mark.parametrize("scale", ["none", "batch", "group"])
 def test_scaled_rewards_equal_a_scalar_loop(scale):
-    """TRL: r - mean of its group, over (the standard deviation + 1e-4) of the group or the batch."""
+    """TRL: r - mean of its group, over (standard deviation + 1e-4) of the group or the batch."""
     found, counted = group_advantages(torch.tensor(GROUPS).double().flatten(), 4, scale)
     spoken = [r for group in GROUPS for r in group if not math.isnan(r)]
     expected = []
@@ -110,7 +110,8 @@ def test_weighted_rewards_are_those_that_advantages_are_made_of(mdm):
     rollout, metrics, sample = collect(
         mdm, ROWS[:2], [parity, length], 3, config, draws, weights=[2.0, -0.5], scale="none"
     )
-    ids = [row[mask].tolist() for row, mask in zip(rollout.completion_ids, rollout.completion_mask)]
+    both = zip(rollout.completion_ids, rollout.completion_mask, strict=True)
+    ids = [row[mask].tolist() for row, mask in both]
     judged = zip(parity(0, 0, ids), length(0, 0, ids), strict=True)
     expected = torch.tensor([2 * p - 0.5 * n for p, n in judged])
     torch.testing.assert_close(rollout.rewards, expected)
@@ -325,12 +326,16 @@ def test_one_reward_that_speaks_is_enough(mdm, tmp_path):
     """Each abstains from what the other judges."""
 
     def first(prompts, completions, completion_ids, kind, **columns):
-        return [1.0 * len(i) if k == "a" else None for i, k in zip(completion_ids, kind)]
+        return [
+            1.0 * len(i) if k == "a" else None for i, k in zip(completion_ids, kind, strict=True)
+        ]
 
     def second(prompts, completions, completion_ids, kind, **columns):
-        return [-1.0 * len(i) if k == "b" else None for i, k in zip(completion_ids, kind)]
+        return [
+            -1.0 * len(i) if k == "b" else None for i, k in zip(completion_ids, kind, strict=True)
+        ]
 
-    rows = [{**row, "kind": kind} for row, kind in zip(ROWS, "aba")]
+    rows = [{**row, "kind": kind} for row, kind in zip(ROWS, "aba", strict=True)]
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         folder = train_grpo(mdm, [first, second], rows, settings(tmp_path / "run", max_steps=2))
