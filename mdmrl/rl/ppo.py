@@ -77,13 +77,9 @@ def ppo_loss(
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """The two parts of the loss, summed over tokens and divided by L, and per-token quantities.
 
-    Args:
-        logp, old: log-probabilities of revealed tokens under the new and old policy; kl,
-            advantages, counted: of the same tokens, all (N,).
-        beta: the KL's weight.
-    Returns:
-        surrogate and beta * KL, scalars to be divided by the number of completions; and `ratio`
-        and `clipped`, each (N,).
+    All are of the revealed tokens, (N,): log-probabilities `logp` and `old`, `kl`, whose weight is
+    `beta`, `advantages` and `counted`. Returns surrogate and beta * KL, scalars to be divided by
+    the number of completions; and `ratio` and `clipped`.
     """
     ratio = (logp - old).exp()
     gain, clipped = clipped_gain(ratio, advantages, logp, config)
@@ -182,11 +178,8 @@ def update(
     parameters: dict[str, Tensor],
     config: PPOConfig,
 ) -> dict[str, float]:
-    """Set the gradient of the policy's loss, micro-batch by micro-batch; returns its metrics.
-
-    Args:
-        advantages: of every step, (B, T); beta: the KL's weight in the loss.
-    """
+    """Set the gradient of the policy's loss, micro-batch by micro-batch; returns its metrics. The
+    `advantages` are those of every step, (B, T), and `beta` is the KL's weight in the loss."""
     gradients = Gradients(parameters, config.log_gradients)
     completions = max(1, int(old.rollout.counted.sum()))
     tokens: dict[str, list[Tensor]] = {}
@@ -197,23 +190,16 @@ def update(
         states = score_states(policy, part, steps)
         at = states.revealed  # (R, S, K), N of them True
         logp = log_probabilities(policy, states.block[at])  # (N, V)
-        drawn = logp.gather(1, states.tokens[at][:, None])[:, 0]
+        drawn = states.drawn(logp)
         found, kl = {}, torch.zeros_like(drawn)
         if config.needs_reference:
             with policy.reference():
                 ref = log_probabilities(policy, old.reference[index])
             kl = kl_divergence(logp, ref)
-            d = drawn - ref.gather(1, states.tokens[at][:, None])[:, 0]
-            found = {"kl": kl.detach(), "d": d.detach()}
-        surrogate, charged, ratio = ppo_loss(
-            drawn,
-            old.logp[index],
-            kl,
-            advantages[rows, steps, None].expand(at.shape)[at],
-            part.counted[:, None, None].expand(at.shape)[at],
-            beta,
-            config,
-        )
+            found = {"kl": kl.detach(), "d": (drawn - states.drawn(ref)).detach()}
+        gains = advantages[rows, steps, None], part.counted[:, None, None]
+        gains = (x.expand(at.shape)[at] for x in gains)
+        surrogate, charged, ratio = ppo_loss(drawn, old.logp[index], kl, *gains, beta, config)
         gradients.add(surrogate / completions, charged / completions)
         found |= ratio | {"drift": states.selection_changed(policy, logp)}
         for name, value in found.items():

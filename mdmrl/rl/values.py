@@ -207,12 +207,7 @@ def fit_to_base(
 
 
 def base_states(
-    policy: MaskedDiffusionPolicy,
-    rewards: Sequence[Callable],
-    rows: Sequence[dict],
-    config: PPOConfig,
-    rank: int = 0,
-    processes: int = 1,
+    policy: MaskedDiffusionPolicy, rewards: list, rows: list, config: PPOConfig, rank=0, processes=1
 ) -> Iterator[ValueData]:
     """The `value_batches` batches that V is fitted to, each made when it is asked for, of one
     completion a prompt.
