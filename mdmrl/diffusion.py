@@ -224,12 +224,8 @@ def mask_tokens(
 
 
 def linear_elbo_loss(token_nll: Tensor, masked: Tensor, weight: Tensor, maskable: Tensor) -> Tensor:
-    """Monte-Carlo estimate of L_inf under alpha_t = 1 - t, in nats per token.
-
-    Args:
-        token_nll: -log p_theta(x_0^i | x_t) at the masked positions in row-major order, (N,).
-        masked, maskable: (B, L) bool; weight: from `sample_times`, one a row (B,) or a position
-            (B, L).
-    """
+    """Monte-Carlo estimate of L_inf under alpha_t = 1 - t, in nats per token, from -log
+    p_theta(x_0^i | x_t) at the `masked` positions (B, L) in row-major order, (N,), and the weights
+    of `sample_times`, one a row (B,) or a position (B, L)."""
     weights = weight.view(len(weight), -1).expand(masked.shape)[masked]
     return (weights * token_nll).sum() / maskable.sum()

@@ -48,11 +48,8 @@ def chain_log_likelihood(
     steps: int,
     block_length: int | None = None,
 ) -> Tensor:
-    """log p_theta(x_0) of the reverse process of `steps` steps (in each block), (N,) nats.
-
-    What the ELBO bounds: the probability of x_0 summed over all ways in which it can be revealed,
-    by dynamic programming over the sets of positions still masked.
-    """
+    """log p_theta(x_0) of the reverse process of `steps` steps (in each block), (N,) nats: what the
+    ELBO bounds, summed over all ways to reveal x_0 by dynamic programming over the masked sets."""
     n = block_length or x0.shape[1]
     masked = sets(n)
     before, after = masked[:, None], masked[None]  # of the sets S and R, those at t and at s

@@ -49,7 +49,7 @@ def as_json(value, **options) -> str:
         if isinstance(x, Mapping):
             return {str(key): strict(inner) for key, inner in x.items()}
         if isinstance(x, list | tuple):
-            return [strict(inner) for inner in x]
+            return [*map(strict, x)]
         return None if isinstance(x, float) and not math.isfinite(x) else x
 
     return json.dumps(strict(value), sort_keys="indent" in options, allow_nan=False, **options)
@@ -172,11 +172,9 @@ class Run:
             write_atomically(self.folder / f"{name}.jsonl", "".join(kept))
 
     def save_checkpoint(self, step: int, write: Callable[[Path], None]) -> Path:
-        """Let `write(folder)` fill a checkpoint; it takes the place of the one before it.
-
-        The folder is written aside, every file synced and listed with its SHA-256 in
-        `manifest.json`, then renamed: a crash at any byte leaves the previous checkpoint whole.
-        """
+        """Let `write(folder)` fill a checkpoint, which takes the place of the one before: written
+        aside, every file synced and listed with its SHA-256 in `manifest.json`, then renamed, so
+        that a crash at any byte leaves the previous one whole."""
         target = self.folder / "checkpoints" / f"step-{step:06d}"
         aside = target.with_name(f".{target.name}")
         for stale in (aside, target):

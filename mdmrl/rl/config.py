@@ -68,14 +68,12 @@ class RLConfig(TrainingConfig):
         )
         require(0 <= self.beta < math.inf, f"beta={self.beta}: expected 0 or more")
         require(0 < self.epsilon < 1, f"epsilon={self.epsilon}: expected (0, 1)")
-        require(
-            self.beta > 0 or not self.kl_in_reward,
-            "kl_in_reward=True would be ignored: with beta=0 there is no KL; leave it out",
-        )
-        require(
-            self.beta == 0 or not self.log_kl,
-            "log_kl=True would be ignored: with beta > 0 the KL is always logged; leave it out",
-        )
+        for name, ignored, why in (
+            ("kl_in_reward", self.beta == 0, "with beta=0 there is no KL"),
+            ("log_kl", self.beta > 0, "with beta > 0 the KL is always logged"),
+        ):
+            fit = not (ignored and getattr(self, name))
+            require(fit, f"{name}=True would be ignored: {why}; leave it out")
 
     @property
     def drawn_at(self) -> float:

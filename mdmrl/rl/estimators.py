@@ -9,7 +9,7 @@ Block diffusion has log p(x) = sum_b log p(x^b | x^<b): every formula holds for 
 own, n being the tokens of the block, and is summed over blocks. One pass scores all blocks, since
 none sees a later one.
 
-`exact`, `clean_text` and `one_step` leave [MASK] in the softmax; all others give it probability 0
+`clean_text` and `one_step` leave [MASK] in the softmax; all others give it probability 0
 where the sampler did.
 """
 
@@ -72,13 +72,9 @@ def draw_noise(
 # -- one pass --------------------------------------------------------------------------------------
 
 
-def exact(policy: Policy, rollout: Rollout, noise: Noise) -> Tensor:
-    """log p(x_i | x_<i) of an autoregressive policy, (B, L)."""
-    return clean_text(policy, rollout, noise)
-
-
 def clean_text(policy: Policy, rollout: Rollout, noise: Noise) -> Tensor:
-    """log p(x_i | the completion itself), (B, L): the thesis's call, the same as `exact`."""
+    """log p(x_i | x_<i) of an autoregressive policy (`exact`), (B, L). For a masked diffusion model
+    the thesis makes the same call: log p(x_i | the completion itself)."""
     return _score(policy, rollout, rollout.prompt_ids, rollout.completion_ids)
 
 
@@ -200,11 +196,9 @@ def ar_order(policy: Policy, rollout: Rollout, noise: Noise) -> Tensor:
     """log p(x_i | x_i and all after it masked), (B, L) (Ni et al. 2026, JustGRPO)."""
     mask = rollout.completion_mask
     place = torch.arange(mask.shape[1], device=mask.device) % _block_length(policy, rollout)
-    steps = int(place[mask.any(0)].max()) + 1
-    return sum(
-        _masked_logps(policy, rollout, mask & (place >= k), mask & (place == k))
-        for k in range(steps)
-    )
+    steps = range(int(place[mask.any(0)].max()) + 1)
+    each = ((mask & (place >= k), mask & (place == k)) for k in steps)
+    return sum(_masked_logps(policy, rollout, *step) for step in each)
 
 
 def trajectory(policy: Policy, rollout: Rollout, noise: Noise, positions: bool = False) -> Tensor:
@@ -245,10 +239,8 @@ def trajectory(policy: Policy, rollout: Rollout, noise: Noise, positions: bool =
 
 @dataclass
 class _Sample:
-    """One sample's numbers of the noise, all (B, L); `time` and `size` (n) are those of the block.
-
-    rank: the place of a token that counts in the random order of its block, from 0.
-    """
+    """One sample's numbers of the noise, all (B, L); `time` and `size` (n) are those of the block,
+    `rank` the place of a token that counts in the random order of its block, from 0."""
 
     time: Tensor
     order: Tensor

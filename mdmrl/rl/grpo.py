@@ -42,7 +42,7 @@ from mdmrl.rl.logprobs import Noise, draw_noise, estimator
 from mdmrl.rl.objectives import divisor, grpo_loss, sandwiched, wd1_weights
 from mdmrl.rl.rollout import Rollout
 from mdmrl.rl.rounds import Rounds
-from mdmrl.rl.scoring import charged, check_ratio, micro_batches, score_in_parts
+from mdmrl.rl.scoring import charged, check_ratio, score_in_parts
 from mdmrl.sampling import generate
 from mdmrl.training.loop import Metrics
 
@@ -137,11 +137,8 @@ def update(
     parameters: dict[str, Tensor],
     config: GRPOConfig,
 ) -> dict[str, float]:
-    """Set the gradient of the loss, micro-batch by micro-batch; returns metrics of the update.
-
-    `old`, (B, L) or (B,), is None at the first inner step, where the old policy is the new one, and
-    where there is no ratio.
-    """
+    """Set the gradient of the loss, micro-batch by micro-batch; returns the update's metrics. `old`
+    is None at the first inner step, where the old policy is the new one, and without a ratio."""
     gradients, whole = Gradients(parameters, config.log_gradients), divisor(rollout, config)
     tokens: dict[str, list[Tensor]] = {}
 
@@ -158,7 +155,7 @@ def update(
             values = value[:, 0] if value.shape[1] == 1 else value[part.completion_mask]
             tokens.setdefault(name, []).append(values)
 
-    for chosen in micro_batches(rollout, config):
+    for chosen in config.micro_batches(len(rollout)):
         learn_from(chosen)  # a function of its own, so that its graph is freed before the next
     seen = {name: torch.cat(values) for name, values in tokens.items()}
     return gradients.finish() | token_metrics(seen, len(rollout))

@@ -71,7 +71,7 @@ class Estimator:
 
 
 ESTIMATORS = {
-    "exact": Estimator(formulas.exact, "log p", "none", cost="1", denoising=False),
+    "exact": Estimator(formulas.clean_text, "log p", "none", cost="1", denoising=False),
     "ar_style": Estimator(
         formulas.clean_text,
         "nothing: every token sees itself",

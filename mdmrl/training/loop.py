@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from accelerate import Accelerator
@@ -59,7 +59,7 @@ def _known(part):
     """Settings as they are, functions and rows by their fingerprints."""
     if isinstance(part, dict):
         return {name: _known(value) for name, value in part.items()}
-    if isinstance(part, list | tuple) and part and isinstance(part[0], dict):
+    if isinstance(part, list | tuple) and part and isinstance(part[0], Mapping):
         return digest(described(part))
     return fingerprint(part) if callable(part) else part
 
