@@ -22,6 +22,15 @@ class Interval(NamedTuple):
     low: float
     high: float
 
+    def __str__(self) -> str:
+        """The estimate and, where there are any, the ends: "0.41 [0.32, 0.5]"."""
+        ends = "" if math.isnan(self.low) else f" [{self.low:.3g}, {self.high:.3g}]"
+        return f"{self.estimate:.3g}{ends}"
+
+    def exp(self) -> Interval:
+        """The interval of a quantity from that of its logarithm."""
+        return Interval(*np.exp(self).tolist())
+
 
 def t_interval(values: Values, confidence: float = 0.95) -> Interval:
     """Student's interval of the mean of n >= 2 independent values.
