@@ -129,6 +129,7 @@ def _kernel(notebook: str) -> Iterator[None]:
 
     Whatever kernels are registered, or none, and whatever the user's IPython starts with.
     """
+    paths = [str(PACKAGE.parent), os.environ.get("PYTHONPATH")]
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
     command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
     spec = {"argv": [*command, "--log-level=ERROR"], "display_name": "mdmrl", "language": "python"}
@@ -138,9 +139,7 @@ def _kernel(notebook: str) -> Iterator[None]:
             "JUPYTER_PATH": folder,
             "JUPYTER_RUNTIME_DIR": Path(folder, "runtime"),
             "IPYTHONDIR": folder,
-            "PYTHONPATH": os.pathsep.join(
-                [str(PACKAGE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-            ),
+            "PYTHONPATH": os.pathsep.join(filter(None, paths)),
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", cores),
             "MDMRL_NOTEBOOK": notebook,
         }
