@@ -130,11 +130,9 @@ def calibration(
     Raises:
         ValueError: unequal lengths, fewer values than bins, or one that is not finite.
     """
-    predicted, outcome = (
-        _checked(values, at_least=max(1, bins)) for values in (predicted, outcome)
-    )
-    _require_as_many(predicted, outcome)
     require(bins >= 1, f"bins={bins}: expected at least 1")
+    predicted, outcome = _checked(predicted, at_least=bins), _checked(outcome, at_least=bins)
+    _require_as_many(predicted, outcome)
     parts = np.array_split(predicted.argsort(kind="stable"), bins)
     means = ([values[part].mean() for part in parts] for values in (predicted, outcome))
     return (*map(np.array, means), np.array([len(part) for part in parts]))
@@ -151,9 +149,7 @@ def _t(n: int, confidence: float) -> float:
 
 def _checked(values: Values, at_least: int) -> np.ndarray:
     values = np.asarray(values, dtype=float)
-    require(
-        values.ndim == 1 and len(values) >= at_least,
-        f"values of shape {values.shape}: expected a list of at least {at_least}",
-    )
+    fit = values.ndim == 1 and len(values) >= at_least
+    require(fit, f"values of shape {values.shape}: expected a list of at least {at_least}")
     require(bool(np.isfinite(values).all()), f"{values.tolist()}: expected finite values")
     return values
