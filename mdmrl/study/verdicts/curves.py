@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from mdmrl.study.verdicts.rules import Finding, Seeds, above, below_zero, interval_of, rule
+from mdmrl.study.verdicts.rules import Finding, above, below_zero, interval_of, rule
 
 
 @rule
-def fig41_ar_rises(sampled: Seeds, greedy: Seeds) -> Finding:
+def fig41_ar_rises(sampled, greedy) -> Finding:
     """Fig. 4-1: the autoregressive model's reward rises.
 
     Reproduced iff the lower end of G is above 0 for sampled and for greedy rewards; contradicted
@@ -19,9 +19,7 @@ def fig41_ar_rises(sampled: Seeds, greedy: Seeds) -> Finding:
 
 
 @rule
-def fig41_mdm_does_not_converge(
-    gain_mdm: Seeds, headroom_mdm: Seeds, gain_ar: Seeds, headroom_ar: Seeds
-) -> Finding:
+def fig41_mdm_does_not_converge(gain_mdm, headroom_mdm, gain_ar, headroom_ar) -> Finding:
     """Fig. 4-1: the masked diffusion model does not converge; for each estimator apart.
 
     Reproduced iff the upper end of the MDM's G/headroom is below a quarter of the AR model's mean;
@@ -42,13 +40,7 @@ def fig41_mdm_does_not_converge(
 
 @rule
 def fig42_kl_is_the_cause(
-    gain_mdm: Seeds,
-    gain_mdm_beta0: Seeds,
-    headroom_mdm: Seeds,
-    gain_ar: Seeds,
-    headroom_ar: Seeds,
-    ratio_mdm: Seeds,
-    ratio_ar: Seeds,
+    gain_mdm, gain_mdm_beta0, headroom_mdm, gain_ar, headroom_ar, ratio_mdm, ratio_ar
 ) -> Finding:
     """Fig. 4-2: the KL term is the cause of the MDM's failure.
 
@@ -82,7 +74,7 @@ def fig42_kl_is_the_cause(
 
 
 @rule
-def fig43_longer_is_steadier(log_ratio_std: Seeds, log_ratio_updates: Seeds) -> Finding:
+def fig43_longer_is_steadier(log_ratio_std, log_ratio_updates) -> Finding:
     """Fig. 4-3: longer completions make the AR model's training steadier and faster.
 
     Args:
@@ -101,7 +93,7 @@ def fig43_longer_is_steadier(log_ratio_std: Seeds, log_ratio_updates: Seeds) -> 
 
 
 @rule
-def appc_failures(rate_16: Seeds, rate_128: Seeds, rate_ar: Seeds) -> Finding:
+def appc_failures(rate_16, rate_128, rate_ar) -> Finding:
     """Appendix C: at few denoising steps most outputs of the MDM fail (tags, repeats, masks).
 
     Reproduced iff the failure rate at 16 steps minus that at 128 is above 0.2 (lower end) and the
@@ -118,11 +110,7 @@ def appc_failures(rate_16: Seeds, rate_128: Seeds, rate_ar: Seeds) -> Finding:
 
 @rule
 def cold_start_helps(
-    gain_sft: Seeds,
-    gain_none: Seeds,
-    final_difference: Seeds,
-    collapsed_sft: Seeds,
-    collapsed_none: Seeds,
+    gain_sft, gain_none, final_difference, collapsed_sft, collapsed_none
 ) -> Finding:
     """RL gains more after fine-tuning on demonstrations than without.
 

@@ -15,7 +15,7 @@ from mdmrl.study.verdicts.rules import (
 
 
 @rule
-def value_judges(auroc_value: Seeds, auroc_logprob: Seeds) -> Finding:
+def value_judges(auroc_value, auroc_logprob) -> Finding:
     """A value function judges half-denoised text.
 
     Args: areas under the ROC curve within prompts, of states at half the steps: of V, and of the
@@ -55,7 +55,7 @@ def value_guides(guided: Seeds, best_of_n: Seeds, by_prompt: Seeds, texts: float
 
 
 @rule
-def few_steps_pay(tuned_few: Seeds, base: Seeds, tuned_many: Seeds) -> Finding:
+def few_steps_pay(tuned_few, base, tuned_many) -> Finding:
     """RL at few denoising steps still pays when the steps are raised at inference.
 
     Args: mean rewards, or shares of exact answers, with many steps, of the model tuned with few, of
@@ -72,9 +72,7 @@ def few_steps_pay(tuned_few: Seeds, base: Seeds, tuned_many: Seeds) -> Finding:
 
 
 @rule
-def hierarchy_is_faster(
-    nfe_ratio: Seeds, reward_difference: Seeds, headroom_flat: Seeds
-) -> Finding:
+def hierarchy_is_faster(nfe_ratio, reward_difference, headroom_flat) -> Finding:
     """The hierarchy needs fewer sequential forward passes than flat text, and is not worse.
 
     Args:

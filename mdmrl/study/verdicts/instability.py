@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 
-from mdmrl.study.verdicts.rules import Finding, Seeds, below_zero, interval_of, rule
+from mdmrl.study.verdicts.rules import Finding, below_zero, interval_of, rule
 
 
 @rule
-def kl_law_predicts(correlation: Seeds) -> Finding:
+def kl_law_predicts(correlation) -> Finding:
     """log mean exp(-d) before training has gone far predicts what the KL term then does.
 
     Args:
@@ -22,7 +22,7 @@ def kl_law_predicts(correlation: Seeds) -> Finding:
 
 
 @rule
-def stability_needs_steps(correlation: Seeds) -> Finding:
+def stability_needs_steps(correlation) -> Finding:
     """The more denoising steps, the steadier the KL.
 
     Args:
@@ -39,13 +39,7 @@ def stability_needs_steps(correlation: Seeds) -> Finding:
 
 @rule
 def kl_is_cured(
-    log_ratio_loss: Seeds,
-    log_ratio_kl: Seeds,
-    log_ratio_norm: Seeds,
-    gain_mdm: Seeds,
-    headroom_mdm: Seeds,
-    gain_ar: Seeds,
-    headroom_ar: Seeds,
+    log_ratio_loss, log_ratio_kl, log_ratio_norm, gain_mdm, headroom_mdm, gain_ar, headroom_ar
 ) -> Finding:
     """The recommended configuration is steady, and learns as the AR model does.
 
@@ -72,12 +66,7 @@ def kl_is_cured(
 
 @rule
 def block_rl_cures_kl(
-    log_kl_ratio: Seeds,
-    reward_block: Seeds,
-    reward_whole: Seeds,
-    headroom_whole: Seeds,
-    collapsed_block: Seeds,
-    collapsed_whole: Seeds,
+    log_kl_ratio, reward_block, reward_whole, headroom_whole, collapsed_block, collapsed_whole
 ) -> Finding:
     """Block-level RL cures the KL instability.
 

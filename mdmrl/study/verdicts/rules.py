@@ -15,7 +15,7 @@ from mdmrl.config import require
 from mdmrl.evaluation.stats import Interval, ratio_interval, t_interval
 
 MINIMUM_SEEDS = 5
-Seeds = Sequence[float] | np.ndarray  # to a rule's body they are arrays
+Seeds = Sequence[float] | np.ndarray
 
 
 @dataclass(frozen=True)
@@ -73,12 +73,11 @@ def judged(found: Finding, count: int, unit: str = "seed") -> Verdict:
 
 
 def rule(find: Callable[..., Finding], unit: str = "seed") -> Callable[..., Verdict]:
-    """A rule of the function that finds what there is in columns of one value a seed."""
+    """A rule, all of whose arguments are `Seeds`: what `find` finds in them, given as arrays."""
 
     @wraps(find)
     def judge(*columns: Seeds, **named: Seeds) -> Verdict:
-        given = inspect.signature(find).bind(*columns, **named).arguments
-        arrays = columns_of(**given)
+        arrays = columns_of(**inspect.signature(find).bind(*columns, **named).arguments)
         return judged(find(*arrays), len(arrays[0]), unit)
 
     return judge
@@ -88,10 +87,9 @@ def columns_of(**columns: Seeds) -> list[np.ndarray]:
     """The columns as arrays, each with one value a seed; a headroom must be positive."""
     arrays = {name: np.asarray(values, dtype=float) for name, values in columns.items()}
     counts = {name: array.size for name, array in arrays.items()}
-    require(
-        min(counts.values()) > 0 and len(set(counts.values())) == 1,
-        f"values given: {counts}: expected one a seed in every column, the same seeds in each",
-    )
+    fit = min(counts.values()) > 0 and len(set(counts.values())) == 1
+    wanted = "expected one a seed in every column, the same seeds in each"
+    require(fit, f"values given: {counts}: {wanted}")
     for name, array in arrays.items():
         fit = not name.startswith("headroom") or (array > 0).all()
         require(fit, f"{name}={array.tolist()}: expected positive values")

@@ -10,7 +10,7 @@ import numpy as np
 
 from mdmrl.config import require
 from mdmrl.evaluation.stats import Interval
-from mdmrl.study.verdicts.rules import Finding, Seeds, Verdict, above, interval_of, judged, rule
+from mdmrl.study.verdicts.rules import Finding, Verdict, above, interval_of, judged, rule
 
 
 def fig44_crossing(steps: Sequence[int], log_speed_ratio: np.ndarray) -> Verdict:
@@ -43,7 +43,7 @@ def fig44_crossing(steps: Sequence[int], log_speed_ratio: np.ndarray) -> Verdict
 
 
 @partial(rule, unit="prompt")
-def fig44_less_accurate(right_ar: Seeds, right_mdm: Seeds) -> Finding:
+def fig44_less_accurate(right_ar, right_mdm) -> Finding:
     """Fig. 4-4: even at 128 steps the MDM is less accurate than the AR model.
 
     Args: 1 where the answer to a prompt is right and 0 where not, the same prompt at the same
