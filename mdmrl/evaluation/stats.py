@@ -1,4 +1,7 @@
-"""Intervals for a handful of seeds or many samples, and how well a score tells right from wrong."""
+"""Intervals for a handful of seeds or many samples, and how well a score tells right from wrong.
+
+Values of another shape, number or length than expected, or not finite, are an `InputError`.
+"""
 
 from __future__ import annotations
 
@@ -33,11 +36,7 @@ class Interval(NamedTuple):
 
 
 def t_interval(values: Values, confidence: float = 0.95) -> Interval:
-    """Student's interval of the mean of n >= 2 independent values.
-
-    Raises:
-        ValueError: fewer than two values, or one that is not finite.
-    """
+    """Student's interval of the mean of n >= 2 independent, finite values."""
     values = _checked(values, at_least=2)
     mean = values.mean()
     half = _t(len(values), confidence) * values.std(ddof=1) / math.sqrt(len(values))
@@ -49,9 +48,6 @@ def ratio_interval(a: Values, b: Values, confidence: float = 0.95) -> Interval:
 
     The ratios r for which the t-interval of mean(a - r b) holds 0. Where mean(b) itself is not
     clear of 0 nothing is known of the ratio, and the ends are infinite.
-
-    Raises:
-        ValueError: unequal lengths, fewer than two pairs, or a value that is not finite.
     """
     a, b = _checked(a, at_least=2), _checked(b, at_least=2)
     _require_as_many(a, b)
@@ -69,11 +65,7 @@ def ratio_interval(a: Values, b: Values, confidence: float = 0.95) -> Interval:
 
 
 def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> Interval:
-    """Wilson's score interval of a share; the estimate is successes / n.
-
-    Raises:
-        ValueError: n < 1, or successes outside 0..n.
-    """
+    """Wilson's score interval of a share; the estimate is successes / n."""
     require(0 <= successes <= n and n > 0, f"{successes} of {n}: expected 0 <= successes <= n > 0")
     share = successes / n
     z2 = float(ndtri((1 + confidence) / 2)) ** 2
@@ -89,9 +81,6 @@ def auroc(scores: Values, positive: Sequence[bool]) -> float:
     """The chance that a positive scores above a negative, ties counting half (Mann and Whitney).
 
     In closed form from mid-ranks; nan without a positive or without a negative.
-
-    Raises:
-        ValueError: unequal lengths, or a score that is not finite.
     """
     scores, positive = _checked(scores, at_least=1), np.asarray(positive, dtype=bool)
     _require_as_many(scores, positive)
@@ -126,9 +115,6 @@ def calibration(
     """Mean prediction, mean outcome and count of `bins` bins of equally many, by prediction.
 
     Bins differ by one value at most, the larger ones first; equal predictions may fall into two.
-
-    Raises:
-        ValueError: unequal lengths, fewer values than bins, or one that is not finite.
     """
     require(bins >= 1, f"bins={bins}: expected at least 1")
     predicted, outcome = _checked(predicted, at_least=bins), _checked(outcome, at_least=bins)

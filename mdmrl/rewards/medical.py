@@ -17,10 +17,7 @@ from mdmrl.rewards.text import TAGS, answer_block, completion_text, strip_tags
 if TYPE_CHECKING:
     import numpy as np
 
-ACCURACY_SCALE = 2.0
-DEPTH_PER_BREAK = 0.1
-DEPTH_CAP = 0.2
-FORMAT_PER_TAG = 0.15
+ACCURACY_SCALE, DEPTH_PER_BREAK, DEPTH_CAP, FORMAT_PER_TAG = 2.0, 0.1, 0.2, 0.15
 
 PACKAGED_ENCODER = "minilm"
 BATCH = 64  # above a GRPO step's completions, so that they go through the encoder at once
@@ -84,11 +81,9 @@ class SentenceEncoder:
         ids = self.model.tokenizer(texts, truncation=False, verbose=False)["input_ids"]
         cut = sum(len(row) > window for row in ids) if window else 0
         if cut and not self.truncated:
-            warnings.warn(
-                f"{cut} of {len(texts)} texts exceed the {window} tokens the encoder "
-                f"{self.name!r} reads and are cut there; later ones are counted in `truncated`",
-                stacklevel=4,
-            )
+            said = f"{cut} of {len(texts)} texts exceed the {window} tokens the encoder"
+            said += f" {self.name!r} reads and are cut there; later ones are counted in `truncated`"
+            warnings.warn(said, stacklevel=4)
         self.truncated += cut
 
 
@@ -101,10 +96,7 @@ class Accuracy:
 
     Compares the completion without its tags with the column `Response` or, with `answer_only`, the
     text of its last `<answer>` with the column `Answer`. An empty text has 0; of a row without a
-    reference it abstains.
-
-    Args:
-        encoder: see `SentenceEncoder`.
+    reference it abstains. For `encoder` see `SentenceEncoder`.
         answer_only: compare answers only; the component is then called `answer_accuracy`.
     """
 
@@ -118,11 +110,7 @@ class Accuracy:
         return f"Accuracy({self.encoder.name!r}, answer_only={self.column == 'Answer'})"
 
     def __call__(self, prompts, completions, completion_ids=None, **columns) -> list[float | None]:
-        """One value a completion, in [0, 2] or None.
-
-        Raises:
-            ValueError: the reference column is missing or of another length.
-        """
+        """One value a completion, in [0, 2] or None."""
         references = columns.get(self.column, ())
         require(
             len(references) == len(completions),
@@ -169,10 +157,6 @@ format_tags.__name__ = "format"  # the name it is logged under
 def medical_rewards(
     faithful: bool = True, encoder: str = PACKAGED_ENCODER, answer_only: bool = False
 ) -> list[Callable]:
-    """The reward functions `accuracy`, `depth` and `format`, to be summed.
-
-    Args:
-        faithful: the thesis's definition; otherwise depth is capped (`capped_depth`).
-        encoder, answer_only: see `Accuracy`.
-    """
+    """The reward functions `accuracy`, `depth` and `format`, to be summed: by the thesis's
+    definition if `faithful`, else with `capped_depth`; the other options are `Accuracy`'s."""
     return [Accuracy(encoder, answer_only), depth if faithful else capped_depth, format_tags]

@@ -27,13 +27,9 @@ Rewards = Sequence[Callable[..., Sequence[float | None]]]
 
 
 class RewardLog:
-    """What rewards report of a batch beside their values.
-
-    Attributes:
-        offered: what rewards get to report with, `log_metric(name, value)` and `log_extra(column,
-            values)`, and `trainer_state`, which has `global_step` and `max_steps`.
-        extras: values by column, one a completion.
-    """
+    """What rewards report of a batch beside their values: `extras` by column, one a completion.
+    They get `offered`: `log_metric(name, value)` and `log_extra(column, values)` to report with,
+    and `trainer_state`, which has `global_step` and `max_steps`."""
 
     def __init__(self, global_step: int = 0, max_steps: int = 0):
         self.extras: dict[str, list] = defaultdict(list)
@@ -66,8 +62,7 @@ def reward_values(
         offered: `log.offered` of a `RewardLog`; that of a new one unless given.
 
     Raises:
-        InputError: a reward returns the wrong number of values, or one that is no finite number;
-            the message names function, index and value.
+        InputError: a reward returns the wrong number of values, or one that is no finite number.
     """
     import torch
 
@@ -89,12 +84,8 @@ def reward_values(
 
 
 def total_reward(values: Tensor, weights: Sequence[float] | None = None) -> Tensor:
-    """The sum of what does not abstain, (B,); NaN where all rewards do.
-
-    Args:
-        values: (B, number of rewards), from `reward_values`.
-        weights: one a reward, all 1 unless given.
-    """
+    """The sum over (B, number of rewards) `values` of what does not abstain, (B,); NaN where all
+    rewards do. `weights` are one a reward, all 1 unless given."""
     weighted = values if weights is None else values * values.new_tensor(weights)
     return weighted.nan_to_num(0.0).sum(1).masked_fill(values.isnan().all(1), math.nan)
 
@@ -104,12 +95,10 @@ def check_rewards(
 ) -> list[str]:
     """The rewards' names, once all that can be checked before the first completion has been.
 
-    Args:
-        rows: where given, each reward must be able to take their columns.
-
     Raises:
         InputError: rewards that are no list of functions, share a name, or cannot be called with
-            what they will be given; weights that are not one finite number a reward.
+            what they will be given, such as the columns of `rows`; weights that are not one finite
+            number a reward.
     """
     import torch
 

@@ -77,12 +77,10 @@ def fig42_kl_is_the_cause(
 def fig43_longer_is_steadier(log_ratio_std, log_ratio_updates) -> Finding:
     """Fig. 4-3: longer completions make the AR model's training steadier and faster.
 
-    Args:
-        log_ratio_std: log(long/short) of the standard deviation over training of the summed KL.
-        log_ratio_updates: log(long/short) of `updates_to` 90 % of the final reward.
-
-    Reproduced iff both upper ends are below 0; contradicted iff either lower end is above 0. The
-    interval given is that of the standard deviation.
+    The log ratios are log(long/short), of the standard deviation over training of the summed KL and
+    of `updates_to` 90 % of the final reward. Reproduced iff both upper ends are below 0;
+    contradicted iff either lower end is above 0. The interval given is that of the standard
+    deviation.
     """
     std, updates = interval_of(log_ratio_std), interval_of(log_ratio_updates)
     measured = (
@@ -114,13 +112,10 @@ def cold_start_helps(
 ) -> Finding:
     """RL gains more after fine-tuning on demonstrations than without.
 
-    Args:
-        final_difference: reward in the last tenth of training, with a cold start minus without.
-        collapsed_sft, collapsed_none: 1 where a run `collapsed`.
-
     Reproduced iff the lower end of the difference of G, with a cold start minus without, is above 0
-    and not more runs collapsed; contradicted iff its upper end is below 0 or more did. A start that
-    is higher leaves less to gain: the final reward is said beside.
+    and not more runs `collapsed` (1, else 0); contradicted iff its upper end is below 0 or more
+    did. A start that is higher leaves less to gain: the difference of the final reward, in the last
+    tenth of training, is said beside.
     """
     more, end = interval_of(gain_sft - gain_none), interval_of(final_difference)
     worse = collapsed_sft.sum() > collapsed_none.sum()

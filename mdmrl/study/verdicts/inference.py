@@ -18,11 +18,10 @@ from mdmrl.study.verdicts.rules import (
 def value_judges(auroc_value, auroc_logprob) -> Finding:
     """A value function judges half-denoised text.
 
-    Args: areas under the ROC curve within prompts, of states at half the steps: of V, and of the
-    mean log-probability of what is revealed.
-
-    Reproduced iff the lower end of V's is above 0.6 and that of the difference above 0;
-    contradicted iff either upper end is below. The interval given is V's.
+    Of areas under the ROC curve within prompts, of states at half the steps: of V, and of the mean
+    log-probability of what is revealed. Reproduced iff the lower end of V's is above 0.6 and that
+    of the difference above 0; contradicted iff either upper end is below. The interval given is
+    V's.
     """
     area, more = interval_of(auroc_value), interval_of(auroc_value - auroc_logprob)
     measured = f"V's area is {area}, {more} above that of the mean log-probability"
@@ -58,11 +57,10 @@ def value_guides(guided: Seeds, best_of_n: Seeds, by_prompt: Seeds, texts: float
 def few_steps_pay(tuned_few, base, tuned_many) -> Finding:
     """RL at few denoising steps still pays when the steps are raised at inference.
 
-    Args: mean rewards, or shares of exact answers, with many steps, of the model tuned with few, of
-    the base, and of the model tuned with many.
-
-    Reproduced iff the lower end of tuned_few - base is above 0; contradicted iff its upper end is
-    below. How it compares with tuned_many is said beside.
+    Of mean rewards, or shares of exact answers, with many steps, of the model tuned with few, of
+    the base, and of the model tuned with many. Reproduced iff the lower end of tuned_few - base is
+    above 0; contradicted iff its upper end is below. How it compares with tuned_many is said
+    beside.
     """
     gained, ahead = interval_of(tuned_few - base), interval_of(tuned_few - tuned_many)
     measured = (
@@ -75,14 +73,12 @@ def few_steps_pay(tuned_few, base, tuned_many) -> Finding:
 def hierarchy_is_faster(nfe_ratio, reward_difference, headroom_flat) -> Finding:
     """The hierarchy needs fewer sequential forward passes than flat text, and is not worse.
 
-    Args:
-        nfe_ratio: forward passes on the critical path, hierarchy / flat.
-        reward_difference: hierarchy minus flat, of the part of the reward that the hierarchy is
-            not given; headroom_flat: the ceiling of that part minus flat.
-
-    Reproduced iff the upper end of the ratio is at most 1/2 and the lower end of the difference
-    over the headroom above -0.05; contradicted iff the ratio's lower end is above 1/2 or the
-    difference's upper end below -0.05. The interval given is the ratio's.
+    `nfe_ratio` counts forward passes on the critical path, hierarchy / flat; `reward_difference` is
+    hierarchy minus flat, of the part of the reward that the hierarchy is not given, and the
+    headroom the ceiling of that part minus flat. Reproduced iff the upper end of the ratio is at
+    most 1/2 and the lower end of the difference over the headroom above -0.05; contradicted iff the
+    ratio's lower end is above 1/2 or the difference's upper end below -0.05. The interval given is
+    the ratio's.
     """
     passes, worse = interval_of(nfe_ratio), interval_of(reward_difference / headroom_flat)
     return Finding(

@@ -11,11 +11,9 @@ from mdmrl.study.verdicts.rules import Finding, below_zero, interval_of, rule
 def kl_law_predicts(correlation) -> Finding:
     """log mean exp(-d) before training has gone far predicts what the KL term then does.
 
-    Args:
-        correlation: Spearman's, over all arms with a KL term, of `law` in the run with the same
-            estimator and steps but beta 0, and the arm's G / headroom.
-
-    Reproduced iff the upper end is below 0; contradicted iff the lower end is above 0.
+    `correlation` is Spearman's, over all arms with a KL term, of `law` in the run with the same
+    estimator and steps but beta 0, and the arm's G / headroom. Reproduced iff its upper end is
+    below 0; contradicted iff its lower end is above 0.
     """
     interval = interval_of(correlation)
     return below_zero(f"Spearman's correlation of the law with G/headroom is {interval}", interval)
@@ -25,11 +23,9 @@ def kl_law_predicts(correlation) -> Finding:
 def stability_needs_steps(correlation) -> Finding:
     """The more denoising steps, the steadier the KL.
 
-    Args:
-        correlation: Spearman's, over step counts, of the count and the log standard deviation of
-            the KL over training.
-
-    Reproduced iff the upper end is below 0; contradicted iff the lower end is above 0.
+    `correlation` is Spearman's, over step counts, of the count and the log standard deviation of
+    the KL over training. Reproduced iff its upper end is below 0; contradicted iff its lower end is
+    above 0.
     """
     interval = interval_of(correlation)
     return below_zero(
@@ -43,13 +39,11 @@ def kl_is_cured(
 ) -> Finding:
     """The recommended configuration is steady, and learns as the AR model does.
 
-    Args:
-        log_ratio_loss, log_ratio_kl, log_ratio_norm: log(unstable/recommended) of the standard
-            deviations over training of the loss, of the KL (without beta) and of the gradient norm.
-
-    Reproduced iff the lower ends of all three are at least log 10, and that of the MDM's mean
-    G/headroom over the AR model's (Fieller's interval) is at least 0.8; contradicted iff one of the
-    upper ends is below. The interval given is that of the share of AR's.
+    The log ratios are log(unstable/recommended) of the standard deviations over training of the
+    loss, of the KL (without beta) and of the gradient norm. Reproduced iff the lower ends of all
+    three are at least log 10, and that of the MDM's mean G/headroom over the AR model's (Fieller's
+    interval) is at least 0.8; contradicted iff one of the upper ends is below. The interval given
+    is that of the share of AR's.
     """
     ratios = [interval_of(column) for column in (log_ratio_loss, log_ratio_kl, log_ratio_norm)]
     share = interval_of(gain_mdm / headroom_mdm, gain_ar / headroom_ar)

@@ -16,10 +16,7 @@ from mdmrl.study.verdicts.rules import Finding, Verdict, above, interval_of, jud
 def fig44_crossing(steps: Sequence[int], log_speed_ratio: np.ndarray) -> Verdict:
     """Fig. 4-4: with few denoising steps the MDM is faster than the AR model, with many slower.
 
-    Args:
-        steps: rising; log_speed_ratio: log(MDM's instances/s / AR's), one row a timing, one column
-            a step count.
-
+    `log_speed_ratio` is log(MDM's instances/s / AR's), one row a timing, one column a step count.
     The sign at a step count is clear where the interval over timings leaves out 0. Reproduced iff
     the clear signs change exactly once, from faster to slower; contradicted iff every sign is clear
     and they do not. The interval given is that of the steps at which the ratio first falls to 1,
@@ -46,8 +43,8 @@ def fig44_crossing(steps: Sequence[int], log_speed_ratio: np.ndarray) -> Verdict
 def fig44_less_accurate(right_ar, right_mdm) -> Finding:
     """Fig. 4-4: even at 128 steps the MDM is less accurate than the AR model.
 
-    Args: 1 where the answer to a prompt is right and 0 where not, the same prompt at the same
-    place. Reproduced iff the lower end of the mean difference, AR minus MDM, is above 0.02;
+    Of 1 where the answer to a prompt is right and 0 where not, the same prompt at the same place:
+    reproduced iff the lower end of the mean difference, AR minus MDM, is above 0.02;
     contradicted iff its upper end is below.
     """
     difference = interval_of(right_ar - right_mdm)
@@ -62,13 +59,11 @@ def diffusion_samples_faster(steps: Sequence[int], log_cost_ratio: np.ndarray) -
     """The central hypothesis, for sampling alone: an MDM needs less than the AR model for the same
     number of right completions.
 
-    Args:
-        steps: log_cost_ratio: log(MDM's cost of a right completion / AR's), one row a seed, one
-            column a step count; infinite where nothing was right.
-
-    Reproduced iff at some step count the upper end is below 0, with 1 - 0.05 / len(steps) intervals
-    (Bonferroni: the best of many is looked at); contradicted iff at every one the lower end is
-    above 0. The interval given is that of the step count with the smallest mean.
+    `log_cost_ratio` is log(MDM's cost of a right completion / AR's), one row a seed, one column a
+    step count; infinite where nothing was right. Reproduced iff at some step count the upper end is
+    below 0, with 1 - 0.05 / len(steps) intervals (Bonferroni: the best of many is looked at);
+    contradicted iff at every one the lower end is above 0. The interval given is that of the step
+    count with the smallest mean.
     """
     table = _column_a_count(steps, log_cost_ratio)
     usable = [k for k, column in enumerate(table.T) if np.isfinite(column).all()]
