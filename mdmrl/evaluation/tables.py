@@ -61,16 +61,11 @@ def evaluation_table(
 
         asked = judged.metric and metric
         found = evaluate(loaded, rows, config, judged.rewards, asked, watch=judged.watch)
-        line = {
-            "policy": str(policy) if named else loaded.kind,
-            "kind": loaded.kind,
-            "task": judged.name,
-            "split": split,
-            "prompts": len(rows),
-            "sampler": config.described(but=("steps", "temperature")),
-            "steps": config.denoising_steps if loaded.denoises else config.max_new_tokens,
-            "temperature": config.temperature,
-        }
+        count = config.denoising_steps if loaded.denoises else config.max_new_tokens
+        line = {"policy": str(policy) if named else loaded.kind, "kind": loaded.kind}
+        line |= {"task": judged.name, "split": split, "prompts": len(rows)}
+        line |= {"sampler": config.described(but=("steps", "temperature"))}
+        line |= {"steps": count, "temperature": config.temperature}
         if verdicts:
             interval = wilson_interval(sum(verdicts), len(verdicts))
             line |= {"low": interval.low, "high": interval.high}

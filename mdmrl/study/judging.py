@@ -35,15 +35,8 @@ from mdmrl.training.loop import accelerator_for
 
 VERSION = "judging-2"  # part of a piece's identity: raise it when results change
 # What of a `PPOConfig` decides what V is fitted to and asked about.
-DECISIVE = (
-    "max_completion_length",
-    "sampler",
-    "per_device_train_batch_size",
-    "num_generations",
-    "value_batches",
-    "gamma",
-    "seed",
-)
+DECISIVE = ["max_completion_length", "sampler", "per_device_train_batch_size", "num_generations"]
+DECISIVE += ["value_batches", "gamma", "seed"]
 
 
 def what_v_explains(
@@ -70,11 +63,11 @@ def what_v_explains(
         for count in batches:
             values = ValueHead(policy.model.config.hidden_size).to(policy.device)
             fit(values, ValueData.joined(base[:count]), accelerator_for(policy))
-            said = values(features).detach().cpu()
-            table = pd.DataFrame({"explained": [explained_variance(v, reward) for v in said.T]})
-            table.insert(0, "step", range(len(table)))
-            table.insert(0, "completions", count * config.per_device_train_batch_size)
-            found.append(table)
+            said = values(features).detach().cpu().T
+            explained = [explained_variance(column, reward) for column in said]
+            known = {"completions": count * config.per_device_train_batch_size}
+            known |= {"step": range(len(said)), "explained": explained}
+            found.append(pd.DataFrame(known))
         return pd.concat(found)
 
     settings = {"batches": list(batches), "prompts": prompts}
@@ -99,10 +92,8 @@ def what_is_decided(
     def compute(policy: Policy, task: Task) -> pd.DataFrame:
         rows, sampler = task.rows("validation", prompts), config.sampler_for(policy)
         behind = _half(sampler) * sampler.block_length
-        drawn, generator = (
-            generator_for(config.seed, purpose, device=policy.device)
-            for purpose in ("held-out", "endings")
-        )
+        drawn = generator_for(config.seed, "held-out", device=policy.device)
+        generator = generator_for(config.seed, "endings", device=policy.device)
         output = generate(policy, [row["prompt"] for row in rows], sampler, drawn)
         width = output.prompt_mask.shape[1]
         written = torch.ones_like(output.completion_ids, dtype=torch.bool)
@@ -110,16 +101,13 @@ def what_is_decided(
         open_ = torch.zeros_like(attention)
         open_[:, width + behind :] = True
         half = output.sequences.masked_fill(open_, policy.mask_token_id)
-        again = (
-            denoise(policy, half, attention, open_, width, sampler, generator)
-            for _ in range(continuations)
-        )
+        state = (half, attention, open_, width)
+        again = (denoise(policy, *state, sampler, generator) for _ in range(continuations))
         endings = torch.stack([_rewards(task, ending, rows) for ending in again])
         decided = 1 - endings.var(0).mean() / endings.var(correction=0)
         reward, counts = _rewards(task, output, rows), range(1, continuations + 1)
         explained = [explained_variance(endings[:n].mean(0), reward) for n in counts]
-        found = {"endings": counts, "explained": explained, "decided": decided.item()}
-        return pd.DataFrame(found)
+        return pd.DataFrame({"endings": counts, "explained": explained, "decided": decided.item()})
 
     settings = {"prompts": prompts, "continuations": continuations}
     return _piece("endings", name, config, settings, profile, compute)
@@ -165,16 +153,13 @@ def guided_completions(
         calibrated_on = [row["prompt"] for row in others]
 
         def thresholds(said: Tensor, form: str = "two_gates") -> Thresholds:
-            guide, length = GuideConfig(form=form), sampler.block_length
-            return Thresholds.of(said, guide, length, calibrated_on)
+            return Thresholds.of(said, GuideConfig(form=form), sampler.block_length, calibrated_on)
 
         gates, bands = thresholds(first.values), thresholds(first.values, "faithful")
-        several = [row for row in rows for _ in range(n * times)]
+        several, each = ([row for row in rows for _ in range(k)] for k in (n * times, n))
         base, base_logp = _looked(policy, several, config, "base", value)
         stopped = base.values[:, half, 1] < gates.high[half, 1]
         tables = [_table("plain", task, base, rows, **_columns(base, base_logp), stopped=stopped)]
-
-        each = [row for row in rows for _ in range(n)]
 
         def run(arm: str, judge: Value, given: Thresholds, form: str = "two_gates") -> GuidedOutput:
             guide = GuideConfig(budget=times, form=form)
@@ -190,23 +175,15 @@ def guided_completions(
         run("prompt alone", prompt_alone, thresholds(first.values[:, :1, :1].expand_as(first_logp)))
         return pd.concat(tables)
 
-    settings = {
-        "prompts": prompts,
-        "calibration_prompts": calibration_prompts,
-        "n": n,
-        "times": times,
-    }
+    settings = {"prompts": prompts, "calibration_prompts": calibration_prompts}
+    settings |= {"n": n, "times": times}
     return _piece("guided", name, config, settings, profile, compute)
 
 
 def _piece(
-    kind: str,
-    name: str,
-    config: PPOConfig,
-    settings: dict[str, int | list[int]],
-    profile: str,
-    compute: Callable[[Policy, Task], pd.DataFrame],
+    kind: str, name: str, config: PPOConfig, settings: dict, profile: str, compute: Callable
 ) -> pd.DataFrame:
+    """The table that `compute(policy, task)` makes, with a column `seed`, or what is kept of it."""
     policy, task = load_policy(name), load_task("medcot")
     settled = config.settings_for(policy)
     identity = {
@@ -261,13 +238,10 @@ def _looked(
 
 def _columns(base: GuidedOutput, logp: Tensor) -> dict[str, Tensor]:
     """What was said of plain completions, a column a look."""
-    looks = {"V": base.values, "logp": logp}
-    columns = {
-        f"{judge}/{at:02d}": column
-        for judge, said in looks.items()
-        for at, column in enumerate(said.flatten(1).T)
-    }
-    return {"V": base.final_values, **columns}
+    columns = {"V": base.final_values}
+    for judge, said in (("V", base.values), ("logp", logp)):
+        columns |= {f"{judge}/{at:02d}": x for at, x in enumerate(said.flatten(1).T)}
+    return columns
 
 
 def _table(
@@ -276,15 +250,11 @@ def _table(
     """A row a completion; as many of each of `rows`."""
     prompt = torch.arange(len(rows)).repeat_interleave(len(output.completions) // len(rows))
     whose = [rows[i] for i in prompt]
-    pairs = zip(output.completions, whose, strict=True)
-    columns = {
-        "prompt": prompt,
-        "reward": _rewards(task, output, whose),
-        "accuracy": torch.tensor([float(task.metric(text, row)) for text, row in pairs]),
-        "spent": output.spent,
-        **columns,
-    }
-    table = pd.DataFrame({name: column.cpu().numpy() for name, column in columns.items()})
+    right = map(task.metric, output.completions, whose)
+    known = {"prompt": prompt, "reward": _rewards(task, output, whose)}
+    known |= {"accuracy": torch.tensor([float(x) for x in right]), "spent": output.spent}
+    known |= columns
+    table = pd.DataFrame({name: column.cpu().numpy() for name, column in known.items()})
     table.insert(0, "arm", arm)
     return table.assign(answer=[extract_answer(text) or "" for text in output.completions])
 

@@ -56,19 +56,18 @@ class Claim(Config):
         if self.verdict not in VERDICTS:
             raise unknown(f"verdict of claim {self.id}", self.verdict, VERDICTS)
         require(self.seeds >= 0, f"claim {self.id}: seeds={self.seeds}: expected 0 or more")
-        for name in ("estimate", "low", "high"):
-            value = getattr(self, name)
+        numbers = {name: getattr(self, name) for name in ("estimate", "low", "high")}
+        for name, value in numbers.items():
             require(
                 value is None or math.isfinite(value),
                 f"claim {self.id}: {name}={value}: expected a finite number; "
                 "give None and say in `measured` what happened",
             )
-        interval = (self.low, self.high)
+        none = self.low is None and self.high is None
+        said = ", ".join(f"{name}={value}" for name, value in numbers.items())
         require(
-            interval == (None, None)
-            or (self.estimate is not None and None not in interval and self.low <= self.high),
-            f"claim {self.id}: estimate={self.estimate}, low={self.low}, high={self.high}: "
-            "an interval needs an estimate and both ends in order",
+            none or (None not in numbers.values() and self.low <= self.high),
+            f"claim {self.id}: {said}: an interval needs an estimate and both ends in order",
         )
 
 
@@ -109,14 +108,12 @@ def cells(claim: Claim) -> tuple[str, ...]:
     """The claim as plain text, one entry for each of `COLUMNS`."""
     measured = claim.measured
     if claim.estimate is not None:
-        number = _number(claim.estimate)
+        number, ends = _number(claim.estimate), ""
         if claim.low is not None:
-            number += f" [{_number(claim.low)}, {_number(claim.high)}]"
-        if number not in measured or claim.low is None:  # a verdict's sentence holds its interval
-            measured += f": {number} {claim.unit}".rstrip()
-    verdict = claim.verdict
-    if claim.conditional:
-        verdict += ", conditional on these checkpoints"
+            ends = f" [{_number(claim.low)}, {_number(claim.high)}]"
+        if not ends or number + ends not in measured:  # a verdict's sentence holds its interval
+            measured += f": {number}{ends} {claim.unit}".rstrip()
+    verdict = claim.verdict + ", conditional on these checkpoints" * claim.conditional
     return claim.says, claim.where, measured, str(claim.seeds or "-"), verdict, claim.notebook
 
 
@@ -132,8 +129,8 @@ def render(claims: Iterable[Claim]) -> str:
 def fill_claims(page: Path, claims_path: str | Path) -> None:
     """Put the `full` profile's claims into the page's section `claims`."""
     claims = [claim for claim in load(claims_path) if claim.profile == "full"]
-    body = render(claims) if claims else "No `full` run has been recorded yet."
-    fill_section(page, "claims", body)
+    none = "No `full` run has been recorded yet."
+    fill_section(page, "claims", render(claims) if claims else none)
 
 
 def fill_section(page: Path, name: str, body: str) -> None:

@@ -53,12 +53,9 @@ def figures_folder(profile: str) -> Path:
 
 def figures_of(notebook: str, folder: Path) -> list[str]:
     """Names of the figures in `folder` that `notebook` wrote, by their provenance files."""
-    return [
-        image.stem
-        for image in sorted(folder.glob("*.png"))
-        if image.with_suffix(".json").exists()
-        and json.loads(image.with_suffix(".json").read_text())["notebook"] == notebook
-    ]
+    known = (path.with_suffix(".json") for path in sorted(folder.glob("*.png")))
+    beside = [path for path in known if path.exists()]
+    return [path.stem for path in beside if json.loads(path.read_text())["notebook"] == notebook]
 
 
 class Outputs:
@@ -72,9 +69,8 @@ class Outputs:
 
     def __init__(self, profile: str, notebook: str | None = None):
         named = os.environ.get("MDMRL_NOTEBOOK") or os.environ.get("JPY_SESSION_NAME", "")
-        self.profile = profile
+        self.profile, self.folder = profile, figures_folder(profile)
         self.notebook = notebook or Path(named).stem
-        self.folder = figures_folder(profile)
 
     def figure(self, figure: Figure, name: str, seeds: Iterable[int] = (), **facts) -> Path:
         """Write `<name>.png` (200 dpi), `<name>.pdf` and `<name>.json`; returns the PNG's path.

@@ -50,9 +50,8 @@ def kl_ratio(kl_norms: Sequence[float], surrogate_norms: Sequence[float]) -> flo
 def law(laws: Sequence[float], first: int = 5) -> float:
     """log mean exp(-d) before training has gone far: the mean over the `first` updates of a run.
 
-    At the very start policy and reference are one and it is 0 whatever is scored; so look at a run
-    without a KL term, which no KL gradient has touched.
-    """
+    At the very start policy and reference are one and it is 0 whatever is scored: take a run
+    without a KL term, which no KL gradient has touched."""
     return float(np.mean(np.asarray(laws, float)[:first]))
 
 

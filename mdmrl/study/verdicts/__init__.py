@@ -33,24 +33,3 @@ from mdmrl.study.verdicts.speed import (
     fig44_crossing,
     fig44_less_accurate,
 )
-
-__all__ = [
-    "Verdict",
-    "appc_failures",
-    "block_rl_cures_kl",
-    "cold_start_helps",
-    "diffusion_samples_faster",
-    "few_steps_pay",
-    "fig41_ar_rises",
-    "fig41_mdm_does_not_converge",
-    "fig42_kl_is_the_cause",
-    "fig43_longer_is_steadier",
-    "fig44_crossing",
-    "fig44_less_accurate",
-    "hierarchy_is_faster",
-    "kl_is_cured",
-    "kl_law_predicts",
-    "stability_needs_steps",
-    "value_guides",
-    "value_judges",
-]
