@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import re
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 
@@ -73,20 +75,18 @@ def bench_samplers(
         or (loaded.denoises and loaded.block_length is None),
         f"block_length={block_length}: {policy} has no such blocks; leave it out",
     )
-    sizes = [
-        {"batch": batch, "length": length, "steps": count}
+    work = [  # all of it before the first is timed, so that bad input costs nothing
+        (
+            {"batch": batch, "length": length, "steps": count},
+            _prompts(loaded, batch, prompt_length),
+            _chosen(_samplers(loaded, length, count, block_length or 32), samplers),
+        )
         for length in lengths
         for batch in batches
         for count in (steps or [64] if loaded.denoises else [length])
     ]
-    # All of them before the first is timed, so that bad input costs nothing.
-    groups = [
-        _chosen(_samplers(loaded, size["length"], size["steps"], block_length or 32), samplers)
-        for size in sizes
-    ]
     rows = []
-    for size, group in zip(sizes, groups, strict=True):
-        prompts = _prompts(loaded, size["batch"], prompt_length)
+    for size, prompts, group in work:
         for sampler in group:
             rows += _compared(loaded, prompts, sampler, size, repeats)
     asked = {"policy": policy, "prompt_length": prompt_length, "repeats": repeats}
@@ -178,11 +178,11 @@ def _chosen(groups: list[tuple], names: Sequence[str]) -> list[tuple]:
     for name in names:
         if name not in known:
             raise unknown("sampler", name, known)
-    kept = [
-        (*plain, {name: compared[name] for name in compared if name in (names or known)})
-        for *plain, compared in groups
-    ]
-    return [group for group in kept if group[-1]]
+    chosen = []
+    for *plain, compared in groups:
+        if kept := {name: compared[name] for name in compared if name in (names or known)}:
+            chosen.append((*plain, kept))
+    return chosen
 
 
 def _compared(policy, prompts, group, size: dict, repeats: int) -> list[dict]:
@@ -200,20 +200,12 @@ def _compared(policy, prompts, group, size: dict, repeats: int) -> list[dict]:
         seconds, peak, _ = zip(*(turn[name] for turn in turns), strict=True)
         seconds, (tokens, nfe, token_forwards) = statistics.median(seconds), turns[0][name][2]
         first = first or (seconds, tokens)
-        rows.append(
-            {
-                "sampler": name,
-                **size,
-                "seconds": seconds,
-                "samples_per_second": len(prompts) / seconds,
-                "tokens_per_second": tokens.numel() / seconds,
-                "nfe": nfe,
-                "token_forwards": token_forwards,
-                "peak_mb": statistics.median(peak),
-                "speedup": first[0] / seconds,
-                "agreement": (tokens == first[1]).float().mean().item(),
-            }
-        )
+        made = {"samples": len(prompts), "tokens": tokens.numel()}
+        pace = {f"{what}_per_second": count / seconds for what, count in made.items()}
+        costs = {"nfe": nfe, "token_forwards": token_forwards, "peak_mb": statistics.median(peak)}
+        agreement = (tokens == first[1]).float().mean().item()
+        against = {"speedup": first[0] / seconds, "agreement": agreement}
+        rows.append({"sampler": name, **size, "seconds": seconds, **pace, **costs, **against})
     return rows
 
 
@@ -253,7 +245,7 @@ def plain_denoising(policy, prompts: list[str], config: SamplerConfig):
 def plain_autoregressive(policy, prompts: list[str], config: SamplerConfig):
     """Greedy without a cache: completions (B, L), forward passes, positions computed."""
     given = policy.encode(prompts, config.max_new_tokens)
-    ids, attention = given.input_ids, given.attention_mask
+    ids, attention, width = given.input_ids, given.attention_mask, given.input_ids.shape[1]
     ended = torch.zeros(len(ids), dtype=torch.bool, device=policy.device)
     nfe = token_forwards = 0
     while nfe < config.max_new_tokens and not ended.all():
@@ -263,10 +255,8 @@ def plain_autoregressive(policy, prompts: list[str], config: SamplerConfig):
         ended |= policy.is_end(tokens)
         ids = torch.cat([ids, tokens[:, None]], 1)
         attention = torch.cat([attention, attention.new_ones(len(ids), 1)], 1)
-    completion = ids[:, given.input_ids.shape[1] :]
-    missing = config.max_new_tokens - completion.shape[1]
-    full = torch.nn.functional.pad(completion, (0, missing), value=policy.pad_token_id)
-    return full, nfe, token_forwards
+    missing = config.max_new_tokens - (ids.shape[1] - width)
+    return F.pad(ids[:, width:], (0, missing), value=policy.pad_token_id), nfe, token_forwards
 
 
 def _measured(call: Callable, device: torch.device) -> tuple:
@@ -293,9 +283,6 @@ def _measured(call: Callable, device: torch.device) -> tuple:
 
 def _resident(field: str) -> float:
     """A field of /proc/self/status in bytes; nan where there is none."""
-    try:
-        status = Path("/proc/self/status").read_text()
-    except OSError:
-        return float("nan")
-    line = next(line for line in status.splitlines() if line.startswith(field))
-    return 1024.0 * int(line.split()[1])
+    status = Path("/proc/self/status")
+    found = re.search(rf"{field}:\s+(\d+)", status.read_text() if status.exists() else "")
+    return 1024.0 * int(found[1]) if found else float("nan")

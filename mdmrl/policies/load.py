@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from importlib import metadata, resources
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from mdmrl.config import InputError, load_object, require, unknown
@@ -114,10 +115,8 @@ def _base_of(adapter: Path) -> str:
     try:
         _source(name)
     except InputError as error:
-        moved = (
-            f"the base of {adapter} is not here ({error}): where it has moved, load it by {call}"
-        )
-        raise InputError(moved) from None
+        gone = f"the base of {adapter} is not here ({error})"
+        raise InputError(f"{gone}: where it has moved, load it by {call}") from None
     return name
 
 
@@ -127,11 +126,9 @@ def load_tokenizer(source: str | Path):
     For some architectures AutoTokenizer prefers the architecture's own class to the saved one, and
     rebuilds another pre-tokenizer around the vocabulary.
     """
-    saved_as = get_tokenizer_config(source).get("tokenizer_class")
-    if saved_as in TOKENIZERS:
-        return TOKENIZERS[saved_as].from_pretrained(source)
-    if saved_as in ("TokenizersBackend", "PreTrainedTokenizerFast"):
-        return PreTrainedTokenizerFast.from_pretrained(source)
+    saved_as = TOKENIZERS.get(get_tokenizer_config(source).get("tokenizer_class"))
+    if saved_as is not None:
+        return saved_as.from_pretrained(source)
     return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
 
 
@@ -141,16 +138,14 @@ def _source(name: str) -> str:
         return str(resources.files("mdmrl.zoo") / name)
     if name == SMOLLM2:
         return str(_converted_smollm2())
-    folder = Path(name)
-    if folder.is_dir():
-        require(
-            (folder / "config.json").exists(),
-            f"{folder} holds no config.json: expected a folder written by save_pretrained",
-        )
-        return name
-    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
-        return name
-    raise unknown("policy", name, NAMES)
+    folder, on_hub = Path(name), name.count("/") == 1 and not name.startswith((".", "/", "~"))
+    if not (folder.is_dir() or on_hub):
+        raise unknown("policy", name, NAMES)
+    require(
+        not folder.is_dir() or (folder / "config.json").exists(),
+        f"{folder} holds no config.json: expected a folder written by save_pretrained",
+    )
+    return name
 
 
 def _give_own_float32_head(model) -> None:
@@ -189,5 +184,13 @@ def _converted_smollm2() -> Path:
     aside = cache.with_name(f".{cache.name}.{os.getpid()}")
     model.save_pretrained(aside)
     tokenizer.save_pretrained(aside)
-    os.replace(aside, cache)
+    return _put_in_place(aside, cache)
+
+
+def _put_in_place(aside: Path, cache: Path) -> Path:
+    try:
+        os.replace(aside, cache)
+    except OSError:  # another process was quicker
+        require((cache / "config.json").exists(), f"{cache} cannot be replaced: remove it")
+        shutil.rmtree(aside)
     return cache

@@ -155,10 +155,12 @@ PUBLISHED = {
 }
 
 # Tokenizer classes to load as they are: one that is remote code, by the native class with the same
-# rules, and Qwen's, which AutoTokenizer finds only after warnings about an unknown model_type.
+# rules; Qwen's, which AutoTokenizer finds only after warnings about an unknown model_type; and what
+# belongs to no architecture.
 TOKENIZERS = {
-    "DreamTokenizer": transformers.Qwen2Tokenizer,
-    "Qwen2Tokenizer": transformers.Qwen2Tokenizer,
+    **dict.fromkeys(("DreamTokenizer", "Qwen2Tokenizer"), transformers.Qwen2Tokenizer),
+    "TokenizersBackend": transformers.PreTrainedTokenizerFast,
+    "PreTrainedTokenizerFast": transformers.PreTrainedTokenizerFast,
 }
 
 

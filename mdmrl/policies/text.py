@@ -68,9 +68,8 @@ class Text:
         texts that the completions begin with; they alone may hold mask tokens.
 
         Raises:
-            InputError: an empty batch, messages without a chat template, a prompt that spells the
-                mask or an end token, one of no tokens or one that leaves no room for
-                `max_new_tokens`.
+            InputError: no prompts, a message list without a chat template, a prompt that spells
+                the mask or an end token, has no tokens or leaves no room for `max_new_tokens`.
         """
         require_texts(prompts, "prompts")
         self._refuse_reserved_tokens(prompts)
@@ -111,12 +110,8 @@ class Text:
     def encode_texts(
         self, texts: Sequence[str], max_new_tokens: int = 0, add_special_tokens: bool = False
     ) -> Prompts:
-        """Encode texts as they stand, without a chat template; raises as `encode`, but any token
-        may be spelled.
-
-        With `add_special_tokens` a text gets what the tokenizer puts before it, but no end: it is
-        to be continued.
-        """
+        """Encode texts as they stand, whatever tokens they spell. With `add_special_tokens` a text
+        gets what the tokenizer puts before it, but no end: it is to be continued."""
         rows = self.tokenizer(list(texts), add_special_tokens=add_special_tokens).input_ids
         ends = self.end_token_ids if add_special_tokens else ()
         for row in rows:

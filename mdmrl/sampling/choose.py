@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from mdmrl.policies import Policy
 from mdmrl.sampling.config import SamplerConfig
 from mdmrl.sampling.rules import entropies
 
@@ -22,13 +21,7 @@ TINY = torch.finfo(torch.float32).tiny  # a uniform number may be 0
 
 
 def reveal(
-    policy: Policy,
-    logits: Tensor,
-    positions: Tensor,
-    open_: Tensor,
-    quota: Tensor,
-    config: SamplerConfig,
-    generator: Generator,
+    policy, logits: Tensor, positions: Tensor, open_: Tensor, quota: Tensor, config, generator
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Draw a token for every open position, and choose those that a step reveals.
 
@@ -46,8 +39,7 @@ def reveal(
     scores = config.rule(logits, tokens, untempered, positions, generator)
     if config.order_temperature:
         uniform = torch.rand(tokens.shape, generator=generator, device=tokens.device)
-        gumbel = -(-uniform.clamp(min=TINY).log()).log()
-        scores = scores / config.order_temperature + gumbel
+        scores = scores / config.order_temperature - (-uniform.clamp(min=TINY).log()).log()
     postponed = likeliest(logits, list(policy.end_token_ids)) & config.end_last
     spread = None if config.entropy_bound is None else entropies(logits)
     chosen = choose(scores, postponed, spread, open_, quota, config).nonzero()[:, 0]
@@ -58,19 +50,13 @@ def reveal(
     return chosen, tokens[chosen], logprobs[chosen]
 
 
-def draw_tokens(
-    logits: Tensor, config: SamplerConfig, generator: Generator
-) -> tuple[Tensor, Tensor]:
+def draw_tokens(logits: Tensor, config: SamplerConfig, generator) -> tuple[Tensor, Tensor]:
     """Draw one token from every row of `logits` (N, V), which it shifts, in place, so that each
     row's maximum is 0: log-probabilities near 0 keep their digits.
 
     Returns:
         tokens and log-probabilities under the tempered and filtered softmax they were drawn from
-        (at temperature 0 the most probable token and its log-probability under softmax(logits)),
-        both (N,).
-
-    Raises:
-        FloatingPointError: logits that are nan or infinite.
+        (at temperature 0 the most probable token, under softmax(logits)), both (N,).
     """
     best = logits.amax(-1)
     if not best.isfinite().all():
@@ -146,12 +132,7 @@ def keep_most_probable(logits: Tensor, top_k: int | None, top_p: float) -> Tenso
 
 
 def choose(
-    scores: Tensor,
-    postponed: Tensor,
-    spread: Tensor | None,
-    open_: Tensor,
-    quota: Tensor,
-    config: SamplerConfig,
+    scores: Tensor, postponed: Tensor, spread: Tensor | None, open_: Tensor, quota: Tensor, config
 ) -> Tensor:
     """Which of the open positions a step reveals, (N,) bool.
 

@@ -18,7 +18,8 @@ def require_at_least(config: Config, **lowest: float) -> None:
     for name, least in lowest.items():
         value = getattr(config, name)
         holds = value is None or least <= value < math.inf
-        require(holds, f"{name}={value}: expected at least {least}, and finite")
+        finite = ", and finite" if value == math.inf else ""
+        require(holds, f"{name}={value}: expected at least {least}{finite}")
 
 
 @dataclass
@@ -27,17 +28,13 @@ class SamplerConfig(Config):
 
     Attributes:
         max_new_tokens: completion positions, L.
-        steps: denoising steps over all blocks, shared out evenly; None means half of
-            `max_new_tokens`, as in d1; `threshold` and `entropy_bound` take as many as the text
-            needs.
-        block_length: reveal the completion in blocks of so many positions, left to right
-            (semi-autoregressive, as LLaDA); None means the whole completion at once, and the
-            policy's own blocks for block diffusion.
-        remasking: which open positions a step reveals first. By the drawn token, as LLaDA:
-            `"low_confidence"` (its probability). Before drawing, from the state alone:
-            `"state_confidence"` (the largest probability), `"margin"` (the largest minus the
-            second, Dream's topk_margin), `"entropy"` (the smallest), `"sequential"` (left to
-            right), `"random"`. All are taken from the untempered, unfiltered distribution.
+        steps: denoising steps, shared out evenly over all blocks; None means half of
+            `max_new_tokens`, as in d1, or as the text needs with `threshold` or `entropy_bound`.
+        block_length: reveal blocks of so many positions, left to right (semi-autoregressive, as
+            LLaDA); None means the whole completion, and its own blocks for block diffusion.
+        remasking: which open positions a step reveals first (`mdmrl.sampling.rules`). By the drawn
+            token, as LLaDA: `"low_confidence"`. From the state alone: `"state_confidence"`,
+            `"margin"` (Dream's topk_margin), `"entropy"`, `"sequential"`, `"random"`.
         order_temperature: above 0, `"state_confidence"` draws the positions of a step one after the
             other, each in proportion to its confidence to the power of 1/order_temperature (the law
             of Plackett and Luce, by Gumbel noise: Kool et al. 2019); 0 takes the surest.
@@ -56,17 +53,14 @@ class SamplerConfig(Config):
             padded behind; with `revise`, or guided by a value function, once the block of its end
             token is. No text changes.
         temperature: 0 takes the most probable token. top_k, top_p: above it, draw from the k most
-            probable tokens, then from the smallest set that holds the probability p, after the
-            temperature.
+            probable tokens, then from the smallest set that holds the tempered probability p.
         cfg_scale: raise what the prompt adds (classifier-free, as LLaDA): logits
             u + (1 + cfg_scale) (c - u) with u from a masked prompt; doubles the work.
-        cache: keys and values kept between the steps of a block, approximate for a bidirectional
-            policy (Wu et al. 2025): `"prefix"` those before the block, `"dual"` those after it
-            too. Block diffusion and autoregressive policies always keep theirs, exactly.
-        cache_refresh: run the whole canvas again every so many steps of a block; None only at its
-            start.
-        suppress_mask: never draw [MASK]; with False a drawn [MASK] is committed like any token
-            and stays in the text, as it can with Dream.
+        cache: keys and values that a bidirectional policy keeps between the steps of a block,
+            approximately (Wu et al. 2025): `"prefix"` those before the block, `"dual"` those after
+            it too. Other policies always keep theirs, exactly.
+        cache_refresh: run the whole canvas again every so many steps; None: at a block's start.
+        suppress_mask: never draw [MASK]; else a drawn one stays in the text, as it can with Dream.
     """
 
     max_new_tokens: int = 128
@@ -101,8 +95,8 @@ class SamplerConfig(Config):
         blocks = length // (block or length)
         require(
             steps is None or blocks <= steps <= length,
-            f"steps={steps}: expected {blocks} to max_new_tokens={length}, since a block needs one "
-            "and a step reveals at least one token",
+            f"steps={steps}: expected {blocks} to max_new_tokens={length}, since a block needs a "
+            "step and a step reveals at least one token",
         )
         require(
             self.temperature > 0 or (self.top_k is None and self.top_p == 1),
@@ -113,7 +107,7 @@ class SamplerConfig(Config):
             raise unknown("cache", self.cache, CACHES)
         require(
             self.cache_refresh is None or self.cache is not None,
-            f"cache_refresh={self.cache_refresh}: expected a cache, one of {', '.join(CACHES)}",
+            f"cache_refresh={self.cache_refresh} with cache=None: expected a cache to refresh",
         )
         self._validate_order()
 

@@ -11,8 +11,7 @@ takes a softmax everywhere; all exact, and asserted so in the tests:
  * a maximum and a logsumexp in place of a softmax;
  * rows without open positions in the active block are dropped, and steps without any skipped;
  * on a CPU without a key cache, rows go through the network in parts that fit the CPU's own;
- * a row is done once its first end token and all before it are revealed: what is still open cannot
-   change its text.
+ * a row is done once its first end token and all before it are revealed.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from mdmrl.policies import Policy, Prompt, Prompts
 from mdmrl.sampling.choose import reveal
@@ -67,14 +66,7 @@ def evenly(total: int | Tensor, parts: int) -> list:
 
 @torch.no_grad()
 def denoise(
-    policy: Policy,
-    canvas: Tensor,
-    attention: Tensor,
-    open_: Tensor,
-    width: int,
-    config: SamplerConfig,
-    generator: Generator,
-    record: bool = False,
+    policy: Policy, canvas, attention, open_, width, config: SamplerConfig, generator, record=False
 ) -> SamplerOutput:
     """Reveal the open positions of a `Canvas`, given by its parts, block by block."""
     device, length = canvas.device, canvas.shape[1] - width
@@ -133,17 +125,11 @@ def denoise(
         ("block cache", EXACT, policy.block_length),
         (f"{config.cache} cache", APPROXIMATE, config.cache),
     )
-    return SamplerOutput.of(
-        policy,
-        canvas,
-        attention[:, :width],
-        logprobs[:, width:],
-        nfe=network.window.nfe,
-        token_forwards=network.window.token_forwards,
-        trajectory=trajectory if record else None,
-        asked=asked[:, width:],
-        optimisations={name: how for name, how, used in saved if used},
-    )
+    costs = {"nfe": network.window.nfe, "token_forwards": network.window.token_forwards}
+    costs["optimisations"] = {name: how for name, how, used in saved if used}
+    found = {"trajectory": trajectory if record else None, "asked": asked[:, width:]}
+    drawn = attention[:, :width], logprobs[:, width:]
+    return SamplerOutput.of(policy, canvas, *drawn, **found, **costs)
 
 
 def least_sure(logprobs: Tensor, revealed: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -139,11 +139,7 @@ def points_of_blocks(config: SamplerConfig, guide: GuideConfig) -> list[list[int
 
 
 def checked(
-    policy: Policy,
-    prompts: Sequence[Prompt],
-    config: SamplerConfig,
-    guide: GuideConfig,
-    thresholds: Thresholds | None,
+    policy: Policy, prompts: Sequence[Prompt], config: SamplerConfig, guide: GuideConfig, thresholds
 ) -> SamplerConfig:
     """`config` with the policy's blocks, if all that was asked for can be had together."""
     require(

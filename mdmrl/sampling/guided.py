@@ -16,14 +16,12 @@ is conditioned (phase 1 of the hierarchy, in one canvas with phase 2). Two ways 
                   of every block behind it: V < tau_x is the block again, and the `patience`-th
                   failure of a block goes back
 
-Every forward pass makes one step for every row, each at its own block and step: a row that is sent
-back starts over while the others go on, and no pass has an idle row. V sees the state in the pass
-that makes the step, so judging is free; a state that fails has cost its step, which is made all the
-same and kept with it.
+Every forward pass makes one step for every row, each at its own block and step, so that no pass has
+an idle row. V sees the state in the pass that makes the step, so judging is free; a state that
+fails has cost its step, which is made all the same and kept with it.
 
 What is rejected counts. A row may be sent back only if the rest of the text, from there on, still
-fits its `budget`, so that no completion costs more. Where it does not fit, the row takes up the
-attempt with the highest V at this very point, and goes on.
+fits its `budget`; else it takes up the attempt with the highest V at this very point, and goes on.
 
 What the thesis leaves open or says otherwise:
  * It accepts above the threshold in one place and below it in another; high V is good.
@@ -45,16 +43,11 @@ from torch.nn.utils.rnn import pad_sequence
 from mdmrl.config import require
 from mdmrl.policies import Policy, Prompt
 from mdmrl.runs import generator_for
+from mdmrl.sampling import guidance
 from mdmrl.sampling.choose import reveal
 from mdmrl.sampling.config import SamplerConfig
 from mdmrl.sampling.denoise import Canvas, evenly
-from mdmrl.sampling.guidance import (
-    GuideConfig,
-    Thresholds,
-    checked,
-    points_of_blocks,
-    steps_of_blocks,
-)
+from mdmrl.sampling.guidance import GuideConfig, Thresholds
 from mdmrl.sampling.output import APPROXIMATE, SamplerOutput
 from mdmrl.sampling.states import States, Value, hidden_at_blocks, mean_embedding
 
@@ -128,7 +121,7 @@ def generate_guided(
     >>> thresholds = calibrate(policy, calibration_prompts, sampler, guide, value)
     >>> generate_guided(policy, prompts, sampler, guide, value, thresholds).completions
     """
-    config = checked(policy, prompts, config, guide, thresholds)
+    config = guidance.checked(policy, prompts, config, guide, thresholds)
     generator = generator or generator_for(0, "guided", device=policy.device)
     batch = Attempts(policy, prompts, config, guide, thresholds)
     nfe = token_forwards = 0
@@ -156,18 +149,11 @@ def generate_guided(
             batch.judge(*judgement)
         batch.finish_blocks(rows)
 
-    return GuidedOutput.of(
-        policy,
-        batch.ids,
-        batch.attention[:, : batch.width],
-        batch.logprobs[:, batch.width :],
-        nfe=nfe,
-        token_forwards=token_forwards,
-        optimisations={"value guidance": APPROXIMATE} if thresholds else {},
-        values=batch.values,
-        judgements=batch.judgements,
-        spent=batch.spent,
-    )
+    drawn = batch.attention[:, : batch.width], batch.logprobs[:, batch.width :]
+    costs = {"nfe": nfe, "token_forwards": token_forwards, "spent": batch.spent}
+    saved = {"value guidance": APPROXIMATE} if thresholds else {}
+    found = {"values": batch.values, "judgements": batch.judgements, "optimisations": saved}
+    return GuidedOutput.of(policy, batch.ids, *drawn, **found, **costs)
 
 
 def judged(value: Value, states: States) -> list[float]:
@@ -190,14 +176,7 @@ class Attempts:
     (B, blocks). allowed: that a row may compute, (B,).
     """
 
-    def __init__(
-        self,
-        policy: Policy,
-        prompts: Sequence[Prompt],
-        config: SamplerConfig,
-        guide: GuideConfig,
-        thresholds: Thresholds | None,
-    ):
+    def __init__(self, policy, prompts, config: SamplerConfig, guide: GuideConfig, thresholds):
         self.policy, self.config, self.guide = policy, config, guide
         encoded, length = policy.encode(prompts, config.max_new_tokens), config.max_new_tokens
         canvas = Canvas.behind(encoded, length, policy.mask_token_id)
@@ -205,10 +184,10 @@ class Attempts:
         rows, device = len(self.ids), self.ids.device
         self.block_length = config.block_length or length
         self.blocks = length // self.block_length
-        self.steps = torch.tensor(steps_of_blocks(config), device=device)
+        self.steps = torch.tensor(guidance.steps_of_blocks(config), device=device)
         quotas = [torch.tensor(evenly(self.block_length, steps)) for steps in self.steps.tolist()]
         self.targets = pad_sequence(quotas, True).cumsum(1).to(device)
-        self.points = torch.tensor(points_of_blocks(config, guide), device=device)
+        self.points = torch.tensor(guidance.points_of_blocks(config, guide), device=device)
         shape = (rows, *self.points.shape)
         self.values = torch.full(shape, torch.nan, dtype=torch.double)  # on the processor
         self.logprobs = torch.zeros(self.ids.shape, device=device)
@@ -234,18 +213,9 @@ class Attempts:
     def states(self, rows: Tensor, hidden: Tensor, context: Tensor, masked: Tensor) -> States:
         """What V may look at of `rows` (R,), whose network and blocks are as in `States`."""
         ids, revealed = self.ids[rows, self.width :], ~self.open_[rows, self.width :]
-        return States(
-            rows=rows,
-            blocks=self.block[rows],
-            steps=self.step[rows],
-            hidden=hidden,
-            context=context,
-            written=mean_embedding(self.policy, ids, revealed[:, None])[:, 0],
-            masked=masked,
-            completion_ids=ids,
-            logprobs=self.logprobs[rows, self.width :],
-            revealed=revealed,
-        )
+        written = mean_embedding(self.policy, ids, revealed[:, None])[:, 0]
+        logprobs, at = self.logprobs[rows, self.width :], (self.block[rows], self.step[rows])
+        return States(rows, *at, hidden, context, written, masked, ids, logprobs, revealed)
 
     def write(self, rows: Tensor, columns: Tensor, tokens: Tensor, logprobs: Tensor) -> None:
         self.ids[rows, columns] = tokens

@@ -9,10 +9,9 @@ what ends it. It works with every family, and with policies that have learnt who
  * A description is the beginning of its unit, and x^j continues it. The policy sees the whole as
    far as it is known, c^1 y^1 c^2 y^2 ... c^j y^j, and goes on from there. Openings should say
    which unit begins: without a word of its own a unit goes on where the one before breaks off.
- * To a masked diffusion policy, `gap` masks stand for what every earlier unit still lacks, and
-   masks fill the text up behind the unit; it has learnt to see texts with holes. Autoregressive
-   and block diffusion policies have not, and see the beginnings side by side. To block diffusion
-   all that is known is prompt, and blocks begin behind it.
+ * A masked diffusion policy has learnt to see texts with holes: `gap` masks stand for what every
+   earlier unit still lacks, and masks fill the text up behind the unit. Others see the beginnings
+   side by side; to block diffusion all that is known is prompt, and blocks begin behind it.
  * A unit is cut before the first of its stops. A description that holds one is the whole unit, and
    phase 2 leaves it out.
  * Units of phase 2 do not see each other: what one needs of another must be in the descriptions.
@@ -31,6 +30,7 @@ from itertools import groupby
 from operator import itemgetter
 
 import torch
+import torch.nn.functional as F
 from torch import Generator
 from torch.nn.utils.rnn import pad_sequence
 
@@ -198,14 +198,10 @@ class Hierarchical:
             f"a whole of {longest} tokens with its end exceeds max_new_tokens={asked}: raise it, "
             "or lower description_tokens or unit_tokens",
         )
-        ids = torch.nn.functional.pad(
-            pad_sequence(ids, True, policy.pad_token_id),
-            (0, asked - longest),
-            value=policy.pad_token_id,
-        ).to(policy.device)
-        encoded = policy.encode(prompts)
-        sequences = torch.cat([encoded.input_ids, ids], 1)
-        nowhere = torch.full(ids.shape, torch.nan, device=policy.device)
+        encoded, pad = policy.encode(prompts), policy.pad_token_id
+        padded = F.pad(pad_sequence(ids, True, pad), (0, asked - longest), value=pad)
+        sequences = torch.cat([encoded.input_ids, padded.to(policy.device)], 1)
+        nowhere = torch.full(padded.shape, torch.nan, device=policy.device)
         costs = {"nfe": found.nfe, "token_forwards": found.token_forwards}
         output = SamplerOutput.of(policy, sequences, encoded.attention_mask, nowhere, **costs)
         output.completions = found.completions
@@ -219,19 +215,11 @@ class Hierarchical:
 
 
 def continue_texts(
-    policy: Policy,
-    prompts: Sequence[Prompt],
-    begun: Sequence[str],
-    config: SamplerConfig,
-    length: int,
-    generator: Generator,
+    policy: Policy, prompts: Sequence[Prompt], begun: Sequence[str], config, length: int, generator
 ) -> SamplerOutput:
-    """Write the next `config.max_new_tokens` tokens of completions that are `begun`.
-
-    Args:
-        length: of a whole completion; a masked diffusion policy sees masks behind the new tokens up
-            to there, and none where the text is longer already.
-    """
+    """Write the next `config.max_new_tokens` tokens of completions that are `begun`. A masked
+    diffusion policy sees masks behind them up to the `length` of a whole completion, and none where
+    the text is longer already."""
     encoded = policy.encode(prompts, config.max_new_tokens, begun)
     if not policy.denoises:
         config.refuse_denoising_options()

@@ -40,8 +40,7 @@ class Window:
     """The network as denoising steps see it; counts what they cost.
 
     Args:
-        attention: real tokens of the canvas, (B, W) bool.
-        width: columns of the prompt, P.
+        attention: real tokens of the canvas, (B, W) bool, of whose columns the prompt has `width`.
         cache: None, "prefix" or "dual"; a block-causal policy has its own.
     """
 

@@ -32,7 +32,7 @@ from mdmrl.policies.families import FAMILIES
 from mdmrl.provenance import environment
 from mdmrl.runs import Run, generator_for, kept_random_state, read_rows, write_atomically
 from mdmrl.tasks import load_task
-from mdmrl.training.supervised import Batch, collate
+from mdmrl.training.supervised import Batch, collate, encode_pairs
 from mdmrl.zoo import tokenizer_corpus
 from mdmrl.zoo.tokenizer_training import train_tokenizer
 
@@ -136,21 +136,14 @@ def shipped_tokenizer():
 
 
 def batches(policy: Policy, stream, config: PretrainConfig, first: int = 0) -> Iterator[Batch]:
-    """Batches number `first`, `first` + 1, ... without end.
-
-    Documents are drawn `POOL` batches at a time and sorted by prompt length, to spare padding.
-    """
+    """Batches number `first`, `first` + 1, ... without end; documents are drawn `POOL` batches at a
+    time and sorted by prompt length, to spare padding."""
     end, skipped = policy.tokenizer.eos_token_id, first % POOL
-
-    def ids_of(text: str) -> list[int]:
-        return policy.tokenizer(text).input_ids
-
     documents = stream(config.seed, (first - skipped) * config.batch_size)
     while True:
         drawn = list(itertools.islice(documents, POOL * config.batch_size))
-        asked = (ids_of(f"<|user|>{document['prompt']}<|assistant|>") for document in drawn)
-        given = ([*ids_of(document["completion"]), end] for document in drawn)
-        pool = sorted(zip(asked, given, strict=True), key=lambda pair: len(pair[0]))
+        pool = encode_pairs(policy, drawn, config.canvas)
+        pool.sort(key=lambda pair: len(pair[0]))
         for start in range(skipped * config.batch_size, len(pool), config.batch_size):
             yield collate(pool[start : start + config.batch_size], config.canvas, end)
         skipped = 0
@@ -207,12 +200,13 @@ def pretrain(config: PretrainConfig, tokenizer, stream, folder: str | Path) -> P
         with torch.autocast("cpu", torch.bfloat16, enabled=config.bf16):
             total, count = resolve(policy.loss)(policy, batch, learn_prompt, draw)
             loss = total / count
+        if not loss.isfinite():
+            raise FloatingPointError(f"loss={loss.item()} at step {step}: training diverged")
         loss.backward()
         torch.nn.utils.clip_grad_norm_(policy.model.parameters(), config.max_grad_norm)
         for optim in optims:
             optim.step()
             optim.zero_grad()
-        require(bool(loss.isfinite()), f"loss={loss.item()} at step {step}: training diverged")
         step, seen = step + 1, seen + batch.document_tokens
         losses.append(loss.item())
         if step % config.logging_steps == 0:
