@@ -108,7 +108,14 @@ def test_weighted_rewards_are_those_that_advantages_are_made_of(mdm):
     draws = generator_for(0, "rollout")
     config = SamplerConfig(max_new_tokens=8, steps=4, temperature=1.0)
     rollout, metrics, sample = collect(
-        mdm, ROWS[:2], [parity, length], 3, config, draws, weights=[2.0, -0.5], scale="none"
+        mdm,
+        ROWS[:2],
+        [parity, length],
+        3,
+        config,
+        draws,
+        reward_weights=[2.0, -0.5],
+        scale_rewards="none",
     )
     both = zip(rollout.completion_ids, rollout.completion_mask, strict=True)
     ids = [row[mask].tolist() for row, mask in both]
