@@ -169,6 +169,8 @@ def collect(
         "num_tokens": output.completion_mask.sum().item(),
         "token_forwards": output.token_forwards,
     }
+    # A mean of nothing is no number, and must not reach the mean over processes.
+    metrics = {name: None if value != value else value for name, value in metrics.items()}
     sample = {
         "prompt": prompts[0],
         "completions": output.completions[:num_generations],
