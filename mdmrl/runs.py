@@ -93,12 +93,7 @@ class Run:
     """
 
     def __init__(
-        self,
-        folder: str | Path,
-        identity: Mapping,
-        since: Mapping | None = None,
-        writes: bool = True,
-        device: str | torch.device = "cpu",
+        self, folder: str | Path, identity: Mapping, since=None, writes=True, device="cpu"
     ):
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import nested
 
+import mdmrl.training.loop as loop
 from mdmrl.config import InputError
 from mdmrl.policies import add_lora
 from mdmrl.rl.config import GRPOConfig, PPOConfig
@@ -108,7 +109,14 @@ def test_weighted_rewards_are_those_that_advantages_are_made_of(mdm):
     draws = generator_for(0, "rollout")
     config = SamplerConfig(max_new_tokens=8, steps=4, temperature=1.0)
     rollout, metrics, sample = collect(
-        mdm, ROWS[:2], [parity, length], 3, config, draws, weights=[2.0, -0.5], scale="none"
+        mdm,
+        ROWS[:2],
+        [parity, length],
+        3,
+        config,
+        draws,
+        reward_weights=[2.0, -0.5],
+        scale_rewards="none",
     )
     both = zip(rollout.completion_ids, rollout.completion_mask, strict=True)
     ids = [row[mask].tolist() for row, mask in both]
@@ -320,6 +328,17 @@ def test_a_run_in_which_nothing_counts_says_so_and_ends(mdm, tmp_path, train):
     assert steps == [0, 1, 2, 3]
     rows = rows_of(tmp_path / "run")
     assert [row["reward"] for row in rows] == [None] * 4
+
+
+def test_a_process_without_rewards_has_no_part_in_the_mean_of_all(mdm, monkeypatch):
+    config = SamplerConfig(max_new_tokens=8, steps=4, temperature=1.0)
+    draws = generator_for(0, "rollout")
+    (_, none, _), (_, some, _) = (
+        collect(mdm, ROWS[:1], [reward], 2, config, draws) for reward in (silent, parity)
+    )
+    monkeypatch.setattr(loop, "gather_object", lambda found: [none, some])
+    assert none["reward"] is none["rewards/silent/mean"] is None
+    assert loop.averaged(none)["reward"] == some["reward"]
 
 
 def test_one_reward_that_speaks_is_enough(mdm, tmp_path):

@@ -89,8 +89,9 @@ def train_grpo(
     sampler = config.sampler_for(policy)
     if scorer.reads_on:
         sampler = sampler.replace(stop_at_end=False)
-    judging = draw, config.reward_weights, config.scale_rewards
-    rounds = Rounds(policy, rewards, rows, config, eval_rows, metric, probe, watch, *judging)
+    judging = {name: getattr(config, name) for name in ("reward_weights", "scale_rewards")}
+    brought = policy, rewards, rows, config, eval_rows, metric, probe, watch, draw
+    rounds = Rounds(*brought, **judging)
     parameters, unchecked = policy.trainable_parameters(), CHECKED
 
     def noise_for(rollout: Rollout, purpose: str, step: int, index: int = 0) -> Noise:

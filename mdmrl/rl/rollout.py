@@ -67,18 +67,10 @@ class Rollout:
                 revealed_at[step.rows, step.positions] = index
                 before = torch.searchsorted(step.rows, step.rows)  # rows are sorted
                 place[step.rows, step.positions] = torch.arange(len(before)).to(before) - before
-        return cls(
-            output.sequences[:, :width],
-            output.prompt_mask,
-            output.completion_ids,
-            output.completion_mask,
-            advantages,
-            counted,
-            sampler,
-            logprobs=output.logprobs,
-            revealed_at=revealed_at,
-            place=place,
-        )
+        prompts = output.sequences[:, :width], output.prompt_mask
+        completions = output.completion_ids, output.completion_mask
+        steps = {"logprobs": output.logprobs, "revealed_at": revealed_at, "place": place}
+        return cls(*prompts, *completions, advantages, counted, sampler, **steps)
 
     @property
     def temperature(self) -> float:
@@ -139,8 +131,8 @@ def collect(
     generator: torch.Generator,
     record: bool = False,
     draw: Callable = generate,
-    weights: Sequence[float] | None = None,
-    scale: str = "group",
+    reward_weights: Sequence[float] | None = None,
+    scale_rewards: str = "group",
     watch: Callable | None = None,
     log: RewardLog | None = None,
 ) -> tuple[Rollout, dict[str, float | None], dict]:
@@ -148,7 +140,7 @@ def collect(
 
     Args:
         record: keep the denoising trajectory; draw: what completes the prompts.
-        weights: of the rewards; scale: see `group_advantages`; log: takes what rewards report.
+        scale_rewards: see `group_advantages`; log: takes what rewards report.
         watch: what a task watches in completions, see `Task`.
     Returns:
         the rollout, the round's metrics, and the first group's texts and rewards to look at.
@@ -161,8 +153,8 @@ def collect(
     log = log or RewardLog()
     written = output.completions, output.token_lists()
     values = reward_values(rewards, prompts, *written, rows, **log.offered)
-    total = total_reward(values, weights)  # NaN where all rewards left the sample out
-    advantages, counted = group_advantages(total, num_generations, scale)
+    total = total_reward(values, reward_weights)  # NaN where all rewards left the sample out
+    advantages, counted = group_advantages(total, num_generations, scale_rewards)
     groups = total.view(-1, num_generations)
     components = zip(map(reward_name, rewards), values.nanmean(0).tolist(), strict=True)
     metrics = {
@@ -177,6 +169,8 @@ def collect(
         "num_tokens": output.completion_mask.sum().item(),
         "token_forwards": output.token_forwards,
     }
+    # A mean of nothing is no number, and must not reach the mean over processes.
+    metrics = {name: None if value != value else value for name, value in metrics.items()}
     sample = {
         "prompt": prompts[0],
         "completions": output.completions[:num_generations],

@@ -12,9 +12,7 @@ from torch import Tensor
 
 from mdmrl.config import InputError
 from mdmrl.evaluation.accuracy import evaluate
-from mdmrl.policies import Policy
 from mdmrl.rewards import RewardLog, check_rewards
-from mdmrl.rl.config import RLConfig
 from mdmrl.rl.rollout import Rollout, collect
 from mdmrl.runs import generator_for
 from mdmrl.sampling import SamplerConfig, generate
@@ -25,36 +23,24 @@ from mdmrl.training.loop import MAX_SKIPPED, Metrics, Optimizer, accelerator_for
 class Rounds:
     """The rounds of a run on this process, each of one rollout and the updates made on it.
 
-    Args:
-        draw: what completes prompts; None for `generate`.
-        weights, scale: see `collect`; all others are those of `train_grpo`.
+    The arguments are those of `train_grpo`, and of `collect` the two of `judging`.
     """
 
     def __init__(
-        self,
-        policy: Policy,
-        rewards: Sequence[Callable],
-        rows: Sequence[dict],
-        config: RLConfig,
-        eval_rows: Sequence[dict],
-        metric: Callable | None,
-        probe: Callable | None,
-        watch: Callable | None,
-        draw: Callable | None = None,
-        weights: Sequence[float] | None = None,
-        scale: str = "group",
+        self, policy, rewards, rows, config, eval_rows, metric, probe, watch, draw=None, **judging
     ):
         self.policy, self.rewards, self.config, self.probe = policy, rewards, config, probe
         self.accelerator = accelerator_for(policy)
         self.share = self.accelerator.process_index, self.accelerator.num_processes
         length = config.max_completion_length
         self.rows, self.eval_rows = checked_rows(policy, rows, eval_rows, length)
-        self.names = check_rewards(rewards, weights, self.rows)
-        self.weights, self.scale, self.abstained = weights, scale, 0
-        self.judging = {"draw": draw or generate, "watch": watch}
+        self.weights = judging.get("reward_weights")
+        self.names = check_rewards(rewards, self.weights, self.rows)
+        self.drawing, self.judging = {"draw": draw or generate, "watch": watch}, judging
         named = dict(zip(self.names, rewards, strict=True))
         self.parts = {"rewards": named, "eval_rows": self.eval_rows, "metric": metric}
         self.parts |= {"probe": probe, "watch": watch} | ({"draw": draw} if draw else {})
+        self.abstained = 0  # rounds in a row
 
     def generator(self, purpose: str, step: int, index: int = 0) -> torch.Generator:
         """This process's random numbers of a round, or of its `index`-th update."""
@@ -72,19 +58,9 @@ class Rounds:
         """
         config = self.config
         batch = rows_of_step(self.rows, config.prompts_per_process, step, *self.share, config.seed)
-        rollout, metrics, sample = collect(
-            self.policy,
-            batch,
-            self.rewards,
-            config.num_generations,
-            sampler,
-            self.generator("rollout", step),
-            record,
-            weights=self.weights,
-            scale=self.scale,
-            log=RewardLog(step, config.max_steps),
-            **self.judging,
-        )
+        asked = config.num_generations, sampler, self.generator("rollout", step), record
+        ways = {"log": RewardLog(step, config.max_steps), **self.drawing, **self.judging}
+        rollout, metrics, sample = collect(self.policy, batch, self.rewards, *asked, **ways)
         self._say_if_nothing_counts(rollout.counted, step)
         return batch, rollout, metrics, sample
 
@@ -107,17 +83,9 @@ class Rounds:
 
     def held_out(self) -> Metrics:
         """Of greedy completions of the held-out prompts, and of the probe."""
-        policy, greedy = self.policy, self.config.sampler_for(self.policy, greedy=True)
-        found = evaluate(
-            policy,
-            self.eval_rows,
-            greedy,
-            self.rewards,
-            self.parts["metric"],
-            "eval/",
-            reward_weights=self.weights,
-            **self.judging,
-        )
+        policy, metric = self.policy, self.parts["metric"]
+        asked = self.eval_rows, self.config.sampler_for(policy, greedy=True), self.rewards, metric
+        found = evaluate(policy, *asked, "eval/", reward_weights=self.weights, **self.drawing)
         measured = self.probe(policy) if self.probe else {}
         return found | {f"eval/{name}": value for name, value in measured.items()}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -192,10 +192,7 @@ def prompts_of(rollout: Rollout) -> list[tuple[int, ...]]:
 
 
 def fit_to_base(
-    policy: MaskedDiffusionPolicy,
-    rewards: Sequence[Callable],
-    rows: Sequence[dict],
-    config: PPOConfig,
+    policy: MaskedDiffusionPolicy, rewards: list, rows: list, config: PPOConfig
 ) -> tuple[ValueHead, float]:
     """V of the policy as it is, for `mdmrl.sampling.guided` without any reinforcement learning, and
     its explained variance in cross-validation (`fit`); fitted as `train_ppo` fits its own before
