@@ -56,12 +56,10 @@ def passes(
     seeds: Sequence[int] = (0,),
     batch_size: int = 16,
 ) -> pd.DataFrame:
-    """Complete every row with every sampler and seed; one line a completion.
+    """Complete every row with every sampler (by name and setting) and seed; one line a completion.
 
     Samplers take turns batch by batch, so that a slow moment of the machine hits all of them.
 
-    Args:
-        samplers: a policy and how it samples, by name and setting.
     Returns:
         columns sampler, setting, seed, batch and prompt (their numbers), right, reward, and the
         prompt's share of its batch's seconds, nfe and token_forwards. Seconds count sampling

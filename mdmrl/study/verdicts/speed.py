@@ -43,8 +43,8 @@ def fig44_crossing(steps: Sequence[int], log_speed_ratio: np.ndarray) -> Verdict
 def fig44_less_accurate(right_ar, right_mdm) -> Finding:
     """Fig. 4-4: even at 128 steps the MDM is less accurate than the AR model.
 
-    Of 1 where the answer to a prompt is right and 0 where not, the same prompt at the same place:
-    reproduced iff the lower end of the mean difference, AR minus MDM, is above 0.02;
+    Given is 1 where the answer to a prompt is right and 0 where not, the same prompt at the same
+    place. Reproduced iff the lower end of the mean difference, AR minus MDM, is above 0.02;
     contradicted iff its upper end is below.
     """
     difference = interval_of(right_ar - right_mdm)
