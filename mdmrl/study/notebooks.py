@@ -71,7 +71,7 @@ def load_profile(name: str) -> dict[str, dict]:
 
 
 def notebook_parameters(path: Path) -> dict[str, object]:
-    """The names that a notebook's one parameters cell sets, each to a literal, with their values."""
+    """What a notebook's one parameters cell sets: names, each with its value, a literal."""
     cells = [c.source for c in _cells(path) if "parameters" in c.metadata.get("tags", [])]
     count = len(cells)
     require(count == 1, f"{path.name}: {count} cells are tagged 'parameters', expected one")
