@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+
+from filelock import FileLock
 
 from mdmrl.config import Config, InputError, require, unknown
 from mdmrl.runs import write_atomically
@@ -76,7 +76,7 @@ def record(claim: Claim, folder: str | Path) -> Path:
     """Add the claim to `folder/claims.json`, or replace its row; safe beside other writers."""
     path = Path(folder) / "claims.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(path.with_name(".claims.lock")):
+    with FileLock(path.with_name(".claims.lock")):
         rows = {row.id: row for row in load(path)} | {claim.id: claim}
         text = json.dumps([rows[id].to_dict() for id in sorted(rows)], indent=1)
         write_atomically(path, text + "\n")
@@ -141,10 +141,3 @@ def fill_section(page: Path, name: str, body: str) -> None:
 
 def _number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
