@@ -54,26 +54,16 @@ class Gradients:
         }
 
 
-def kl_metrics(seen: dict[str, Tensor], completions: int) -> dict[str, float]:
-    """What is logged of d = log pi - log pi_ref at tokens (N,), where there is a reference."""
-    if "d" not in seen:
-        return {}
-    d, kl = seen["d"], seen["kl"]
-    return {
-        "kl": kl.mean().item(),
-        "kl/sum": kl.sum().item() / completions,
-        "kl/max": kl.max().item(),
-        "log_mean_exp_neg_d": (torch.logsumexp(-d, 0) - math.log(len(d))).item(),
-    }
-
-
-def ratio_metrics(seen: dict[str, Tensor]) -> dict[str, float]:
-    """What is logged of the ratio to the old policy at tokens (N,), where the loss has one."""
-    if "ratio" not in seen:
-        return {}
-    return {
-        "ratio/mean": seen["ratio"].mean().item(),
-        "ratio/min": seen["ratio"].min().item(),
-        "ratio/max": seen["ratio"].max().item(),
-        "clip_ratio": seen["clipped"].float().mean().item(),
-    }
+def token_metrics(seen: dict[str, Tensor], completions: int) -> dict[str, float]:
+    """What is logged of tokens (N,): of `d` = log pi - log pi_ref and `kl`, where there is a
+    reference, and of the `ratio` to the old policy, where the loss has one."""
+    found = {}
+    if "d" in seen:
+        d, kl = seen["d"], seen["kl"]
+        found |= {"kl": kl.mean(), "kl/sum": kl.sum().item() / completions, "kl/max": kl.max()}
+        found["log_mean_exp_neg_d"] = torch.logsumexp(-d, 0) - math.log(len(d))
+    if "ratio" in seen:
+        ratio = seen["ratio"]
+        found |= {"ratio/mean": ratio.mean(), "ratio/min": ratio.min(), "ratio/max": ratio.max()}
+        found["clip_ratio"] = seen["clipped"].float().mean()
+    return {name: float(value) for name, value in found.items()}

@@ -25,11 +25,11 @@ TABLE = {
     "ar": AR, "smollm2": AR,
     # arms that score by `trajectory` or `one_step`, and do not say so
     "recommended": INDIGO, "exact": INDIGO, "state": SKY, "ppo": BLACK,
+    "mdm": MDM,
     # samplers of a masked diffusion model; `whole` is the arm that scores whole texts by `one_step`
     "whole completion": MDM, "whole": SKY, "dual cache": WINE, "prefix cache": SKY,
     "threshold": SAND, "blocks": INDIGO,
     "flat": SAND, "unit after unit": SKY, "units at once": INDIGO,
-    "mdm": MDM,
     # what judges half-denoised text, and what follows from it
     "v": INDIGO, "two gates": INDIGO, "mean log-probability": SAND, "permuted": SKY, "bands": RED,
     "prompt alone": GREY, "majority vote": BLACK,

@@ -33,6 +33,7 @@ from mdmrl.study.pieces import cached_table, facts
 from mdmrl.tasks import load_task
 from mdmrl.tasks.medcot import SYSTEM_PROMPT
 from mdmrl.training.config import SFTConfig
+from mdmrl.training.loop import known
 from mdmrl.training.sft import train_sft
 
 REWARD_CEILING = 2.8  # the thesis's count: accuracy 2, depth 0.2, format 0.6
@@ -119,14 +120,16 @@ def train_arm(arm: Arm, seed: int, profile: str) -> pd.DataFrame:
     *_, version = ALGORITHMS[arm.algorithm]
     identity = {
         "arm": arm.beside_settings(),
-        "settings": config.settings_for(policy),
+        "settings": known(config.settings_for(policy)),
         "policy": policy.fingerprint(),
         "rows": rl_rows(),
         "algorithm": version,
     }
     plain = Arm(name="", policy="", algorithm=arm.algorithm)
-    since = {"arm": plain.beside_settings(), "settings": plain.config(seed).settings_for(policy)}
+    since = {"arm": plain.beside_settings()}
+    since["settings"] = known(plain.config(seed).settings_for(policy))
     kind = config.logp_estimator if arm.algorithm == "grpo" else arm.algorithm
+    kind = getattr(kind, "__name__", kind)  # of an estimator of one's own
     slug = "-".join([Path(arm.policy).name, kind, f"s{seed}"])
 
     def compute(name: str) -> tuple[pd.DataFrame, dict]:
