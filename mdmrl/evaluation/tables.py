@@ -35,13 +35,12 @@ def evaluation_table(
 ) -> pd.DataFrame:
     """Accuracy with its 95 % Wilson interval (`low`, `high`), rewards and monitors.
 
-    One row a number of denoising `steps`, one of the sampler's own where none is given, with the
-    other settings of `sampler`; column `sampler` names those that are not the defaults.
+    One row a number of denoising `steps` (which an autoregressive policy has not), one of the
+    sampler's own where none is given, with the other settings of `sampler`; column `sampler` names
+    those that are not the defaults. For `task` see `load_task`.
 
     Args:
-        policy: a policy, or the name of one to load on `device` in `dtype`; task: see `load_task`.
-    Raises:
-        InputError: steps of an autoregressive policy, which has none.
+        policy: a policy, or the name of one to load on `device` in `dtype`.
     """
     named = not isinstance(policy, Policy)
     loaded = load_policy(policy, device=device, dtype=dtype) if named else policy

@@ -34,9 +34,6 @@ class SentenceEncoder:
 
     Attributes:
         truncated: how many texts so far were longer than the encoder's window and were cut.
-
-    Raises:
-        InputError: at the first text, the model cannot be loaded.
     """
 
     def __init__(self, name: str = PACKAGED_ENCODER):
@@ -94,10 +91,9 @@ shared_encoder = lru_cache(SentenceEncoder)
 class Accuracy:
     """Semantic similarity to the reference, in [0, 2]: twice the cosine clamped to [0, 1].
 
-    Compares the completion without its tags with the column `Response` or, with `answer_only`, the
-    text of its last `<answer>` with the column `Answer`. An empty text has 0; of a row without a
-    reference it abstains. For `encoder` see `SentenceEncoder`.
-        answer_only: compare answers only; the component is then called `answer_accuracy`.
+    Compares the completion without its tags with the column `Response` or, with `answer_only` (and
+    then called `answer_accuracy`), the text of its last `<answer>` with the column `Answer`. An
+    empty text has 0; of a row without a reference it abstains. For `encoder` see `SentenceEncoder`.
     """
 
     def __init__(self, encoder: str = PACKAGED_ENCODER, answer_only: bool = False):

@@ -137,8 +137,8 @@ def complete_rows(rows: Sequence[Mapping]) -> list[Mapping]:
         InputError: a row without `prompt`, or a column that rewards know as something else.
     """
     for index, row in enumerate(rows):
-        fit = isinstance(row, Mapping) and "prompt" in row
-        require(fit, f"row {index}, {row!r:.80}: expected a dict with 'prompt'")
+        if not isinstance(row, Mapping) or "prompt" not in row:
+            raise InputError(f"row {index}, {row!r:.80}: expected a dict with 'prompt'")
     _columns(rows)
     every = dict.fromkeys(name for row in rows for name in row)
     return [row if len(row) == len(every) else {**every, **row} for row in rows]

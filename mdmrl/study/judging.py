@@ -42,24 +42,21 @@ DECISIVE += ["value_batches", "gamma", "seed"]
 def what_v_explains(
     name: str, config: PPOConfig, batches: Sequence[int], prompts: int, profile: str
 ) -> pd.DataFrame:
-    """The share of the variance of held-out rewards that V explains before every denoising step.
+    """The share of the variance of held-out rewards that V explains before every denoising step:
+    columns `seed`, `completions` that V was fitted to, `step`, `explained`.
 
     Args:
         name: of the policy, as for `load_policy`; batches: numbers of batches to fit V to, each
             the first of the same base rollouts; prompts: held-out ones, completed once each.
-    Returns:
-        columns `seed`, `completions` that V was fitted to, `step`, `explained`.
     """
 
-    def compute(policy: Policy, task: Task) -> pd.DataFrame:
+    def compute(policy: Policy, task: Task, draw: Callable) -> pd.DataFrame:
         rows = task.rows("validation", prompts)
         shown = Recorder(lambda states: states.features)
-        output = _draw(policy, rows, config, "held-out", GuideConfig(checks=None), shown)
-        features = shown.looks  # (B, T, F)
-        reward = _rewards(task, output, rows)
-        every = config.replace(value_batches=max(batches))
+        output = draw(rows, "held-out", GuideConfig(checks=None), shown)
+        features, reward = shown.looks, _rewards(task, output, rows)  # (B, T, F), (B,)
+        every, found = config.replace(value_batches=max(batches)), []
         base = list(base_states(policy, task.rewards, task.rows("rl"), every))
-        found = []
         for count in batches:
             values = ValueHead(policy.model.config.hidden_size).to(policy.device)
             fit(values, ValueData.joined(base[:count]), accelerator_for(policy))
@@ -89,7 +86,7 @@ def what_is_decided(
         `explained`, the share of the variance that their mean explains, and `decided`, from all.
     """
 
-    def compute(policy: Policy, task: Task) -> pd.DataFrame:
+    def compute(policy: Policy, task: Task, _) -> pd.DataFrame:
         rows, sampler = task.rows("validation", prompts), config.sampler_for(policy)
         behind = _half(sampler) * sampler.block_length
         drawn = generator_for(config.seed, "held-out", device=policy.device)
@@ -140,7 +137,7 @@ def guided_completions(
         ValueError: an odd number of blocks, which leaves none behind half of the text.
     """
 
-    def compute(policy: Policy, task: Task) -> pd.DataFrame:
+    def compute(policy: Policy, task: Task, draw: Callable) -> pd.DataFrame:
         sampler = config.sampler_for(policy)
         half = _half(sampler)
         values, _ = fit_to_base(policy, task.rewards, task.rows("rl"), config)
@@ -148,8 +145,14 @@ def guided_completions(
         def value(states: States) -> Tensor:
             return values(states.features).detach()
 
+        def looked(rows: Sequence[dict], purpose: str) -> tuple[GuidedOutput, Tensor]:
+            """Base rollouts with V looked at, and the mean log-probability at the same looks."""
+            judge = Recorder(mean_logprob, value)
+            output = draw(rows, purpose, GuideConfig(), judge)
+            return output, judge.looks.cpu().double().view_as(output.values)
+
         rows, others = task.rows("test", prompts), task.rows("validation", calibration_prompts)
-        first, first_logp = _looked(policy, others, config, "calibrate", value)
+        first, first_logp = looked(others, "calibrate")
         calibrated_on = [row["prompt"] for row in others]
 
         def thresholds(said: Tensor, form: str = "two_gates") -> Thresholds:
@@ -157,14 +160,17 @@ def guided_completions(
 
         gates, bands = thresholds(first.values), thresholds(first.values, "faithful")
         several, each = ([row for row in rows for _ in range(k)] for k in (n * times, n))
-        base, base_logp = _looked(policy, several, config, "base", value)
-        stopped = base.values[:, half, 1] < gates.high[half, 1]
-        tables = [_table("plain", task, base, rows, **_columns(base, base_logp), stopped=stopped)]
+        base, base_logp = looked(several, "base")
+        said = {"V": base.final_values}
+        for judge, looks in (("V", base.values), ("logp", base_logp)):
+            said |= {f"{judge}/{at:02d}": x for at, x in enumerate(looks.flatten(1).T)}
+        said["stopped"] = base.values[:, half, 1] < gates.high[half, 1]
+        tables = [_table("plain", task, base, rows, said)]
 
         def run(arm: str, judge: Value, given: Thresholds, form: str = "two_gates") -> GuidedOutput:
             guide = GuideConfig(budget=times, form=form)
-            output = _draw(policy, each, config, "guided", guide, judge, given)
-            tables.append(_table(arm, task, output, rows))
+            output = draw(each, "guided", guide, judge, given)
+            tables.append(_table(arm, task, output, rows, {}))
             return output
 
         output = run("two gates", value, gates)
@@ -183,9 +189,16 @@ def guided_completions(
 def _piece(
     kind: str, name: str, config: PPOConfig, settings: dict, profile: str, compute: Callable
 ) -> pd.DataFrame:
-    """The table that `compute(policy, task)` makes, with a column `seed`, or what is kept of it."""
+    """What `compute(policy, task, draw)` makes, or what is kept of it, with a column `seed`;
+    `draw(rows, purpose, guide, judge, thresholds)` completes rows."""
     policy, task = load_policy(name), load_task("medcot")
-    settled = config.settings_for(policy)
+    settled, sampler = config.settings_for(policy), config.sampler_for(policy)
+
+    def draw(rows, purpose, guide, judge, thresholds=None) -> GuidedOutput:
+        generator = generator_for(config.seed, purpose, device=policy.device)
+        prompts = [row["prompt"] for row in rows]
+        return generate_guided(policy, prompts, sampler, guide, judge, thresholds, generator)
+
     identity = {
         "piece": kind,
         "settings": {name: settled[name] for name in DECISIVE},
@@ -195,7 +208,7 @@ def _piece(
         **settings,
     }
     slug = f"{Path(name).name}-{kind}-s{config.seed}"
-    table = cached_table(profile, slug, identity, lambda _: (compute(policy, task), {}))
+    table = cached_table(profile, slug, identity, lambda _: (compute(policy, task, draw), {}))
     table.insert(0, "seed", config.seed)
     return table
 
@@ -203,49 +216,14 @@ def _piece(
 def _half(sampler: SamplerConfig) -> int:
     """The block behind half of the text."""
     blocks = sampler.max_new_tokens // (sampler.block_length or sampler.max_new_tokens)
-    require(
-        blocks % 2 == 0,
-        f"block_length={sampler.block_length} of {sampler.max_new_tokens} positions: expected an "
-        "even number of blocks, so that half of the text is a state of the sampler",
-    )
+    wanted = "an even number of blocks, so that half of the text is a state of the sampler"
+    said = f"block_length={sampler.block_length} of {sampler.max_new_tokens} positions"
+    require(blocks % 2 == 0, f"{said}: expected {wanted}")
     return blocks // 2
 
 
-def _draw(
-    policy: Policy,
-    rows: Sequence[dict],
-    config: PPOConfig,
-    purpose: str,
-    guide: GuideConfig,
-    judge: Value,
-    thresholds: Thresholds | None = None,
-) -> GuidedOutput:
-    generator = generator_for(config.seed, purpose, device=policy.device)
-    prompts = [row["prompt"] for row in rows]
-    sampler = config.sampler_for(policy)
-    return generate_guided(policy, prompts, sampler, guide, judge, thresholds, generator)
-
-
-def _looked(
-    policy: Policy, rows: Sequence[dict], config: PPOConfig, purpose: str, value: Value
-) -> tuple[GuidedOutput, Tensor]:
-    """Base rollouts with `value` looked at, and the mean log-probability at the same looks, like
-    `GuidedOutput.values`."""
-    judge = Recorder(mean_logprob, value)
-    output = _draw(policy, rows, config, purpose, GuideConfig(), judge)
-    return output, judge.looks.cpu().double().view_as(output.values)
-
-
-def _columns(base: GuidedOutput, logp: Tensor) -> dict[str, Tensor]:
-    """What was said of plain completions, a column a look."""
-    columns = {"V": base.final_values}
-    for judge, said in (("V", base.values), ("logp", logp)):
-        columns |= {f"{judge}/{at:02d}": x for at, x in enumerate(said.flatten(1).T)}
-    return columns
-
-
 def _table(
-    arm: str, task: Task, output: GuidedOutput, rows: Sequence[dict], **columns: Tensor
+    arm: str, task: Task, output: GuidedOutput, rows: Sequence[dict], said: dict[str, Tensor]
 ) -> pd.DataFrame:
     """A row a completion; as many of each of `rows`."""
     prompt = torch.arange(len(rows)).repeat_interleave(len(output.completions) // len(rows))
@@ -253,7 +231,7 @@ def _table(
     right = map(task.metric, output.completions, whose)
     known = {"prompt": prompt, "reward": _rewards(task, output, whose)}
     known |= {"accuracy": torch.tensor([float(x) for x in right]), "spent": output.spent}
-    known |= columns
+    known |= said
     table = pd.DataFrame({name: column.cpu().numpy() for name, column in known.items()})
     table.insert(0, "arm", arm)
     return table.assign(answer=[extract_answer(text) or "" for text in output.completions])

@@ -29,7 +29,7 @@ def plan(profile: str, only: Iterable[str] = ()) -> list[tuple[Path, dict]]:
     """The notebooks to run, in order, each with its parameters at this profile's scale.
 
     Raises:
-        ValueError: an unknown profile or notebook, a notebook that the profile leaves out, or a
+        InputError: an unknown profile or notebook, a notebook that the profile leaves out, or a
             parameter that the notebook does not have (papermill would only warn).
     """
     settings, only = load_profile(profile), tuple(only)
@@ -55,11 +55,7 @@ def plan(profile: str, only: Iterable[str] = ()) -> list[tuple[Path, dict]]:
 
 
 def load_profile(name: str) -> dict[str, dict]:
-    """`notebooks/profiles/<name>.yaml`: the parameters of each notebook.
-
-    Raises:
-        ValueError: no such profile, or a file of another shape.
-    """
+    """`notebooks/profiles/<name>.yaml`: the parameters of each notebook."""
     folder = project_root() / "notebooks" / "profiles"
     known = [path.stem for path in folder.glob("*.yaml")]
     if name not in known:
@@ -75,11 +71,7 @@ def load_profile(name: str) -> dict[str, dict]:
 
 
 def notebook_parameters(path: Path) -> dict[str, object]:
-    """The names that a notebook's parameters cell assigns, with their values.
-
-    Raises:
-        ValueError: no such cell, several, or one with more in it than names set to literals.
-    """
+    """What a notebook's one parameters cell sets: names, each with its value, a literal."""
     cells = [c.source for c in _cells(path) if "parameters" in c.metadata.get("tags", [])]
     count = len(cells)
     require(count == 1, f"{path.name}: {count} cells are tagged 'parameters', expected one")

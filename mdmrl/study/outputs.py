@@ -27,11 +27,7 @@ FORMATS = {
 
 
 def project_root() -> Path:
-    """The checkout whose notebooks are run and whose folders are written; `MDMRL_ROOT` overrides.
-
-    Raises:
-        ValueError: the package was not installed from a checkout and `MDMRL_ROOT` is not set.
-    """
+    """The checkout whose notebooks are run and whose folders are written, or `MDMRL_ROOT`."""
     folder = Path(os.environ.get("MDMRL_ROOT") or Path(__file__).parents[2]).resolve()
     require(
         (folder / "notebooks").is_dir(),
@@ -59,12 +55,10 @@ def figures_of(notebook: str, folder: Path) -> list[str]:
 
 
 class Outputs:
-    """What a notebook writes: one object, made in its first cell.
+    """What a notebook writes, to the folder of its profile: one object, made in its first cell.
 
-    Args:
-        profile: decides the folder (`figures_folder`).
-        notebook: the notebook's name without ending. By default what `mdmrl reproduce` or
-            JupyterLab says it is; give it where papermill is run by hand.
+    `notebook` is its name without ending, by default what `mdmrl reproduce` or JupyterLab says it
+    is; give it where papermill is run by hand.
     """
 
     def __init__(self, profile: str, notebook: str | None = None):

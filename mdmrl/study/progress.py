@@ -71,8 +71,8 @@ class Progress:
 
     def end(self) -> float:
         """The notebook has ended; returns its seconds."""
-        del self.expected[self.name]
-        self.name = ""
+        name, self.name = self.name, ""  # first: another thread reads
+        del self.expected[name]
         return self.clock() - self.started
 
     def left(self) -> tuple[float, float]:
@@ -83,7 +83,7 @@ class Progress:
             pace = (PRIOR + self.spent + running) / (PRIOR + self.predicted + now)
         behind = self.expected.get(self.name, [])[len(self.taken) + 1 :]
         notebook = max(0.0, pace * now - running) + pace * sum(behind)
-        others = sum(sum(own) for name, own in self.expected.items() if name != self.name)
+        others = sum(sum(own) for name, own in [*self.expected.items()] if name != self.name)
         return notebook, notebook + pace * others
 
     def _expected_now(self) -> float:
@@ -94,9 +94,9 @@ class Progress:
     def line(self) -> str:
         """What is shown: `[3/10] 03_x: cell 9 of 25, 1 min 20 s, about 2 min left; whole: ...`."""
         notebook, whole = self.left()
-        if not self.name:
+        count, spent = len(self.expected.get(self.name, [])), duration(self.clock() - self.started)
+        if not count:
             return f"whole: {about(whole)}"
-        count, spent = len(self.expected[self.name]), duration(self.clock() - self.started)
         where = f"{self.label}: cell {min(len(self.taken) + 1, count)} of {count}"
         return f"{where}, {spent}, {about(notebook)}; whole: {about(whole)}"
 

@@ -28,13 +28,9 @@ def reproduce(profile: str = "cpu", only: Iterable[str] = (), force: bool = Fals
         only: beginnings of notebook names ("03"); all notebooks if empty.
         force: run those again whose code, parameters and package have not changed since they
             last succeeded.
-
     Returns:
-        The exit code: 1 if a notebook failed (its traceback is printed, the others still run), 130
-        if Ctrl-C stopped it.
-
-    Raises:
-        ValueError: before any work, for an unknown profile, notebook or parameter.
+        the exit code: 1 if a notebook failed (its traceback is printed, the others still run), 130
+        if Ctrl-C stopped it. An unknown profile, notebook or parameter is refused before any work.
     """
     jobs, folder = plan(profile, only := list(only)), figures_folder(profile)
     if profile == "full":
@@ -84,11 +80,7 @@ def reproduce(profile: str = "cpu", only: Iterable[str] = (), force: bool = Fals
 
 
 def write_docs(folder: Path) -> None:
-    """Put the tables of `folder`, that of the `full` figures, into the sections of `docs/`.
-
-    Raises:
-        ValueError: a section's markers are missing, repeated or out of order.
-    """
+    """Put the tables of `folder`, that of the `full` figures, into the sections of `docs/`."""
     from mdmrl.evaluation.tables import models_markdown
 
     docs, models = project_root() / "docs", folder / "data" / "tiny_models.csv"

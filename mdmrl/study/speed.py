@@ -23,8 +23,7 @@ def samplers(
 ) -> dict[tuple[str, float], SamplerConfig]:
     """What `07_speed_vs_steps` compares, by name and setting (a number of steps, or a threshold):
     the whole completion, the same in blocks, blocks with either cache, parallel decoding."""
-    found = {}
-    base = SamplerConfig(max_new_tokens=length)
+    found, base = {}, SamplerConfig(max_new_tokens=length)
     for count in steps:
         found[WHOLE, count] = base.replace(steps=count)
         if count >= length // block_length:
@@ -56,12 +55,10 @@ def passes(
     seeds: Sequence[int] = (0,),
     batch_size: int = 16,
 ) -> pd.DataFrame:
-    """Complete every row with every sampler and seed; one line a completion.
+    """Complete every row with every sampler (by name and setting) and seed; one line a completion.
 
     Samplers take turns batch by batch, so that a slow moment of the machine hits all of them.
 
-    Args:
-        samplers: a policy and how it samples, by name and setting.
     Returns:
         columns sampler, setting, seed, batch and prompt (their numbers), right, reward, and the
         prompt's share of its batch's seconds, nfe and token_forwards. Seconds count sampling
@@ -76,8 +73,7 @@ def passes(
             for (name, setting), (policy, config) in samplers.items():
                 generator = generator_for(seed, "speed", index=start, device=policy.device)
                 where = {"sampler": name, "setting": setting, "seed": seed}
-                where |= {"batch": start // batch_size}
-                where |= {"prompt": range(start, start + len(part))}
+                where |= {"batch": start // batch_size, "prompt": range(start, start + len(part))}
                 found = _one_batch(policy, task, part, config, generator)
                 batches.append(pd.DataFrame(where | found))
     return pd.concat(batches, ignore_index=True)
@@ -127,8 +123,7 @@ def log_cost_ratio(ours: pd.DataFrame, other: pd.DataFrame, cost: str) -> pd.Dat
     """log of what a right completion costs `ours` over what it costs `other`, where wrong ones are
     drawn again: mean `cost` over the share that is right. One row a seed, one column a setting;
     infinite where none was right."""
+    ours, other = ours.groupby(["seed", "setting"]), other.groupby("seed")
     with np.errstate(divide="ignore"):
-        grouped = ours.groupby(["seed", "setting"])
-        mine = (grouped[cost].mean() / grouped.right.mean()).unstack()
-        grouped = other.groupby("seed")
-        return np.log(mine.div(grouped[cost].mean() / grouped.right.mean(), axis=0))
+        mine, theirs = (grouped[cost].mean() / grouped.right.mean() for grouped in (ours, other))
+        return np.log(mine.unstack().div(theirs, axis=0))

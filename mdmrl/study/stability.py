@@ -13,14 +13,10 @@ SPREAD = ("loss", "kl", "grad_norm")
 
 
 def table(runs: pd.DataFrame) -> pd.DataFrame:
-    """One row an arm and seed of `runs`: how far it came and how evenly.
-
-    Returns:
-        columns arm and seed; `gain` and `headroom` of the reward, `closed`, their ratio, and
-        `collapsed`; what of the gain each part of the reward is, `gain/accuracy` and so on; the
-        standard deviations over training of loss, KL (without beta) and gradient norm before
-        clipping, `loss/std` and so on; the largest KL of a token, `kl/max`.
-    """
+    """One row an arm and seed of `runs`, how far it came and how evenly: `gain` and `headroom` of
+    the reward, `closed`, their ratio, and `collapsed`; what of the gain each part of the reward is,
+    `gain/accuracy` and so on; the standard deviations over training of loss, KL (without beta) and
+    gradient norm before clipping, `loss/std` and so on; the largest KL of a token, `kl/max`."""
     rows = []
     parts = runs.columns[runs.columns.str.fullmatch("rewards/[^/]+/mean")]
     for (arm, seed), run in runs.groupby(["arm", "seed"], sort=False):

@@ -106,5 +106,5 @@ def load_rows(path: str | Path, required: Sequence[str] = ("prompt",)) -> list[d
 
 
 def _is_message(value) -> bool:
-    named = (value.get("role"), value.get("content")) if isinstance(value, dict) else (None,)
-    return all(isinstance(text, str) for text in named)
+    fields = ("role", "content")
+    return isinstance(value, dict) and all(isinstance(value.get(name), str) for name in fields)

@@ -5,6 +5,10 @@ A rule is a function of plain numbers (most of them from `mdmrl.study.quantities
 in every column where nothing else is said, the same seed at the same place. Intervals are 95 %
 t-intervals over seeds. With fewer than five seeds the verdict is always "inconclusive", and an
 interval of seeds of which one gave no finite number fulfils no condition.
+
+Where a rule says no more than that quantities are above bounds (below 0), it is reproduced iff the
+lower (upper) end of every interval is, contradicted iff the other end of one lies on the other
+side, and the interval given is that of the first.
 """
 
 from mdmrl.study.verdicts.curves import (

@@ -9,11 +9,8 @@ from mdmrl.study.verdicts.rules import Finding, above, below_zero, interval_of, 
 
 @rule
 def fig41_ar_rises(sampled, greedy) -> Finding:
-    """Fig. 4-1: the autoregressive model's reward rises.
-
-    Reproduced iff the lower end of G is above 0 for sampled and for greedy rewards; contradicted
-    iff either upper end is below 0. The interval given is that of the sampled rewards.
-    """
+    """Fig. 4-1: the autoregressive model's reward rises: G is above 0 for sampled and for greedy
+    rewards."""
     one, other = interval_of(sampled), interval_of(greedy)
     return above(f"G is {one} sampled and {other} greedy", (one, 0), (other, 0))
 
@@ -77,11 +74,8 @@ def fig42_kl_is_the_cause(
 def fig43_longer_is_steadier(log_ratio_std, log_ratio_updates) -> Finding:
     """Fig. 4-3: longer completions make the AR model's training steadier and faster.
 
-    The log ratios are log(long/short), of the standard deviation over training of the summed KL and
-    of `updates_to` 90 % of the final reward. Reproduced iff both upper ends are below 0;
-    contradicted iff either lower end is above 0. The interval given is that of the standard
-    deviation.
-    """
+    log(long/short), of the standard deviation over training of the summed KL and of `updates_to`
+    90 % of the final reward, is below 0."""
     std, updates = interval_of(log_ratio_std), interval_of(log_ratio_updates)
     measured = (
         f"log(long/short) is {std} for the standard deviation of the summed KL and "
@@ -92,12 +86,8 @@ def fig43_longer_is_steadier(log_ratio_std, log_ratio_updates) -> Finding:
 
 @rule
 def appc_failures(rate_16, rate_128, rate_ar) -> Finding:
-    """Appendix C: at few denoising steps most outputs of the MDM fail (tags, repeats, masks).
-
-    Reproduced iff the failure rate at 16 steps minus that at 128 is above 0.2 (lower end) and the
-    rate at 16 minus AR's above 0 (lower end); contradicted iff an upper end lies below. The
-    interval given is that of 16 minus 128 steps.
-    """
+    """Appendix C: at few denoising steps most outputs of the MDM fail (tags, repeats, masks): the
+    failure rate at 16 steps minus that at 128 is above 0.2, and that at 16 minus AR's above 0."""
     steps, ar = interval_of(rate_16 - rate_128), interval_of(rate_16 - rate_ar)
     measured = (
         f"the failure rate at 16 steps is {rate_16.mean():.3g}: {steps} above that at 128 "

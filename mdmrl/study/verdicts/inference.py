@@ -16,13 +16,9 @@ from mdmrl.study.verdicts.rules import (
 
 @rule
 def value_judges(auroc_value, auroc_logprob) -> Finding:
-    """A value function judges half-denoised text.
-
-    Of areas under the ROC curve within prompts, of states at half the steps: of V, and of the mean
-    log-probability of what is revealed. Reproduced iff the lower end of V's is above 0.6 and that
-    of the difference above 0; contradicted iff either upper end is below. The interval given is
-    V's.
-    """
+    """A value function judges half-denoised text: its area under the ROC curve within prompts, of
+    states at half the steps, is above 0.6, and above that of the mean log-probability of what is
+    revealed."""
     area, more = interval_of(auroc_value), interval_of(auroc_value - auroc_logprob)
     measured = f"V's area is {area}, {more} above that of the mean log-probability"
     return above(measured, (area, 0.6), (more, 0))
@@ -57,10 +53,8 @@ def value_guides(guided: Seeds, best_of_n: Seeds, by_prompt: Seeds, texts: float
 def few_steps_pay(tuned_few, base, tuned_many) -> Finding:
     """RL at few denoising steps still pays when the steps are raised at inference.
 
-    Of mean rewards, or shares of exact answers, with many steps, of the model tuned with few, of
-    the base, and of the model tuned with many. Reproduced iff the lower end of tuned_few - base is
-    above 0; contradicted iff its upper end is below. How it compares with tuned_many is said
-    beside.
+    Of mean rewards, or shares of exact answers, with many steps, that of the model tuned with few
+    less that of the base is above 0; how it compares with the model tuned with many is said beside.
     """
     gained, ahead = interval_of(tuned_few - base), interval_of(tuned_few - tuned_many)
     measured = (

@@ -12,21 +12,15 @@ def kl_law_predicts(correlation) -> Finding:
     """log mean exp(-d) before training has gone far predicts what the KL term then does.
 
     `correlation` is Spearman's, over all arms with a KL term, of `law` in the run with the same
-    estimator and steps but beta 0, and the arm's G / headroom. Reproduced iff its upper end is
-    below 0; contradicted iff its lower end is above 0.
-    """
+    estimator and steps but beta 0, and the arm's G / headroom: it is below 0."""
     interval = interval_of(correlation)
     return below_zero(f"Spearman's correlation of the law with G/headroom is {interval}", interval)
 
 
 @rule
 def stability_needs_steps(correlation) -> Finding:
-    """The more denoising steps, the steadier the KL.
-
-    `correlation` is Spearman's, over step counts, of the count and the log standard deviation of
-    the KL over training. Reproduced iff its upper end is below 0; contradicted iff its lower end is
-    above 0.
-    """
+    """The more denoising steps, the steadier the KL: Spearman's `correlation`, over step counts, of
+    the count and the log standard deviation of the KL over training is below 0."""
     interval = interval_of(correlation)
     return below_zero(
         f"Spearman's correlation of steps with the spread of the KL is {interval}", interval

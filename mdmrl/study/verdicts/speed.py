@@ -41,12 +41,8 @@ def fig44_crossing(steps: Sequence[int], log_speed_ratio: np.ndarray) -> Verdict
 
 @partial(rule, unit="prompt")
 def fig44_less_accurate(right_ar, right_mdm) -> Finding:
-    """Fig. 4-4: even at 128 steps the MDM is less accurate than the AR model.
-
-    Of 1 where the answer to a prompt is right and 0 where not, the same prompt at the same place:
-    reproduced iff the lower end of the mean difference, AR minus MDM, is above 0.02;
-    contradicted iff its upper end is below.
-    """
+    """Fig. 4-4: even at 128 steps the MDM is less accurate than the AR model: the mean difference,
+    AR minus MDM, of 1 where a prompt's answer is right and 0 where not is above 0.02."""
     difference = interval_of(right_ar - right_mdm)
     measured = (
         f"AR is right on {right_ar.mean():.1%}, the MDM on {right_mdm.mean():.1%}: "
