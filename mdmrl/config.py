@@ -8,6 +8,7 @@ import importlib
 import importlib.util
 import os
 import re
+import sys
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
@@ -46,20 +47,19 @@ IN_A_FILE = re.compile(r"(?P<path>.+\.py):(?P<name>[A-Za-z_]\w*)")
 
 
 def load_object(where: str):
-    """The object that a file of the user's defines, from "path/to/file.py:name".
+    """The object that a file of the user's defines, from "path/to/file.py:name"; an InputError if
+    there is none.
 
     The file is run as a module of its own, once for every call. It may import its neighbours only
     if they can be imported anyway.
-
-    Raises:
-        InputError: text of another form, no such file, or nothing of that name in it.
     """
     found = IN_A_FILE.fullmatch(where)
     require(found is not None, f"{where!r}: expected FILE.py:NAME, as in my_rewards.py:short")
     path = Path(found["path"])
     require(path.is_file(), f"{where!r}: there is no file {path}")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
+    # Known by its path: dataclasses ask for their module, and no installed one has that name.
+    spec = importlib.util.spec_from_file_location(str(path.resolve()), path)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     if not hasattr(module, found["name"]):
         raise unknown(f"object in {path}", found["name"], [n for n in vars(module) if n[0] != "_"])
@@ -133,33 +133,25 @@ def _coerce(name: str, value, declared):
         declared = next(kind for kind in kinds if kind not in (types.NoneType, Callable))
     origin = typing.get_origin(declared) or declared
     mistake = InputError(f"{name}={value!r}: expected {getattr(declared, '__name__', declared)}")
-    if origin is list:
-        if isinstance(value, str) or not isinstance(value, Iterable):
+    text = str(value).lower()
+    match value:
+        case _ if origin is list and isinstance(value, Iterable) and not isinstance(value, str):
+            (item,) = typing.get_args(declared)
+            return [_coerce(name, v, item) for v in value]
+        case Mapping() if origin is dict:
+            return dict(value)
+        case str() | os.PathLike() if origin is str:
+            return os.fspath(value)
+        case _ if origin is bool and text in ("true", "false"):
+            return text == "true"
+        case bool() if origin in (int, float):
             raise mistake
-        (item,) = typing.get_args(declared)
-        return [_coerce(name, v, item) for v in value]
-    if origin is dict:
-        if not isinstance(value, Mapping):
-            raise mistake
-        return dict(value)
-    if origin is bool:
-        if isinstance(value, bool):
-            return value
-        if str(value).lower() in ("true", "false"):
-            return str(value).lower() == "true"
-        raise mistake
-    if origin is str:
-        if not isinstance(value, str | os.PathLike):
-            raise mistake
-        return os.fspath(value)
-    if origin in (int, float):
-        if isinstance(value, bool):
-            raise mistake
-        try:
-            number = float(value)
-        except (TypeError, ValueError):
-            raise mistake from None
-        if origin is int and not number.is_integer():
-            raise mistake
-        return int(value) if origin is int and not isinstance(value, str) else origin(number)
-    return value
+        case _ if origin in (int, float):
+            try:
+                number = float(value)
+            except (TypeError, ValueError):
+                raise mistake from None
+            if origin is int and not number.is_integer():
+                raise mistake
+            return int(value) if origin is int and not isinstance(value, str) else origin(number)
+    raise mistake

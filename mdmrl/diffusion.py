@@ -40,10 +40,7 @@ from mdmrl.config import require
 
 
 class Schedule(ABC):
-    """How the probability of being still unmasked falls with time.
-
-    All methods take times in [0, 1] as a float tensor of any shape and return that shape.
-    """
+    """How the probability of being still unmasked falls with times in [0, 1], of any shape."""
 
     @abstractmethod
     def alpha(self, t: Tensor) -> Tensor:
@@ -147,11 +144,8 @@ def posterior(xt: Tensor, mu: Tensor, alpha_s: float, alpha_t: float, mask_token
     A one-hot `mu` gives the posterior of the forward process, the model's mu_theta the reverse
     process p_theta(x_s | x_t). Unmasked tokens are carried over.
 
-    Args:
-        xt: token ids, (...).
-        mu: probabilities of x_0, none of it on [MASK], (..., V).
-    Returns:
-        Probabilities of x_s, (..., V).
+    `xt` are token ids (...), `mu` probabilities of x_0, (..., V), none of it on [MASK]; so are what
+    is returned of x_s.
     """
     revealed = (alpha_s - alpha_t) / (1 - alpha_t)
     stay = F.one_hot(xt, mu.shape[-1]).to(mu.dtype)
@@ -215,21 +209,14 @@ def sample_times(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor
 
 
 def mask_tokens(
-    x0: Tensor,
-    t: Tensor,
-    maskable: Tensor,
-    mask_token_id: int,
-    generator: torch.Generator,
+    x0: Tensor, t: Tensor, maskable: Tensor, mask_token_id: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Draw x_t ~ q(x_t | x_0).
+    """Draw x_t ~ q(x_t | x_0), (B, L); returns it and which positions are masked, (B, L) bool.
 
     Args:
-        x0: token ids, (B, L).
         t: times in (0, 1] of the linear schedule, one a row (B,) or a position (B, L); of another
             schedule, 1 - alpha_t.
         maskable: positions the process acts on, (B, L) bool; the others stay clean.
-    Returns:
-        x_t (B, L) and the masked positions (B, L) bool.
     """
     u = torch.rand(x0.shape, generator=generator, device=generator.device)
     masked = (u < t.view(len(t), -1)) & maskable
@@ -237,12 +224,8 @@ def mask_tokens(
 
 
 def linear_elbo_loss(token_nll: Tensor, masked: Tensor, weight: Tensor, maskable: Tensor) -> Tensor:
-    """Monte-Carlo estimate of L_inf under alpha_t = 1 - t, in nats per token.
-
-    Args:
-        token_nll: -log p_theta(x_0^i | x_t) at the masked positions in row-major order, (N,).
-        masked, maskable: (B, L) bool; weight: from `sample_times`, one a row (B,) or a position
-            (B, L).
-    """
+    """Monte-Carlo estimate of L_inf under alpha_t = 1 - t, in nats per token, from -log
+    p_theta(x_0^i | x_t) at the `masked` positions (B, L) in row-major order, (N,), and the weights
+    of `sample_times`, one a row (B,) or a position (B, L)."""
     weights = weight.view(len(weight), -1).expand(masked.shape)[masked]
     return (weights * token_nll).sum() / maskable.sum()

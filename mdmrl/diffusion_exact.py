@@ -23,20 +23,14 @@ Denoiser = Callable[[Tensor], Tensor]
 def exact_masked_nll(
     denoiser: Denoiser, x0: Tensor, mask_token_id: int, block_length: int | None = None
 ) -> MaskedNLL:
-    """The function c of `mdmrl.diffusion`, its expectation over x_t in closed form.
+    """The function c of `mdmrl.diffusion` for texts (N, L), its expectation in closed form: from
+    probabilities of being unmasked, (K,), to nats, (N, K).
 
-    Args:
-        x0: texts, (N, L).
-        block_length: sum c over blocks of so many positions, which makes every loss that of block
-            diffusion; by default the text is one block.
-    Returns:
-        A function of probabilities of being unmasked, (K,), to nats, (N, K).
+    With a `block_length` c is summed over blocks, which makes every loss that of block diffusion.
     """
     n = block_length or x0.shape[1]
-    masked = _sets(n)
-    nll = -sum(
-        torch.where(masked, logp, 0).sum(-1) for logp in _blocks(denoiser, x0, mask_token_id, n)
-    )
+    masked, logps = sets(n), _true_logps(denoiser, x0, mask_token_id, n)
+    nll = -sum(torch.where(masked, logp, 0).sum(-1) for logp in logps)
     size = masked.sum(-1)
 
     def masked_nll(alpha: Tensor) -> Tensor:
@@ -54,19 +48,16 @@ def chain_log_likelihood(
     steps: int,
     block_length: int | None = None,
 ) -> Tensor:
-    """log p_theta(x_0) of the reverse process of `steps` steps (in each block), (N,) nats.
-
-    What the ELBO bounds: the probability of x_0 summed over all ways in which it can be revealed,
-    by dynamic programming over the sets of positions still masked.
-    """
+    """log p_theta(x_0) of the reverse process of `steps` steps (in each block), (N,) nats: what the
+    ELBO bounds, summed over all ways to reveal x_0 by dynamic programming over the masked sets."""
     n = block_length or x0.shape[1]
-    masked = _sets(n)
+    masked = sets(n)
     before, after = masked[:, None], masked[None]  # of the sets S and R, those at t and at s
     revealed = before & ~after  # (S, R, n)
     possible = ~(after & ~before).any(-1)
     alpha = schedule.alpha(torch.linspace(0, 1, steps + 1, dtype=torch.float64))
     total = torch.zeros(len(x0), dtype=torch.float64)
-    for logp in _blocks(denoiser, x0, mask_token_id, n):
+    for logp in _true_logps(denoiser, x0, mask_token_id, n):
         tokens = torch.where(revealed, logp[:, :, None], 0).sum(-1).exp() * possible  # (N, S, R)
         likelihood = torch.eye(1, len(masked), dtype=torch.float64).expand(len(x0), -1)  # at t = 0
         for alpha_s, alpha_t in pairwise(alpha):
@@ -96,23 +87,27 @@ def conditionals(joint: Tensor) -> Denoiser:
     return denoiser
 
 
-def _sets(n: int) -> Tensor:
+def sets(n: int) -> Tensor:
     """All sets of masked positions, (2^n, n) bool: none in the first row, all in the last."""
     return (torch.arange(2**n)[:, None] >> torch.arange(n)) % 2 == 1
 
 
-def _blocks(denoiser: Denoiser, x0: Tensor, mask_token_id: int, n: int) -> Iterator[Tensor]:
-    """Block by block, log mu of the true tokens given every set of masked ones, (N, 2^n, n).
-
-    The blocks before are clean, those after it all [MASK].
-    """
+def canvases(x0: Tensor, mask_token_id: int, n: int) -> Iterator[tuple[slice, Tensor]]:
+    """For every block of n positions its place, and the texts (N, L) with each of the `sets` of it
+    masked, (N, 2^n, L): the blocks before it clean, those after it all [MASK]."""
     length = x0.shape[1]
     require(length % n == 0, f"block_length={n}: expected a divisor of the length {length}")
     for start in range(0, length, n):
         block = slice(start, start + n)
         xt = x0[:, None].repeat(1, 2**n, 1)
-        xt[:, :, block] = xt[:, :, block].masked_fill(_sets(n), mask_token_id)
-        xt[:, :, start + n :] = mask_token_id
+        xt[:, :, block] = xt[:, :, block].masked_fill(sets(n), mask_token_id)
+        xt[:, :, block.stop :] = mask_token_id
+        yield block, xt
+
+
+def _true_logps(denoiser: Denoiser, x0: Tensor, mask_token_id: int, n: int) -> Iterator[Tensor]:
+    """Block by block, log mu of the true tokens given every set of masked ones, (N, 2^n, n)."""
+    for block, xt in canvases(x0, mask_token_id, n):
         log_mu = denoiser(xt.flatten(0, 1))[:, block].unflatten(0, xt.shape[:2])
         targets = x0[:, None, block, None].expand(-1, 2**n, -1, -1)
         yield log_mu.gather(-1, targets).squeeze(-1)

@@ -52,18 +52,19 @@ def fingerprint(thing) -> str:
     return f"{name} {digest(_Description(seen).of(thing))}"
 
 
+def named(kind: type) -> str:
+    """A class of ours by its name, any other by its fingerprint."""
+    return fingerprint(kind) if _is_users(kind) else kind.__name__
+
+
 def described(data) -> str:
     """All that an identity of data, such as rows, depends on, as text."""
     return _Description({}).of(data)
 
 
 class _Description:
-    """One reading of a thing and all that it holds.
-
-    Args:
-        seen: containers by id, each with its text when it was first seen; it holds them, so that no
-            id is taken twice.
-    """
+    """One reading of a thing and all that it holds. `seen` has containers by id, each with its text
+    when it was first seen; it holds them, so that no id is taken twice."""
 
     def __init__(self, seen: dict[int, tuple[object, str]]):
         self.seen, self.above = seen, []
@@ -91,6 +92,8 @@ class _Description:
                 yield from sorted(f"{self.of(k)}: {self.of(v)}" for k, v in thing.items())
             case Set():
                 yield from sorted(self._all(thing))
+            case np.ndarray() if thing.dtype.kind not in "biufc":  # text, dates, objects
+                yield f"{thing.dtype} {thing.shape} {self.of(thing.ravel().tolist())}"
             case torch.Tensor() | np.ndarray():
                 array = torch.as_tensor(thing).detach().cpu().contiguous().flatten()
                 content = hashlib.sha256(array.view(torch.uint8).numpy())
@@ -115,6 +118,11 @@ class _Description:
                 yield thing.__qualname__
             case _ if hasattr(thing, "fingerprint"):
                 yield str(thing.fingerprint())
+            # Their repr leaves out rows and weights.
+            case torch.nn.Module() if not _is_users(type(thing)):
+                yield from self._all((type(thing), repr(thing), thing.state_dict()))
+            case _ if _package(type(thing)) == "pandas" and hasattr(thing, "to_dict"):
+                yield from self._all((type(thing), thing.to_dict()))
             case _ if not _is_users(type(thing)) and type(thing).__repr__ is not object.__repr__:
                 yield f"{_source(type(thing))} {re.sub(r' at 0x[0-9a-f]+', '', repr(thing))}"
             case _:
@@ -126,10 +134,9 @@ class _Description:
 def _source(thing) -> str:
     """A user's by its text, where that can be read, else by its compiled code; any other by name
     and version."""
-    module, name = thing.__module__ or "", thing.__qualname__
-    package = module.partition(".")[0]
+    package, name = _package(thing), thing.__qualname__
     if package == "mdmrl":
-        return f"{name} {getattr(sys.modules.get(module), 'VERSION', 1)}"
+        return f"{name} {getattr(sys.modules.get(thing.__module__), 'VERSION', 1)}"
     if not _is_users(thing):
         return f"{package} {_version(package)} {name}"
     try:
@@ -145,11 +152,14 @@ def _source(thing) -> str:
 
 def _is_users(thing: types.FunctionType | type) -> bool:
     """Whether a function or class is neither ours nor installed."""
-    module = thing.__module__ or ""
-    if module.partition(".")[0] in ("mdmrl", "builtins"):
+    if _package(thing) in ("mdmrl", "builtins"):
         return False
-    file = getattr(sys.modules.get(module), "__file__", None)
+    file = getattr(sys.modules.get(thing.__module__), "__file__", None)
     return file is None or not file.startswith(INSTALLED)
+
+
+def _package(thing: types.FunctionType | type) -> str:
+    return (thing.__module__ or "").partition(".")[0]
 
 
 @functools.cache
@@ -189,7 +199,9 @@ def _captured(function: types.FunctionType) -> Iterator:
 
 
 def _routines(kind: type) -> list[types.FunctionType]:
-    return [value for value in vars(kind).values() if isinstance(value, types.FunctionType)]
+    """The functions that a class defines, static ones and properties too."""
+    inner = [getattr(v, "__func__", getattr(v, "fget", v)) for v in vars(kind).values()]
+    return [value for value in inner if isinstance(value, types.FunctionType)]
 
 
 def _written_by_methods(kind: type) -> set[str]:

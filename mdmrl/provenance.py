@@ -18,15 +18,9 @@ DEVICES = ("auto", "cpu", "cuda", "mps")
 
 
 def pick_device(asked: str | torch.device = "auto") -> str:
-    """The device that `asked` means on this machine, in this process.
-
-    Args:
-        asked: `auto` is a card if there is one, else Apple's `mps`, else `cpu`. Where a launcher
-            started several processes, `auto` and `cuda` give each its own card, by its number.
-
-    Raises:
-        InputError: a device that is not there, or more processes than cards.
-    """
+    """The device that `asked` means on this machine, in this process: `auto` is a card if there is
+    one, else Apple's `mps`, else `cpu`. Where a launcher started several processes, `auto` and
+    `cuda` give each its own card, by its number."""
     name, _, index = str(asked).partition(":")
     if name not in DEVICES or not (index.isdecimal() or str(asked) == name):
         raise unknown("device", asked, DEVICES)
@@ -63,11 +57,8 @@ def pick_device(asked: str | torch.device = "auto") -> str:
 
 
 def environment(device: str | torch.device) -> dict:
-    """What a number was measured on: versions, machine, threads, source revision.
-
-    Args:
-        device: of the policy that was measured.
-    """
+    """What a number was measured on, `device` being the policy's: versions, machine, threads,
+    source revision."""
     packages = ("torch", "transformers", "peft", "accelerate", "sentence-transformers")
     return {
         "python": platform.python_version(),

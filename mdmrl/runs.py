@@ -16,8 +16,6 @@ from filelock import FileLock, Timeout
 from mdmrl.config import InputError
 from mdmrl.provenance import environment
 
-LOCK = ".lock"
-
 
 def derived_seed(seed: int, purpose: str, step: int = 0, index: int = 0) -> int:
     """A 63-bit seed that depends on all four arguments and nothing else."""
@@ -51,7 +49,7 @@ def as_json(value, **options) -> str:
         if isinstance(x, Mapping):
             return {str(key): strict(inner) for key, inner in x.items()}
         if isinstance(x, list | tuple):
-            return [strict(inner) for inner in x]
+            return [*map(strict, x)]
         return None if isinstance(x, float) and not math.isfinite(x) else x
 
     return json.dumps(strict(value), sort_keys="indent" in options, allow_nan=False, **options)
@@ -85,43 +83,36 @@ class Run:
     `checkpoints/step-NNNNNN/`, each complete or absent.
 
     Args:
-        folder: made if missing.
         identity: all that decides the results. A folder that holds another run is refused; only
             `max_steps` may be raised, so that a run can be extended.
         since: values of settings that a folder of an older version does not name yet.
         writes: False on all processes but one; device: of the policy, for `environment.json`.
 
     Raises:
-        RunFolderError: the folder holds another run, or other files, or a process that is still
-            alive writes to it.
+        RunFolderError: the folder holds another run, or other files, or another process writes it.
     """
 
     def __init__(
-        self,
-        folder: str | Path,
-        identity: Mapping,
-        since: Mapping | None = None,
-        writes: bool = True,
-        device: str | torch.device = "cpu",
+        self, folder: str | Path, identity: Mapping, since=None, writes=True, device="cpu"
     ):
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        held = {path.name for path in self.folder.iterdir()} - {LOCK}
+        # Hidden are the lock, and what a write that was cut off left.
+        held = {path.name for path in self.folder.iterdir() if path.name[0] != "."}
         if held and "config.json" not in held:
             raise RunFolderError(
                 f"{self.folder} is not empty and holds no run: choose another output_dir"
             )
-        self._lock = FileLock(self.folder / LOCK)  # let go by the system when its process dies
-        if writes:
-            try:
-                self._lock.acquire(timeout=0)
-            except Timeout:
-                raise RunFolderError(
-                    f"another process is writing to {self.folder}: wait for it, end it, or choose "
-                    "another output_dir"
-                ) from None
+        self._lock = FileLock(self.folder / ".lock")  # let go by the system when its process dies
         try:
+            if writes:
+                self._lock.acquire(timeout=0)
             self._open(json.loads(as_json(identity)), since or {}, writes, device)
+        except Timeout:
+            raise RunFolderError(
+                f"another process is writing to {self.folder}: wait for it, end it, or choose "
+                "another output_dir"
+            ) from None
         except BaseException:
             self.close()
             raise
@@ -176,23 +167,21 @@ class Run:
             write_atomically(self.folder / f"{name}.jsonl", "".join(kept))
 
     def save_checkpoint(self, step: int, write: Callable[[Path], None]) -> Path:
-        """Let `write(folder)` fill a checkpoint; it takes the place of the one before it.
-
-        The folder is written aside, every file synced and listed with its SHA-256 in
-        `manifest.json`, then renamed: a crash at any byte leaves the previous checkpoint whole.
-        """
+        """Let `write(folder)` fill a checkpoint, which takes the place of the one before: written
+        aside, every file synced and listed with its SHA-256 in `manifest.json`, then renamed, so
+        that a crash at any byte leaves the previous one whole."""
         target = self.folder / "checkpoints" / f"step-{step:06d}"
         aside = target.with_name(f".{target.name}")
         for stale in (aside, target):
             shutil.rmtree(stale, ignore_errors=True)
         aside.mkdir(parents=True)
         write(aside)
-        files = sorted(p for p in aside.rglob("*") if p.is_file())
-        manifest = {str(p.relative_to(aside)): _sha256(p) for p in files}
-        write_atomically(aside / "manifest.json", json.dumps(manifest, indent=1))
-        for path in files:
+        manifest = {}
+        for path in sorted(p for p in aside.rglob("*") if p.is_file()):
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
+            manifest[str(path.relative_to(aside))] = _sha256(path)
+        write_atomically(aside / "manifest.json", json.dumps(manifest, indent=1))
         os.replace(aside, target)
         for older in target.parent.iterdir():
             if older != target:
@@ -202,9 +191,8 @@ class Run:
     def latest_checkpoint(self) -> tuple[int, Path] | None:
         """(step, folder) of the newest checkpoint whose files match its manifest, or None."""
         for folder in sorted((self.folder / "checkpoints").glob("step-*"), reverse=True):
-            manifest = folder / "manifest.json"
             try:
-                listed = json.loads(manifest.read_text())
+                listed = json.loads((folder / "manifest.json").read_text())
             except (OSError, ValueError):
                 continue
             if all((folder / n).exists() and _sha256(folder / n) == d for n, d in listed.items()):

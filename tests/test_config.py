@@ -216,6 +216,17 @@ def test_a_function_may_be_given_or_named_in_a_file(tmp_path):
         load_object("mine")
 
 
+def test_a_users_file_may_define_data_classes(tmp_path):
+    """Under postponed annotations they ask for the module that they are in."""
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n"
+        "from typing import ClassVar\n\n@dataclass\nclass Short:\n    kind: ClassVar[str] = 'x'\n"
+        "    scale: float = 2.0\n"
+    )
+    assert load_object(f"{path}:Short")(scale=3.0).scale == 3.0
+
+
 def test_changed_is_what_makes_the_same_settings():
     assert Settings().changed() == {}
     settings = Settings(steps=2, sizes=[1], limit=None, name="x")

@@ -14,6 +14,7 @@ import torch
 from conftest import nested
 
 import mdmrl.rl.grpo as grpo
+import mdmrl.rl.rounds as rounds
 from mdmrl.policies import add_lora
 from mdmrl.rl.config import GRPOConfig
 from mdmrl.rl.grpo import grpo_loss, train_grpo, update
@@ -82,11 +83,11 @@ def test_texts_are_written_on_behind_their_end_only_where_that_is_read(
         mdm.model.get_output_embeddings().weight[mdm.tokenizer.eos_token_id] *= 4
     seen = []
 
-    def recorded(*args):
-        seen.append(collect(*args))
+    def recorded(*args, **options):
+        seen.append(collect(*args, **options))
         return seen[-1]
 
-    monkeypatch.setattr(grpo, "collect", recorded)
+    monkeypatch.setattr(rounds, "collect", recorded)
     changes = {"logp_estimator": name, "max_steps": 1, "end_last": False, "steps": 10}
     train_grpo(mdm, [parity], ROWS, settings(tmp_path / "run", **changes))
     ((rollout, metrics, _),) = seen
@@ -812,18 +813,19 @@ def test_a_finite_update_starts_the_count_again(ar, tmp_path, monkeypatch):
 # -- several processes -----------------------------------------------------------------------------
 
 TWO_PROCESSES = """
-import hashlib, sys
+import hashlib, json, sys
 from mdmrl import GRPOConfig, load_policy, train_grpo
 
 def short(prompts, completions, **columns):
-    return [-float(len(text)) for text in completions]
+    return [-float(len(t)) if "1" not in p else None for p, t in zip(prompts, completions)]
 
-folder, output = sys.argv[1:]
+folder, output, changes = sys.argv[1:]
 policy = load_policy(folder)
 rows = [{"prompt": f"What is {i}?"} for i in range(8)]
 config = GRPOConfig(
     output_dir=output, max_steps=2, sampler={"steps": 2}, max_completion_length=6,
     num_generations=2, per_device_train_batch_size=4, save_steps=1,
+    **json.loads(changes),
 )
 train_grpo(policy, [short], rows, config)
 weights = b"".join(p.detach().numpy().tobytes() for p in policy.model.parameters())
@@ -831,14 +833,20 @@ print("weights", hashlib.sha256(weights).hexdigest())
 """
 
 
+# All that a process tells the others of, or hears from them.
+TOLD = {"scale_rewards": "batch", "kl_in_reward": True, "kl_estimator": "k1", "num_iterations": 2}
+TOLD |= {"mask_truncated_completions": True, "log_gradients": True}
+
+
 @pytest.mark.slow
-def test_two_processes_share_the_prompts_and_keep_the_same_weights(mdm, tmp_path):
+@pytest.mark.parametrize("changes", [{}, TOLD], ids=["defaults", "options"])
+def test_two_processes_share_the_prompts_and_keep_the_same_weights(mdm, tmp_path, changes):
     mdm.save_pretrained(tmp_path / "policy")
     (tmp_path / "script.py").write_text(TWO_PROCESSES)
     # What `accelerate launch` uses for several GPUs; its own CPU launcher wants mpirun.
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     done = subprocess.run(
-        [*command, tmp_path / "script.py", tmp_path / "policy", tmp_path / "run"],
+        [*command, *(tmp_path / n for n in ("script.py", "policy", "run")), json.dumps(changes)],
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},

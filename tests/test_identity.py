@@ -1,15 +1,19 @@
 """What makes two runs one: what a reader would call the same reward, and nothing else."""
 
 import copy
+import linecache
+import statistics
 import subprocess
 import sys
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
+from mdmrl.config import load_object
 from mdmrl.identity import described, fingerprint
 from mdmrl.rewards.medical import Accuracy, depth
 
@@ -51,11 +55,27 @@ def plain(prompts, **columns):
     return [0.0] * len(prompts)
 
 
+def table(value):
+    """A frame whose repr shows its first and last rows alone."""
+    return pd.DataFrame({"answer": [value if row == 500 else 0 for row in range(1000)]})
+
+
+def network(seed):
+    layer = torch.nn.Linear(2, 1)
+    with torch.no_grad():
+        layer.weight.fill_(seed)
+        layer.bias.fill_(0)
+    return layer
+
+
 OTHERS = {
     "closures": (weighted(1), weighted(2)),
     "closures over lists": (weighted(["a"]), weighted(["b"])),
     "closures over tensors": (weighted(torch.zeros(2)), weighted(torch.ones(2))),
     "closures over arrays": (weighted(np.zeros(2)), weighted(np.zeros(3))),
+    "closures over text arrays": (weighted(np.array(["a"])), weighted(np.array(["b"]))),
+    "closures over long tables": (weighted(table(1)), weighted(table(2))),
+    "closures over networks": (weighted(network(0)), weighted(network(1))),
     "closures over functions": (weighted(weighted(1)), weighted(weighted(2))),
     "partials": (partial(plain, weight=1), partial(plain, weight=2)),
     "data classes": (Wanted("a"), Wanted("z")),
@@ -148,3 +168,14 @@ print(fingerprint(make({"b", "a", "c"})), fingerprint(make({"k": torch.ones(3)})
         for _ in range(3)
     }
     assert len(found) == 1
+
+
+def test_a_users_file_is_the_users_whatever_it_is_called(tmp_path):
+    """One that has the name of an installed module too."""
+    path, found = tmp_path / "statistics.py", []
+    for value in (1.0, 2.0):
+        path.write_text(f"def mine(prompts, **columns):\n    return [{value}] * len(prompts)\n")
+        linecache.clearcache()
+        found.append(fingerprint(load_object(f"{path}:mine")))
+    assert found[0] != found[1]
+    assert statistics.mean([1, 3]) == 2

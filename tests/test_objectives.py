@@ -11,11 +11,12 @@ from conftest import nested
 import mdmrl.rl.grpo as grpo
 from mdmrl.policies import add_lora
 from mdmrl.rl.config import LOSS_TYPES, RATIO_FREE, GRPOConfig
-from mdmrl.rl.grpo import charged, grpo_loss, train_grpo, update
+from mdmrl.rl.grpo import grpo_loss, train_grpo, update
 from mdmrl.rl.logprobs import Noise, draw_noise, estimator
 from mdmrl.rl.objectives import charge, divisor, sandwiched, wd1_weights
 from mdmrl.rl.oracle import Oracle, all_texts, denoiser_of
 from mdmrl.rl.rollout import Rollout, collect
+from mdmrl.rl.scoring import charged
 from mdmrl.runs import generator_for, read_rows
 from mdmrl.sampling import SamplerConfig
 from mdmrl.zoo.toy import toy_policy

@@ -132,6 +132,12 @@ def test_a_folder_of_other_files_is_refused(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
+def test_what_is_left_of_a_write_that_was_cut_off_is_no_other_file(tmp_path):
+    (tmp_path / ".config.json.123").write_text("{")
+    with Run(tmp_path, CONFIG):
+        assert json.loads((tmp_path / "config.json").read_text()) == CONFIG
+
+
 def test_the_environment_is_recorded(tmp_path):
     Run(tmp_path / "run", CONFIG)
     found = json.loads((tmp_path / "run" / "environment.json").read_text())

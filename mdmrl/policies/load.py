@@ -54,7 +54,9 @@ def load_policy(
             be read; an architecture or weights that no native class has (see `published`); a
             tokenizer or mask token that does not fit the embedding.
     """
-    device = pick_device(device)
+    device = torch.device(pick_device(device))
+    if device.index is not None:  # what follows the policy, such as a reward's encoder, comes here
+        torch.cuda.set_device(device)
     if dtype not in DTYPES:
         raise unknown("dtype", dtype, DTYPES)
     name, folder = str(name), Path(name)

@@ -42,13 +42,8 @@ class Choice:
 def log_choice(
     policy: Policy, rollout: Rollout, logits: Tensor, masked: Tensor, chosen: Tensor
 ) -> Tensor:
-    """The log-probability that a step reveals just `chosen`, given the tokens there, (B,).
-
-    Args:
-        logits: (N, V) at `masked` (B, L); chosen: (B, L), some of these.
-
-    Raises:
-        InputError: a sampler of which it is not known.
+    """The log-probability that a step reveals just `chosen` (B, L), some of `masked` (B, L), given
+    the tokens there, (B,); logits: (N, V) at `masked`. Of some samplers it is not known.
     """
     sampler = rollout.sampler
     require(
@@ -77,9 +72,8 @@ def in_order(step: Choice) -> Tensor:
     """Plackett and Luce's law of the order in which they were chosen."""
     rollout, positions = step.rollout, step.masked.nonzero()[:, 1]
     # A rule that order_temperature takes looks at the state alone, not at tokens.
-    scores = rollout.sampler.rule(
-        step.logits, positions, positions, positions + rollout.prompt_ids.shape[1], None
-    )
+    columns = positions + rollout.prompt_ids.shape[1]
+    scores = rollout.sampler.rule(step.logits, positions, positions, columns, None)
     scores = step.table(scores, -math.inf) / rollout.sampler.order_temperature
     taken, place = step.by_block(step.chosen), step.by_block(rollout.place)
     # Row i of the last two axes: what is left when i is chosen, i included.
@@ -106,10 +100,8 @@ def others_less_probable(step: Choice) -> Tensor:
     It jumps where tokens change places, so that its gradient does not tell all.
     """
     chosen, last = step.by_block(step.chosen), step.table(step.last, False)
-    logp = step.logits.log_softmax(-1)
-    own = step.table(
-        logp.gather(1, step.rollout.completion_ids[step.masked][:, None])[:, 0], math.inf
-    )
+    logp, tokens = step.logits.log_softmax(-1), step.rollout.completion_ids[step.masked]
+    own = step.table(logp.gather(1, tokens[:, None])[:, 0], math.inf)
     to_the_last = (chosen & last).any(-1, keepdim=True)  # none but last ones are left to compete
     own = own.masked_fill(~chosen | (last != to_the_last), math.inf)
     least = own.amin(-1, keepdim=True).expand(own.shape)  # infinite: no contest

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import ClassVar
 
-from mdmrl.config import require, unknown
+from mdmrl.config import require
 from mdmrl.policies import Policy
 from mdmrl.rl.kl import KL_ESTIMATORS
 from mdmrl.sampling import SamplerConfig
@@ -52,13 +52,11 @@ class RLConfig(TrainingConfig):
     log_kl: bool = False
     log_gradients: bool = False
 
-    COUNTS: ClassVar[tuple[str, ...]] = (
-        *TrainingConfig.COUNTS,
-        "num_iterations",
-        "ref_model_sync_steps",
-    )
-    OWN_SAMPLER: ClassVar[Mapping] = {"remasking": "state_confidence"}
-    LEAST_GROUP: ClassVar[int] = 1
+    COUNTS: ClassVar = (*TrainingConfig.COUNTS, "num_iterations", "ref_model_sync_steps")
+    POSITIVE: ClassVar = (*TrainingConfig.POSITIVE, "epsilon_high")
+    NAMED: ClassVar = {"clip": CLIPS}
+    OWN_SAMPLER: ClassVar = {"remasking": "state_confidence"}
+    LEAST_GROUP: ClassVar = 1
 
     def validate(self) -> None:
         super().validate()
@@ -70,18 +68,12 @@ class RLConfig(TrainingConfig):
         )
         require(0 <= self.beta < math.inf, f"beta={self.beta}: expected 0 or more")
         require(0 < self.epsilon < 1, f"epsilon={self.epsilon}: expected (0, 1)")
-        high = self.epsilon_high
-        require(high is None or 0 < high < math.inf, f"epsilon_high={high}: expected above 0")
-        if self.clip not in CLIPS:
-            raise unknown("clip", self.clip, CLIPS)
-        require(
-            self.beta > 0 or not self.kl_in_reward,
-            "kl_in_reward=True would be ignored: with beta=0 there is no KL; leave it out",
-        )
-        require(
-            self.beta == 0 or not self.log_kl,
-            "log_kl=True would be ignored: with beta > 0 the KL is always logged; leave it out",
-        )
+        for name, ignored, why in (
+            ("kl_in_reward", self.beta == 0, "with beta=0 there is no KL"),
+            ("log_kl", self.beta > 0, "with beta > 0 the KL is always logged"),
+        ):
+            fit = not (ignored and getattr(self, name))
+            require(fit, f"{name}=True would be ignored: {why}; leave it out")
 
     @property
     def drawn_at(self) -> float:
@@ -132,8 +124,14 @@ class GRPOConfig(RLConfig):
     eubo_beta: float | None = None
     p_mask_prompt: float = 0.15
 
-    POSITIVE: ClassVar[tuple[str, ...]] = (*RLConfig.POSITIVE, "psi", "temperature")
-    LEAST_GROUP: ClassVar[int] = 2  # an advantage compares the completions of one group
+    POSITIVE: ClassVar = (*RLConfig.POSITIVE, "psi", "temperature", "eubo_beta")
+    NAMED: ClassVar = RLConfig.NAMED | {
+        "loss_type": LOSS_TYPES,
+        "importance_sampling_level": LEVELS,
+        "scale_rewards": SCALES,
+        "kl_estimator": KL_ESTIMATORS,
+    }
+    LEAST_GROUP: ClassVar = 2  # an advantage compares the completions of one group
 
     @classmethod
     def thesis(cls, **settings) -> GRPOConfig:
@@ -155,17 +153,6 @@ class GRPOConfig(RLConfig):
         super().validate()
         require(0 <= self.p_mask_prompt < 1, f"p_mask_prompt={self.p_mask_prompt}: expected [0, 1)")
         require(0 <= self.mix_weight <= 1, f"mix_weight={self.mix_weight}: expected [0, 1]")
-        b = self.eubo_beta
-        require(b is None or 0 < b < math.inf, f"eubo_beta={b}: expected a positive number")
-        for name, known in (
-            ("loss_type", LOSS_TYPES),
-            ("importance_sampling_level", LEVELS),
-            ("scale_rewards", SCALES),
-            ("kl_estimator", KL_ESTIMATORS),
-        ):
-            value = getattr(self, name)
-            if not callable(value) and value not in known:
-                raise unknown(name, value, known)
         self._refuse_what_is_ignored()
 
     def _refuse_what_is_ignored(self) -> None:
@@ -197,16 +184,11 @@ class GRPOConfig(RLConfig):
         return self.temperature
 
     def sampler_for(self, policy: Policy, greedy: bool = False) -> SamplerConfig:
-        asked = {"remasking": policy.remasking} if policy.remasking else {}
-        asked |= self.sampler
-        if greedy:
-            for drawn in ("order_temperature", "top_k", "top_p"):
-                asked.pop(drawn, None)
-        return SamplerConfig(
-            max_new_tokens=self.max_completion_length,
-            temperature=0.0 if greedy else self.temperature,
-            **asked,
-        )
+        own = {"remasking": policy.remasking} if policy.remasking else {}
+        asked = own | self.sampler | {"temperature": 0.0 if greedy else self.temperature}
+        drawn = ("order_temperature", "top_k", "top_p") if greedy else ()
+        asked = {name: value for name, value in asked.items() if name not in drawn}
+        return SamplerConfig(max_new_tokens=self.max_completion_length, **asked)
 
     def settings_for(self, policy: Policy) -> dict:
         named = self.logp_estimator or policy.logp_estimator
@@ -239,12 +221,8 @@ class PPOConfig(RLConfig):
     cliprange_value: float = 0.2
     value_batches: int = 40
 
-    COUNTS: ClassVar[tuple[str, ...]] = (*RLConfig.COUNTS, "states_per_forward")
-    POSITIVE: ClassVar[tuple[str, ...]] = (
-        *RLConfig.POSITIVE,
-        "value_learning_rate",
-        "cliprange_value",
-    )
+    COUNTS: ClassVar = (*RLConfig.COUNTS, "states_per_forward")
+    POSITIVE: ClassVar = (*RLConfig.POSITIVE, "value_learning_rate", "cliprange_value")
 
     def validate(self) -> None:
         super().validate()
@@ -265,13 +243,6 @@ class PPOConfig(RLConfig):
             f"a policy of kind {policy.kind!r} has no denoising steps to learn from: expected a "
             "masked or block diffusion policy",
         )
-        own, asked = policy.block_length, self.sampler.get("block_length")
-        require(
-            own is None or asked in (None, own),
-            f"block_length={asked}: this policy was trained with blocks of {own}",
-        )
-        return SamplerConfig(
-            max_new_tokens=self.max_completion_length,
-            temperature=0.0 if greedy else 1.0,
-            **EPISODE | {"steps": self.sampler.get("steps"), "block_length": own or asked},
-        )
+        asked = EPISODE | self.sampler | {"temperature": 0.0 if greedy else 1.0}
+        found = SamplerConfig(max_new_tokens=self.max_completion_length, **asked)
+        return found.in_blocks_of(policy.block_length)

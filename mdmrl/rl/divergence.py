@@ -26,11 +26,8 @@ def path_kl(
 
     One path a prompt is drawn. At each of its steps the KL of what is written at the revealed
     positions is exact, over the whole vocabulary; the sum is thus an unbiased estimate of the KL
-    of paths, positions being those that `policy` chooses. `mdmrl.rl.episodes` has the process.
-
-    Args:
-        config: a sampler that chooses positions by the state alone, goes on behind the end of the
-            text and draws from the policy's own distribution.
+    of paths, positions being those that `policy` chooses (`mdmrl.rl.episodes`). The sampler of
+    `config` must choose them by the state alone, go on behind the end, and draw untempered.
     """
     require(
         config.rule.before_drawing
@@ -43,9 +40,8 @@ def path_kl(
         f"{config.described()}: expected temperature=1, no top_k, no top_p, no [MASK]",
     )
     output = generate(policy, prompts, config, generator, record=True)
-    nothing = torch.zeros(len(prompts), device=policy.device)
-    rollout = Rollout.of(output, nothing, nothing == 0, config)
-    total = nothing
+    total = torch.zeros(len(prompts), device=policy.device)
+    rollout = Rollout.of(output, total, total == 0, config)
     for step in range(len(block_starts(policy, rollout))):
         now = slice(step, step + 1)
         states, before = (score_states(p, rollout, now) for p in (policy, start))

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from mdmrl.config import require
-from mdmrl.policies import BlockDiffusionPolicy, MaskedDiffusionPolicy
+from mdmrl.policies import MaskedDiffusionPolicy
 from mdmrl.policies.patterns import hidden_beside
 from mdmrl.rl.rollout import Rollout
 from mdmrl.sampling.states import features, mean_embedding
@@ -64,13 +64,14 @@ class StateScores:
         seen = (self.block, self.context, self.written, self.masked)
         return features(*seen, self.start, length)
 
+    def drawn(self, logp: Tensor) -> Tensor:
+        """Of log-probabilities (N, V) at the revealed positions those of the tokens there, (N,)."""
+        return logp.gather(1, self.tokens[self.revealed][:, None])[:, 0]
+
     @torch.no_grad()
     def selection_changed(self, policy: MaskedDiffusionPolicy, logp: Tensor) -> Tensor:
-        """Where the policy would now reveal other positions than the step did, (R, S) bool.
-
-        Args:
-            logp: its log-probabilities at the revealed positions, (N, V).
-        """
+        """Where the policy would now reveal other positions than the step did, (R, S) bool; `logp`
+        are its log-probabilities at the revealed positions, (N, V)."""
         rest = self.masked & ~self.revealed
         surest = log_probabilities(policy, self.block[rest]).amax(-1)
         others = logp.new_full(rest.shape, -torch.inf).masked_scatter(rest, surest)
@@ -105,10 +106,7 @@ class OldPolicyScores:
 
 @torch.no_grad()
 def score_episodes(
-    policy: MaskedDiffusionPolicy,
-    rollout: Rollout,
-    states_per_forward: int,
-    reference: bool = True,
+    policy: MaskedDiffusionPolicy, rollout: Rollout, states_per_forward: int, reference=True
 ) -> OldPolicyScores:
     """Look at every state of a recorded `rollout` with the policy as it is and its reference; or
     without `reference` with the policy alone, whose KL then counts as 0."""
@@ -118,8 +116,7 @@ def score_episodes(
         f"remasking={rule.name}: expected a rule that looks at the state alone (state_confidence), "
         "or what it chooses has a probability of its own",
     )
-    batch, steps = len(rollout), len(block_starts(policy, rollout))
-    length = rollout.completion_ids.shape[1]
+    (batch, length), steps = rollout.completion_ids.shape, len(block_starts(policy, rollout))
     rows = max(1, states_per_forward // steps)  # whole episodes if they fit
     parts = [
         (slice(row, row + rows), slice(step, min(step + states_per_forward, steps)))
@@ -132,7 +129,7 @@ def score_episodes(
         states = score_states(policy, part, now)
         at = states.revealed
         logp = log_probabilities(policy, states.block[at])
-        drawn = logp.gather(1, states.tokens[at][:, None])[:, 0]
+        drawn = states.drawn(logp)
         kl = torch.zeros(at.shape, device=drawn.device)
         if reference:
             with policy.reference():
@@ -143,15 +140,8 @@ def score_episodes(
         features.append(states.features(length).flatten(0, 1))
         kls.append(kl.sum(-1).flatten())
         off = max(off, (drawn - states.logprobs[at]).abs().max().item())
-    return OldPolicyScores(
-        rollout,
-        parts,
-        logps,
-        references,
-        torch.cat(features).view(batch, steps, -1),
-        torch.cat(kls).view(batch, steps),
-        off,
-    )
+    seen, kl = torch.cat(features).view(batch, steps, -1), torch.cat(kls).view(batch, steps)
+    return OldPolicyScores(rollout, parts, logps, references, seen, kl, off)
 
 
 def block_starts(policy: MaskedDiffusionPolicy, rollout: Rollout) -> Tensor:
@@ -189,9 +179,7 @@ def score_states(policy: MaskedDiffusionPolicy, rollout: Rollout, steps: slice) 
     )
 
 
-def _stacked(
-    policy: MaskedDiffusionPolicy, rollout: Rollout, xt: Tensor, start: Tensor
-) -> tuple[Tensor, Tensor]:
+def _stacked(policy, rollout: Rollout, xt: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
     """Hidden states (R, S, P+L, H) of the canvases `xt` (R, S, L), and their context's mean."""
     shape = (*xt.shape[:2], -1)
     prompt, real = (x[:, None].expand(shape) for x in (rollout.prompt_ids, rollout.prompt_mask))
@@ -203,24 +191,17 @@ def _stacked(
     return hidden, _mean(hidden, context[:, :, None])[:, :, 0]
 
 
-def _packed(
-    policy: BlockDiffusionPolicy, rollout: Rollout, xt: Tensor, start: Tensor
-) -> tuple[Tensor, Tensor]:
+def _packed(policy, rollout: Rollout, xt: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
     """Hidden states (R, S, K, H) of the active blocks `xt` (R, S, K), and their context's mean."""
     width, length = rollout.prompt_ids.shape[1], int(start[-1])
     states, size = xt.shape[1:]
     clean = torch.cat([rollout.prompt_ids, rollout.completion_ids[:, :length]], 1)
     real = torch.cat([rollout.prompt_mask, torch.ones_like(clean[:, width:], dtype=torch.bool)], 1)
     inside = torch.arange(size, device=xt.device)
-    text, blocks = hidden_beside(
-        policy,
-        clean,
-        real,
-        policy.pattern(width, length + size),
-        xt.flatten(1),
-        columns=(width + start[:, None] + inside).flatten(),
-        copy=torch.arange(1, states + 1, device=xt.device).repeat_interleave(size),
-    )
+    pattern, columns = policy.pattern(width, length + size), width + start[:, None] + inside
+    copy = torch.arange(1, states + 1, device=xt.device).repeat_interleave(size)
+    beside = xt.flatten(1), columns.flatten(), copy
+    text, blocks = hidden_beside(policy, clean, real, pattern, *beside)
     context = real[:, None] & _before(start, width, clean.shape[1])
     return blocks.unflatten(1, (states, size)), _mean(text, context)
 

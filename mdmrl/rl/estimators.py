@@ -9,7 +9,7 @@ Block diffusion has log p(x) = sum_b log p(x^b | x^<b): every formula holds for 
 own, n being the tokens of the block, and is summed over blocks. One pass scores all blocks, since
 none sees a later one.
 
-`exact`, `clean_text` and `one_step` leave [MASK] in the softmax; all others give it probability 0
+`clean_text` and `one_step` leave [MASK] in the softmax; all others give it probability 0
 where the sampler did.
 """
 
@@ -36,10 +36,9 @@ STATES_AT_ONCE = 64  # of a trajectory, in one forward pass
 class Noise:
     """Randomness that new, old and reference policy share, uniform numbers in [0, 1) of K samples.
 
-    prompt_masked: prompt tokens that `one_step` masks, (B, P) bool.
-    time: how much is masked, (B, K, L); the number at a block's first position is the block's.
-    order: what is masked first, (B, K, L).
-    reference: noise of the reference policy's own, where it shall not share.
+    prompt_masked: prompt tokens that `one_step` masks, (B, P) bool. time: how much is masked,
+    (B, K, L); the number at a block's first position is the block's. order: what is masked first,
+    (B, K, L). reference: noise of the reference policy's own, where it shall not share.
     """
 
     prompt_masked: Tensor
@@ -55,11 +54,7 @@ class Noise:
 
 
 def draw_noise(
-    rollout: Rollout,
-    p_mask_prompt: float,
-    generator: torch.Generator,
-    samples: int = 0,
-    shared: bool = True,
+    rollout: Rollout, p_mask_prompt: float, generator: torch.Generator, samples=0, shared=True
 ) -> Noise:
     """Noise of K = `samples`; each real prompt token is masked with probability `p_mask_prompt`."""
 
@@ -77,29 +72,26 @@ def draw_noise(
 # -- one pass --------------------------------------------------------------------------------------
 
 
-def exact(policy: Policy, rollout: Rollout, noise: Noise) -> Tensor:
-    """log p(x_i | x_<i) of an autoregressive policy, (B, L)."""
-    return clean_text(policy, rollout, noise)
-
-
 def clean_text(policy: Policy, rollout: Rollout, noise: Noise) -> Tensor:
-    """log p(x_i | the completion itself), (B, L)."""
-    mask = rollout.completion_mask
-    return _score(policy, rollout, rollout.prompt_ids, rollout.completion_ids, mask)
+    """log p(x_i | x_<i) of an autoregressive policy (`exact`), (B, L). For a masked diffusion model
+    the thesis makes the same call: log p(x_i | the completion itself)."""
+    return _score(policy, rollout, rollout.prompt_ids, rollout.completion_ids)
 
 
 def one_step(policy: Policy, rollout: Rollout, noise: Noise) -> Tensor:
-    """log p(x_i | all masked, and of the prompt what the noise says), (B, L)."""
+    """log p(x_i | all masked, and of the prompt what the noise says), (B, L) (Zhao et al. 2025,
+    d1)."""
     prompt = torch.where(noise.prompt_masked, policy.mask_token_id, rollout.prompt_ids)
     blank = torch.full_like(rollout.completion_ids, policy.mask_token_id)
-    return _score(policy, rollout, prompt, blank, rollout.completion_mask)
+    return _score(policy, rollout, prompt, blank)
 
 
 # -- the ELBO, and what resembles it ---------------------------------------------------------------
 
 
 def elbo(policy: Policy, rollout: Rollout, noise: Noise) -> Tensor:
-    """(n/l) sum_{i in m} log p(x_i | m), l ~ U{1..n} and m a random set of l tokens, (B,)."""
+    """(n/l) sum_{i in m} log p(x_i | m), l ~ U{1..n} and m a random set of l tokens, (B,) (Nie et
+    al. 2025, LLaDA; Zhu et al. 2025, LLaDA 1.5, VRPO)."""
     total = 0.0
     for sample in _samples(policy, rollout, noise):
         count = 1 + (sample.time * sample.size).long()
@@ -109,7 +101,8 @@ def elbo(policy: Policy, rollout: Rollout, noise: Noise) -> Tensor:
 
 
 def random_mask(policy: Policy, rollout: Rollout, noise: Noise) -> Tensor:
-    """n times the mean over i in m of log p(x_i | m), m a random share t ~ U(0, 1) of tokens, (B,).
+    """n times the mean over i in m of log p(x_i | m), m a random share t ~ U(0, 1) of tokens, (B,)
+    (Yang et al. 2025, MMaDA, UniGRPO).
 
     Such a set, unless it is empty, is one of l ~ U{1..n} tokens: the mean estimates ELBO / n, and
     times n, as all estimators are in nats a text, this *is* an estimate of the ELBO.
@@ -121,11 +114,10 @@ def complementary(policy: Policy, rollout: Rollout, noise: Noise) -> Tensor:
     """(n+1)/2 [sum_{i in m} log p(x_i|m) / l + sum_{i not in m} log p(x_i|not m) / (n-l)], (B,).
 
     m has l ~ U{0..n} tokens: each pair scores every token once, which has less variance than two
-    such sets drawn apart. An empty set gives 0; for what that costs see `overlapping`.
+    such sets drawn apart (Ou et al. 2025, ESPO). An empty set gives 0; for what that costs see
+    `overlapping`.
     """
-    total = 0.0
-    for logps, weight in _pairs(policy, rollout, noise):
-        total = total + (weight * logps).sum(1)
+    total = sum((weight * logps).sum(1) for logps, weight in _pairs(policy, rollout, noise))
     return total / noise.time.shape[1]
 
 
@@ -150,7 +142,8 @@ def overlapping(policy: Policy, rollout: Rollout, noise: Noise) -> Tensor:
 def coupled(policy: Policy, rollout: Rollout, noise: Noise) -> Tensor:
     """1/2 log p(x_i | all) + 1/2 [log p(x_i | m) / t or log p(x_i | not m) / (1-t)], (B, L).
 
-    The first of the two for i in m; t ~ U(0.2, 0.8), and m has each token with probability t.
+    The first of the two for i in m; t ~ U(0.2, 0.8), and m has each token with probability t (Gong
+    et al. 2025, DiffuCoder).
     """
     mask, total = rollout.completion_mask, 0.0
     for sample in _samples(policy, rollout, noise):
@@ -165,7 +158,8 @@ def quadrature(policy: Policy, rollout: Rollout, noise: Noise) -> Tensor:
     """sum_k w_k/t_k sum_{i in m_k} log p(x_i | m_k), m_k each token with probability t_k, (B,).
 
     t_k and w_k are the Gauss-Legendre rule of K nodes on (0, 1), exact up to degree 2K - 1; what it
-    integrates, the expectation at t, is a polynomial in t of degree n - 1.
+    integrates, the expectation at t, is a polynomial in t of degree n - 1 (Rojas et al. 2025,
+    GDPO).
     """
     nodes, total = zip(*gauss_legendre(noise.time.shape[1]), strict=True), 0.0
     for sample, (t, weight) in zip(_samples(policy, rollout, noise), nodes, strict=True):
@@ -177,9 +171,9 @@ def quadrature(policy: Policy, rollout: Rollout, noise: Noise) -> Tensor:
 def upper_bound(policy: Policy, rollout: Rollout, noise: Noise, b: float | None = None) -> Tensor:
     """1/b sum_i log E[p(x_i | m)^b], m a random set with i in it, (B,); b = n unless given.
 
-    By Hölder's inequality at least the any-order log p if b >= n. The expectation is a weighted
-    mean over the sets of `complementary`, where no token goes without; its logarithm is biased
-    downwards.
+    By Hölder's inequality at least the any-order log p if b >= n (Wang et al. 2025, SPG, without
+    its constant). The expectation is a weighted mean over the sets of `complementary`, where no
+    token goes without; its logarithm is biased downwards.
     """
     size = next(_samples(policy, rollout, noise)).size
     power = size.clamp(min=1).float() if b is None else torch.full_like(noise.time[:, 0], b)
@@ -199,18 +193,17 @@ def gauss_legendre(nodes: int, low: float = 0.0, high: float = 1.0) -> tuple[lis
 
 
 def ar_order(policy: Policy, rollout: Rollout, noise: Noise) -> Tensor:
-    """log p(x_i | x_i and all after it masked), (B, L)."""
+    """log p(x_i | x_i and all after it masked), (B, L) (Ni et al. 2026, JustGRPO)."""
     mask = rollout.completion_mask
     place = torch.arange(mask.shape[1], device=mask.device) % _block_length(policy, rollout)
-    steps = int(place[mask.any(0)].max()) + 1
-    return sum(
-        _masked_logps(policy, rollout, mask & (place >= k), mask & (place == k))
-        for k in range(steps)
-    )
+    steps = range(int(place[mask.any(0)].max()) + 1)
+    each = ((mask & (place >= k), mask & (place == k)) for k in steps)
+    return sum(_masked_logps(policy, rollout, *step) for step in each)
 
 
 def trajectory(policy: Policy, rollout: Rollout, noise: Noise, positions: bool = False) -> Tensor:
-    """log p(x_i | what was masked at the step that revealed it), (B, L), at all revealed positions.
+    """log p(x_i | what was masked at the step that revealed it), (B, L), at all revealed positions
+    (Black et al. 2024, DDPO, for tokens; Wang et al. 2025, TraceRL).
 
     With `positions`, the sum of these plus the log-probability that the sampler's rule chooses the
     positions it chose, (B,): together that of the whole trajectory. See `log_choice`.
@@ -246,10 +239,8 @@ def trajectory(policy: Policy, rollout: Rollout, noise: Noise, positions: bool =
 
 @dataclass
 class _Sample:
-    """One sample's numbers of the noise, all (B, L); `time` and `size` (n) are those of the block.
-
-    rank: the place of a token that counts in the random order of its block, from 0.
-    """
+    """One sample's numbers of the noise, all (B, L); `time` and `size` (n) are those of the block,
+    `rank` the place of a token that counts in the random order of its block, from 0."""
 
     time: Tensor
     order: Tensor
@@ -305,10 +296,9 @@ def _masked_logits(policy: Policy, rollout: Rollout, masked: Tensor, scored: Ten
     return logits.masked_fill(never, -math.inf)
 
 
-def _score(
-    policy: Policy, rollout: Rollout, prompt: Tensor, completion: Tensor, scored: Tensor
-) -> Tensor:
-    """Log-probabilities of the rollout's tokens at `scored`, from other tokens as input, (B, L)."""
+def _score(policy: Policy, rollout: Rollout, prompt: Tensor, completion: Tensor) -> Tensor:
+    """Log-probabilities of the tokens that count, from other tokens as input, (B, L)."""
+    scored = rollout.completion_mask
     logits = policy.head(_hidden(policy, rollout, prompt, completion)[scored])
     return _of_tokens(rollout, logits, scored)
 

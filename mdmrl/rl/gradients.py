@@ -13,18 +13,16 @@ PARTS = ("surrogate", "kl")
 
 
 class Gradients:
-    """Gradients of the surrogate and of beta * KL with respect to trained parameters.
-
-    Args:
-        parameters: their `grad` is what `finish` sets; apart: keep the parts apart until then, so
-            that their norms are known, at the price of a second backward pass.
-    """
+    """Gradients of the surrogate and of beta * KL, added up in the `grad` of trained parameters; or
+    kept `apart` until `finish`, so that their norms are known, at the price of a second backward
+    pass and of twice the memory."""
 
     def __init__(self, parameters: dict[str, Tensor], apart: bool):
-        self.parameters = [*parameters.values()]
-        self.losses = dict.fromkeys(PARTS, 0.0)
-        names = PARTS if apart else ("whole",)
+        self.parameters, self.losses = [*parameters.values()], dict.fromkeys(PARTS, 0.0)
+        names = PARTS if apart else ()
         self.sums = {name: [torch.zeros_like(p) for p in self.parameters] for name in names}
+        for parameter in self.parameters:
+            parameter.grad = None if apart else torch.zeros_like(parameter)
 
     def add(self, surrogate: Tensor, kl: Tensor) -> None:
         """The two parts of one micro-batch's loss, scalars; one without a gradient counts as 0."""
@@ -32,12 +30,11 @@ class Gradients:
         for name, value in parts.items():
             self.losses[name] += value.item()
         learnt = {name: value for name, value in parts.items() if value.requires_grad}
-        if "whole" in self.sums and learnt:
-            learnt = {"whole": sum(learnt.values())}
-        for left, (name, value) in zip(reversed(range(len(learnt))), learnt.items(), strict=True):
-            slopes = torch.autograd.grad(
-                value, self.parameters, retain_graph=left > 0, allow_unused=True
-            )
+        if not self.sums and learnt:
+            sum(learnt.values()).backward(inputs=self.parameters)
+        for name in learnt if self.sums else ():
+            more = {"retain_graph": name != [*learnt][-1], "allow_unused": True}
+            slopes = torch.autograd.grad(learnt[name], self.parameters, **more)
             for total, slope in zip(self.sums[name], slopes, strict=True):
                 if slope is not None:
                     total += slope
@@ -45,35 +42,25 @@ class Gradients:
     def finish(self) -> dict[str, float]:
         """Set every parameter's gradient; returns the loss, its parts, and their gradient norms."""
         for parameter, *parts in zip(self.parameters, *self.sums.values(), strict=True):
-            parameter.grad = sum(parts) if len(parts) > 1 else parts[0]
-        apart = {name: sums for name, sums in self.sums.items() if name in PARTS}
+            parameter.grad = sum(parts) if parts else parameter.grad
+        norms = {name: get_total_norm(sums).item() for name, sums in self.sums.items()}
         return {
             "loss": sum(self.losses.values()),
             **{f"loss/{name}": value for name, value in self.losses.items()},
-            **{f"grad_norm/{name}": get_total_norm(sums).item() for name, sums in apart.items()},
+            **{f"grad_norm/{name}": value for name, value in norms.items()},
         }
 
 
-def kl_metrics(seen: dict[str, Tensor], completions: int) -> dict[str, float]:
-    """What is logged of d = log pi - log pi_ref at tokens (N,), where there is a reference."""
-    if "d" not in seen:
-        return {}
-    d, kl = seen["d"], seen["kl"]
-    return {
-        "kl": kl.mean().item(),
-        "kl/sum": kl.sum().item() / completions,
-        "kl/max": kl.max().item(),
-        "log_mean_exp_neg_d": (torch.logsumexp(-d, 0) - math.log(len(d))).item(),
-    }
-
-
-def ratio_metrics(seen: dict[str, Tensor]) -> dict[str, float]:
-    """What is logged of the ratio to the old policy at tokens (N,), where the loss has one."""
-    if "ratio" not in seen:
-        return {}
-    return {
-        "ratio/mean": seen["ratio"].mean().item(),
-        "ratio/min": seen["ratio"].min().item(),
-        "ratio/max": seen["ratio"].max().item(),
-        "clip_ratio": seen["clipped"].float().mean().item(),
-    }
+def token_metrics(seen: dict[str, Tensor], completions: int) -> dict[str, float]:
+    """What is logged of tokens (N,): of `d` = log pi - log pi_ref and `kl`, where there is a
+    reference, and of the `ratio` to the old policy, where the loss has one."""
+    found = {}
+    if "d" in seen:
+        d, kl = seen["d"], seen["kl"]
+        found |= {"kl": kl.mean(), "kl/sum": kl.sum().item() / completions, "kl/max": kl.max()}
+        found["log_mean_exp_neg_d"] = torch.logsumexp(-d, 0) - math.log(len(d))
+    if "ratio" in seen:
+        ratio = seen["ratio"]
+        found |= {"ratio/mean": ratio.mean(), "ratio/min": ratio.min(), "ratio/max": ratio.max()}
+        found["clip_ratio"] = seen["clipped"].float().mean()
+    return {name: float(value) for name, value in found.items()}

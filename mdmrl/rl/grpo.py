@@ -28,36 +28,23 @@ Deviations from the cited algorithm:
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from accelerate.utils import gather_object
 from torch import Tensor
 
-from mdmrl.config import InputError
-from mdmrl.evaluation.accuracy import evaluate
 from mdmrl.policies import Policy
-from mdmrl.rewards import RewardLog, check_rewards
 from mdmrl.rl.config import RATIO_FREE, GRPOConfig
-from mdmrl.rl.gradients import Gradients, kl_metrics, ratio_metrics
+from mdmrl.rl.gradients import Gradients, token_metrics
 from mdmrl.rl.logprobs import Noise, draw_noise, estimator
 from mdmrl.rl.objectives import divisor, grpo_loss, sandwiched, wd1_weights
-from mdmrl.rl.rollout import Rollout, collect
-from mdmrl.rl.scoring import charged, check_ratio, micro_batches, score_in_parts
-from mdmrl.runs import generator_for
+from mdmrl.rl.rollout import Rollout
+from mdmrl.rl.rounds import Rounds
+from mdmrl.rl.scoring import charged, check_ratio, score_in_parts
 from mdmrl.sampling import generate
-from mdmrl.training.data import checked_rows, rows_of_step
-from mdmrl.training.loop import (
-    MAX_SKIPPED,
-    Metrics,
-    Optimizer,
-    accelerator_for,
-    open_run,
-    train,
-)
+from mdmrl.training.loop import Metrics
 
 ALGORITHM = "grpo-1"  # part of a run's identity: raise it when its law changes
 CHECKED = 2  # updates whose ratio is checked: fresh LoRA is 0 at the first, dropout unseen
@@ -97,64 +84,31 @@ def train_grpo(
         RuntimeError: new and old policy, which are still the same, score differently.
         FloatingPointError: several updates in a row that are not finite.
     """
-    accelerator = accelerator_for(policy)
-    rank, processes = accelerator.process_index, accelerator.num_processes
     plain = estimator(config.logp_estimator, policy)
     scorer = sandwiched(plain, config) if config.loss_type == "spg" else plain
     sampler = config.sampler_for(policy)
     if scorer.reads_on:
         sampler = sampler.replace(stop_at_end=False)
-    rows, eval_rows = checked_rows(policy, rows, eval_rows, config.max_completion_length)
-    names = check_rewards(rewards, config.reward_weights, rows)
-    parts = {"rewards": dict(zip(names, rewards, strict=True)), "eval_rows": eval_rows}
-    parts |= {"metric": metric, "probe": probe, "draw": draw, "watch": watch}
-    parameters = policy.trainable_parameters()
-    groups = [{"params": [*parameters.values()], "lr": config.learning_rate}]
-    abstained = unchecked = 0
-
-    def generator(purpose: str, step: int, index: int = 0) -> torch.Generator:
-        return generator_for(config.seed, purpose, step, index * processes + rank, policy.device)
+    judging = {name: getattr(config, name) for name in ("reward_weights", "scale_rewards")}
+    brought = policy, rewards, rows, config, eval_rows, metric, probe, watch, draw
+    rounds = Rounds(*brought, **judging)
+    parameters, unchecked = policy.trainable_parameters(), CHECKED
 
     def noise_for(rollout: Rollout, purpose: str, step: int, index: int = 0) -> Noise:
-        random = generator(purpose, step, index)
+        random = rounds.generator(purpose, step, index)
         return draw_noise(rollout, config.p_mask_prompt, random, scorer.samples, scorer.shared)
 
-    def held_out() -> Metrics:
-        greedy = config.sampler_for(policy, greedy=True)
-        judged = {"rewards": rewards, "metric": metric, "watch": watch, "draw": draw}
-        judged |= {"reward_weights": config.reward_weights}
-        found = evaluate(policy, eval_rows, greedy, prefix="eval/", **judged)
-        return found | {f"eval/{k}": v for k, v in (probe(policy) if probe else {}).items()}
-
     def make_update(step: int) -> tuple[Metrics, dict]:
-        nonlocal abstained, unchecked
-        prompts = config.prompts_per_process
-        batch = rows_of_step(rows, prompts, step, rank, processes, config.seed)
-        rollout, metrics, sample = collect(
-            policy,
-            batch,
-            rewards,
-            config.num_generations,
-            sampler,
-            generator("rollout", step),
-            scorer.records,
-            draw,
-            config.reward_weights,
-            config.scale_rewards,
-            watch,
-            RewardLog(step, config.max_steps),
-        )
-        abstained = 0 if any(gather_object([bool(rollout.counted.any())])) else abstained + 1
-        say_if_nothing_counts(abstained, names, step)
+        nonlocal unchecked
+        batch, rollout, metrics, sample = rounds.collect(step, sampler, scorer.records)
         if config.mask_truncated_completions:
             ends = rollout.completion_ids.new_tensor(policy.end_token_ids)
-            ended = torch.isin(rollout.completion_ids, ends).any(1)
-            rollout = replace(rollout, truncated=~ended)
+            rollout = replace(rollout, truncated=~torch.isin(rollout.completion_ids, ends).any(1))
         if scorer.records:
             rollout = rollout.whole()
         noises = [noise_for(rollout, "noise", step, i) for i in range(config.num_iterations)]
-        if unchecked < CHECKED:
-            unchecked += 1
+        if unchecked:
+            unchecked -= 1
             check_ratio(policy, rollout, scorer, noises[0], config)
         before = policy.positions_computed
         if config.kl_in_reward:
@@ -167,29 +121,12 @@ def train_grpo(
             olds[1:] = [score_in_parts(policy, rollout, scorer, n, config) for n in noises[1:]]
         for noise, old in zip(noises, olds, strict=True):
             metrics |= update(policy, rollout, scorer, noise, old, parameters, config)
-            asked = [row["prompt"] for row in batch]
-            metrics |= optimizer.step(metrics["loss"], f"step {step} on prompts {asked}")
-        if (step + 1) % config.ref_model_sync_steps == 0 and config.needs_reference:
-            policy.sync_reference()
+            metrics |= rounds.take_step(metrics["loss"], step, batch)
         metrics["token_forwards/scoring"] = policy.positions_computed - before
         return metrics, sample
 
-    with open_run(policy, rows, config, ALGORITHM, accelerator, **parts) as run:
-        if config.needs_reference and not policy.uses_lora:
-            policy.sync_reference()
-        optimizer = Optimizer(groups, accelerator, config.max_grad_norm)
-        train(policy, run, config, optimizer, make_update, held_out if eval_rows else None)
-        return run.folder
-
-
-def say_if_nothing_counts(abstained: int, names: Sequence[str], step: int) -> None:
-    """Warn of an update, and refuse several in a row, in which no sample got a reward."""
-    if abstained == 0:
-        return
-    said = f"at step {step} every reward ({', '.join(names)}) returned None for every completion"
-    if abstained >= MAX_SKIPPED:
-        raise InputError(f"{said}, as in {abstained - 1} updates before: nothing is learnt")
-    warnings.warn(f"{said}: nothing is learnt from this update", stacklevel=2)
+    groups = [{"params": [*parameters.values()], "lr": config.learning_rate}]
+    return rounds.train(ALGORITHM, groups, make_update)
 
 
 def update(
@@ -201,11 +138,8 @@ def update(
     parameters: dict[str, Tensor],
     config: GRPOConfig,
 ) -> dict[str, float]:
-    """Set the gradient of the loss, micro-batch by micro-batch; returns metrics of the update.
-
-    `old`, (B, L) or (B,), is None at the first inner step, where the old policy is the new one, and
-    where there is no ratio.
-    """
+    """Set the gradient of the loss, micro-batch by micro-batch; returns the update's metrics. `old`
+    is None at the first inner step, where the old policy is the new one, and without a ratio."""
     gradients, whole = Gradients(parameters, config.log_gradients), divisor(rollout, config)
     tokens: dict[str, list[Tensor]] = {}
 
@@ -222,7 +156,7 @@ def update(
             values = value[:, 0] if value.shape[1] == 1 else value[part.completion_mask]
             tokens.setdefault(name, []).append(values)
 
-    for chosen in micro_batches(rollout, config):
+    for chosen in config.micro_batches(len(rollout)):
         learn_from(chosen)  # a function of its own, so that its graph is freed before the next
     seen = {name: torch.cat(values) for name, values in tokens.items()}
-    return gradients.finish() | kl_metrics(seen, len(rollout)) | ratio_metrics(seen)
+    return gradients.finish() | token_metrics(seen, len(rollout))

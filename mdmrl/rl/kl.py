@@ -12,20 +12,11 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-
-def k1(d: Tensor) -> Tensor:
-    return d
-
-
-def k2(d: Tensor) -> Tensor:
-    return d.square() / 2
-
-
-def k3(d: Tensor) -> Tensor:
-    return (-d).exp() + d - 1
-
-
-KL_ESTIMATORS = {"k1": k1, "k2": k2, "k3": k3}
+KL_ESTIMATORS = {
+    "k1": lambda d: d,
+    "k2": lambda d: d.square() / 2,
+    "k3": lambda d: (-d).exp() + d - 1,
+}
 
 
 def kl_form(named: str | Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

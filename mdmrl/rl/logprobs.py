@@ -2,8 +2,8 @@
 
 Values are in nats, float32: one a token, (B, L), zero outside the completion mask, or one a text,
 (B,). Several different things are called log p for a masked diffusion model; `ESTIMATORS` says
-which of them each one estimates, how far off and in how many forward passes. The formulas are in
-`mdmrl.rl.estimators`, the exact values for short texts in `mdmrl.rl.oracle`.
+which of them each one estimates, how far off and in how many forward passes. The formulas and
+their sources are in `mdmrl.rl.estimators`, exact values for short texts in `mdmrl.rl.oracle`.
 
     any-order log p    log E prod_k p(x_k | those before x_k), over orders: the law of the sampler
                        that reveals one position a step, each as likely as any other
@@ -43,9 +43,9 @@ class Estimator:
     """A way to score completions, to be called with `(policy, rollout, noise)`.
 
     Attributes:
-        function: the formula; source: where it comes from.
-        target: what the values of a text, summed over tokens, estimate.
-        bias: how far the expectation is from it.
+        function: the formula.
+        target: what the values of a text, summed over tokens, estimate; bias: how far the
+            expectation is from it.
         cost: forward passes of a call, by the number of samples k, the length L and the denoising
             steps S (for block diffusion, those of one block); those of a trajectory are packed,
             `STATES_AT_ONCE` in one.
@@ -57,7 +57,6 @@ class Estimator:
     """
 
     function: Callable[[Policy, Rollout, Noise], Tensor]
-    source: str = ""
     target: str = ""
     bias: str = ""
     cost: str = ""
@@ -72,97 +71,54 @@ class Estimator:
 
 
 ESTIMATORS = {
-    "exact": Estimator(
-        formulas.exact,
-        source="the autoregressive factorisation",
-        target="log p",
-        bias="none",
-        cost="1",
-        denoising=False,
-    ),
+    "exact": Estimator(formulas.clean_text, "log p", "none", cost="1", denoising=False),
     "ar_style": Estimator(
         formulas.clean_text,
-        source="the thesis: the same call on a masked diffusion model",
-        target="nothing: every token sees itself",
-        bias="no likelihood to compare with",
+        "nothing: every token sees itself",
+        "no likelihood to compare with",
         cost="1",
         reads_on=True,
     ),
     "one_step": Estimator(
         formulas.one_step,
-        source="Zhao et al. 2025, d1",
-        target="log p of the one-step sampler, which may draw [MASK]",
-        bias="none; of masked prompts, where p_mask_prompt > 0",
+        "log p of the one-step sampler, which may draw [MASK]",
+        "none; of masked prompts, where p_mask_prompt > 0",
         cost="1",
     ),
     "random_mask": Estimator(
         formulas.random_mask,
-        source="Yang et al. 2025, MMaDA (UniGRPO)",
-        target="ELBO; the mean a token, UniGRPO's value, ELBO / L",
-        bias="none",
+        "ELBO; the mean a token, UniGRPO's value, ELBO / L",
+        "none",
         cost="k",
         samples=1,
     ),
-    "elbo": Estimator(
-        formulas.elbo,
-        source="Nie et al. 2025, LLaDA; Zhu et al. 2025, LLaDA 1.5 (VRPO)",
-        target="ELBO",
-        bias="none",
-        cost="k",
-        samples=1,
-    ),
-    "complementary": Estimator(
-        formulas.complementary,
-        source="Ou et al. 2025, ESPO",
-        target="ELBO",
-        bias="none",
-        cost="2k",
-        samples=1,
-    ),
-    "overlapping": Estimator(
-        formulas.overlapping,
-        source="this study: complementary, but no set is empty",
-        target="ELBO",
-        bias="none",
-        cost="2k",
-        samples=1,
-    ),
+    "elbo": Estimator(formulas.elbo, "ELBO", "none", cost="k", samples=1),
+    "complementary": Estimator(formulas.complementary, "ELBO", "none", cost="2k", samples=1),
+    "overlapping": Estimator(formulas.overlapping, "ELBO", "none", cost="2k", samples=1),
     "coupled": Estimator(
         formulas.coupled,
-        source="Gong et al. 2025, DiffuCoder",
-        target="one_step / 2 + the ELBO's mean over masked shares t in (0.2, 0.8)",
-        bias="none",
+        "one_step / 2 + the ELBO's mean over masked shares t in (0.2, 0.8)",
+        "none",
         cost="1 + 2k",
         samples=1,
     ),
     "quadrature": Estimator(
-        formulas.quadrature,
-        source="Rojas et al. 2025, GDPO",
-        target="ELBO",
-        bias="that of k nodes in t; none where 2k >= L",
-        cost="k",
-        samples=3,
+        formulas.quadrature, "ELBO", "that of k nodes in t; none where 2k >= L", cost="k", samples=3
     ),
     "ar_order": Estimator(
-        formulas.ar_order,
-        source="Ni et al. 2026, JustGRPO",
-        target="log p of the left-to-right sampler",
-        bias="none",
-        cost="L",
+        formulas.ar_order, "log p of the left-to-right sampler", "none", cost="L"
     ),
     "trajectory": Estimator(
         formulas.trajectory,
-        source="Black et al. 2024, DDPO, for tokens; Wang et al. 2025, TraceRL",
-        target="log p of the tokens that the recorded steps revealed",
-        bias="none; log p of the text where the state alone ranks positions",
+        "log p of the tokens that the recorded steps revealed",
+        "none; log p of the text where the state alone ranks positions",
         cost="S",
         records=True,
     ),
     "upper_bound": Estimator(
         formulas.upper_bound,
-        source="Wang et al. 2025, SPG, without its constant",
-        target="Hölder's bound above the any-order log p, which needs b >= L",
-        bias="downwards, of order 1/k",
+        "Hölder's bound above the any-order log p, which needs b >= L",
+        "downwards, of order 1/k",
         cost="2k",
         samples=1,
     ),
@@ -182,21 +138,19 @@ def estimator(named: str | Callable | Estimator | None, policy: Policy) -> Estim
         InputError: an unknown name or setting, or a policy of a family it says nothing about.
     """
     named = policy.logp_estimator if named is None else named
-    if isinstance(named, Estimator):
-        return named
     if callable(named):
-        return Estimator(named, samples=1)
+        return named if isinstance(named, Estimator) else Estimator(named, samples=1)
     plain, *settings = named.split("-")
     if plain == "ar_style" and not policy.denoises:
         plain = "exact"
     if plain not in ESTIMATORS:
         raise unknown("logp_estimator", named, ESTIMATORS)
     found = ESTIMATORS[plain]
-    fitting = [n for n, other in ESTIMATORS.items() if other.denoising == policy.denoises]
+    fitting = [repr(n) for n, other in ESTIMATORS.items() if other.denoising == policy.denoises]
     require(
         found.denoising == policy.denoises,
         f"logp_estimator={named!r} is not for policies of kind {policy.kind!r}: expected "
-        f"{' or '.join(map(repr, fitting))}",
+        f"{' or '.join(fitting)}",
     )
     for setting in settings:
         found = _with(found, plain, setting)

@@ -68,9 +68,8 @@ def grpo_loss(
             or of completions (B,); without `ref` there is no KL.
         rollout: with W in the place of the advantages for `wd1`.
     Returns:
-        surrogate and beta * KL, scalars to be divided by `divisor` of the whole batch; and, where
-        there is a reference, `d` and `kl`, where there is a ratio, `ratio` and `clipped`, each
-        (B, L) or, of completions, (B, 1).
+        surrogate and beta * KL, scalars to be divided by `divisor` of the whole batch; `d` and `kl`
+        where there is a reference, `ratio` and `clipped` where there is a ratio, (B, L) or (B, 1).
     """
     mask, advantage = rollout.completion_mask, rollout.advantages[:, None]
     length = mask.sum(1)
@@ -102,12 +101,10 @@ def grpo_loss(
 
 def divisor(rollout: Rollout, config: GRPOConfig) -> int:
     """What the sums of `grpo_loss` over a batch are divided by to be an average."""
-    if config.loss_type in ("dapo", "spg"):
-        counted = int(rollout.completion_mask[rollout.learnt].sum())
-    else:
-        counted = int(rollout.counted.sum())
+    by_token = config.loss_type in ("dapo", "spg")
+    counted = rollout.completion_mask[rollout.learnt] if by_token else rollout.counted
     constant = config.loss_type in ("dr_grpo", "wd1")
-    return max(1, counted) * (config.max_completion_length if constant else 1)
+    return max(1, int(counted.sum())) * (config.max_completion_length if constant else 1)
 
 
 def of_tokens(x: Tensor, mask: Tensor) -> Tensor:
@@ -152,11 +149,8 @@ def wd1_weights(rollout: Rollout, config: GRPOConfig) -> Tensor:
 
 
 def sandwiched(lower: Estimator, config: GRPOConfig) -> Estimator:
-    """The estimator of `spg`: `lower`, with a share of an upper bound where A_i < 0.
-
-    Raises:
-        ValueError: `lower` does not estimate the ELBO.
-    """
+    """The estimator of `spg`: `lower`, which must estimate the ELBO, with a share of an upper bound
+    where A_i < 0."""
     require(
         lower.target.startswith("ELBO"),
         f"logp_estimator={config.logp_estimator!r}: loss_type='spg' takes a lower bound where "

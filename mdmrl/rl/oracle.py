@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from mdmrl.config import require, unknown
-from mdmrl.diffusion_exact import Denoiser
+from mdmrl.diffusion_exact import Denoiser, canvases, sets
 from mdmrl.policies import Policy, Prompt
 from mdmrl.rl.estimators import gauss_legendre
 from mdmrl.sampling.denoise import evenly
@@ -43,22 +43,17 @@ class Oracle:
 
     Args:
         denoiser: canvases (C, L) to log-probabilities (C, L, V), in float64.
-        x0: texts, (N, L).
-        block_length: n, by default L. The denoiser is called with N L/n 2^n canvases.
-
-    Raises:
-        ValueError: more than 12 tokens a block, or blocks that do not fill the text.
+        x0: texts, (N, L), in blocks of n = `block_length`, at most 12 and by default L. The
+            denoiser is called with N L/n 2^n canvases.
     """
 
     def __init__(
         self, denoiser: Denoiser, x0: Tensor, mask_token_id: int, block_length: int | None = None
     ):
-        length = x0.shape[1]
-        self.n = n = block_length or length
-        require(length % n == 0, f"block_length={n}: expected a divisor of the length {length}")
+        self.n = n = block_length or x0.shape[1]
         require(n <= 12, f"{n} tokens have 2^{n} contexts: expected at most 12 tokens")
         self.denoiser, self.x0, self.mask_token_id = denoiser, x0, mask_token_id
-        self.masked = (torch.arange(2**n)[:, None] >> torch.arange(n)) % 2 == 1  # (2^n, n)
+        self.masked = sets(n)  # (2^n, n)
         self.size = self.masked.sum(-1)
 
         def known(log_mu: Tensor, logp: Tensor) -> Tensor:
@@ -83,18 +78,13 @@ class Oracle:
     def _read(self, table: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """`table(log_mu, logp)` of the canvases (C, L) of every block and set: log_mu (C, n, V) at
         the block, of that logp (C, n) of the true tokens; (K, N, 2^n, ...)."""
-        blocks, shape = [], (len(self.x0), len(self.masked))
-        for start in range(0, self.x0.shape[1], self.n):
-            block = slice(start, start + self.n)
-            xt = self.x0[:, None].repeat(1, len(self.masked), 1)
-            xt[:, :, block] = xt[:, :, block].masked_fill(self.masked, self.mask_token_id)
-            xt[:, :, block.stop :] = self.mask_token_id
-            true = self.x0[:, None, block].expand(*shape, -1)
-            parts = []
-            for at in torch.arange(xt[..., 0].numel()).split(CHUNK):
-                log_mu = self.denoiser(xt.flatten(0, 1)[at])[:, block]
-                logp = log_mu.gather(-1, true.flatten(0, 1)[at, :, None]).squeeze(-1)
-                parts.append(table(log_mu, logp))
+        blocks = []
+        for block, xt in canvases(self.x0, self.mask_token_id, self.n):
+            shape, parts = xt.shape[:2], []
+            true = self.x0[:, None, block].expand(*shape, -1).flatten(0, 1)
+            for some, tokens in zip(xt.flatten(0, 1).split(CHUNK), true.split(CHUNK), strict=True):
+                log_mu = self.denoiser(some)[:, block]
+                parts.append(table(log_mu, log_mu.gather(-1, tokens[..., None]).squeeze(-1)))
             blocks.append(torch.cat(parts).unflatten(0, shape))
         return torch.stack(blocks)
 
@@ -135,8 +125,9 @@ class Oracle:
         elif rule == "random":
             choice = -log_binomial(before.sum(-1), count)
         elif rule in ("sequential", "state_confidence"):
-            places = -torch.arange(self.n).double()
-            score = self.best[where] if rule == "state_confidence" else places
+            score = (
+                self.best[where] if rule == "state_confidence" else -torch.arange(self.n).double()
+            )
             score = torch.where(before, score, -torch.inf)
             rank = score.argsort(dim=-1, descending=True, stable=True).argsort(-1)
             first = before & (rank < count[..., None])
@@ -159,7 +150,7 @@ class Oracle:
     def upper_bound(self, b: float | None = None) -> Tensor:
         """1/b sum_i log E p(x_i | those before it)^b over orders; b = n unless given. Not below the
         any-order log p for b >= n."""
-        b = self.n if b is None else b
+        b = b or self.n
         powers = self._shares().log()[:, None] + b * self.logp
         return powers.masked_fill(~self.masked, -torch.inf).logsumexp(-2).sum((0, -1)) / b
 
@@ -196,18 +187,10 @@ def log_binomial(n: Tensor, k: Tensor) -> Tensor:
 
 
 def denoiser_of(
-    policy: Policy,
-    prompt: Prompt,
-    length: int,
-    temperature: float = 1.0,
-    suppress_mask: bool = True,
+    policy: Policy, prompt: Prompt, length: int, temperature: float = 1.0, suppress_mask=True
 ) -> Denoiser:
-    """The policy as a denoiser of completions of `prompt`.
-
-    Args:
-        length: of the policy's canvas; what lies behind a shorter text stays [MASK].
-        temperature, suppress_mask: the sampler's.
-    """
+    """The policy as a denoiser of completions of `prompt`, with the sampler's `temperature`; behind
+    a text that is shorter than the canvas of `length` all stays [MASK]."""
     ids = policy.encode([prompt], length).input_ids
     width = ids.shape[1]
 

@@ -38,9 +38,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mdmrl.evaluation.accuracy import evaluate
 from mdmrl.policies import Policy
-from mdmrl.rewards import RewardLog, check_rewards
 from mdmrl.rl.config import PPOConfig
 from mdmrl.rl.episodes import (
     OldPolicyScores,
@@ -49,9 +47,9 @@ from mdmrl.rl.episodes import (
     score_episodes,
     score_states,
 )
-from mdmrl.rl.gradients import Gradients, kl_metrics, ratio_metrics
+from mdmrl.rl.gradients import Gradients, token_metrics
 from mdmrl.rl.objectives import clipped_gain
-from mdmrl.rl.rollout import collect
+from mdmrl.rl.rounds import Rounds
 from mdmrl.rl.scoring import TOLERANCE
 from mdmrl.rl.values import (
     ValueData,
@@ -63,9 +61,7 @@ from mdmrl.rl.values import (
     normalised,
     value_loss,
 )
-from mdmrl.runs import generator_for
-from mdmrl.training.data import checked_rows, rows_of_step
-from mdmrl.training.loop import Metrics, Optimizer, accelerator_for, open_run, train
+from mdmrl.training.loop import Metrics
 
 ALGORITHM = "ppo-3"  # part of a run's identity: raise it when results change
 
@@ -81,13 +77,9 @@ def ppo_loss(
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """The two parts of the loss, summed over tokens and divided by L, and per-token quantities.
 
-    Args:
-        logp, old: log-probabilities of revealed tokens under the new and old policy; kl,
-            advantages, counted: of the same tokens, all (N,).
-        beta: the KL's weight.
-    Returns:
-        surrogate and beta * KL, scalars to be divided by the number of completions; and `ratio`
-        and `clipped`, each (N,).
+    All are of the revealed tokens, (N,): log-probabilities `logp` and `old`, `kl`, whose weight is
+    `beta`, `advantages` and `counted`. Returns surrogate and beta * KL, scalars to be divided by
+    the number of completions; and `ratio` and `clipped`.
     """
     ratio = (logp - old).exp()
     gain, clipped = clipped_gain(ratio, advantages, logp, config)
@@ -124,55 +116,35 @@ def train_ppo(
         RuntimeError: new, old and reference policy, which are still the same, score differently.
         FloatingPointError: several updates in a row that are not finite.
     """
-    accelerator = accelerator_for(policy)
-    rank, processes = accelerator.process_index, accelerator.num_processes
     sampler = config.sampler_for(policy)
-    rows, eval_rows = checked_rows(policy, rows, eval_rows, config.max_completion_length)
-    names = check_rewards(rewards, rows=rows)
-    parts = {"rewards": dict(zip(names, rewards, strict=True)), "eval_rows": eval_rows}
-    parts |= {"metric": metric, "probe": probe, "watch": watch}
+    rounds = Rounds(policy, rewards, rows, config, eval_rows, metric, probe, watch)
     values = ValueHead(policy.model.config.hidden_size).to(policy.device)
-    parameters, judge = policy.trainable_parameters(), dict(values.named_parameters())
+    parameters = policy.trainable_parameters()
     groups = [
         {"params": [*parameters.values()], "lr": config.learning_rate},
-        {"params": [*judge.values()], "lr": config.value_learning_rate},
+        {"params": [*values.parameters()], "lr": config.value_learning_rate},
     ]
     charge = config.beta if config.kl_in_reward else 0.0
 
-    def held_out() -> Metrics:
-        greedy = config.sampler_for(policy, greedy=True)
-        found = evaluate(policy, eval_rows, greedy, rewards, metric, "eval/", watch=watch)
-        return found | {f"eval/{k}": v for k, v in (probe(policy) if probe else {}).items()}
+    def first_fit() -> float:
+        base = base_states(policy, rewards, rounds.rows, config, *rounds.share)
+        return fit(values, ValueData.joined(list(base)), rounds.accelerator)
 
     def make_update(step: int) -> tuple[Metrics, dict]:
         before = policy.positions_computed
-        prompts = config.prompts_per_process
-        batch = rows_of_step(rows, prompts, step, rank, processes, config.seed)
-        rollout, metrics, sample = collect(
-            policy,
-            batch,
-            rewards,
-            config.num_generations,
-            sampler,
-            generator_for(config.seed, "rollout", step, rank, policy.device),
-            record=True,
-            watch=watch,
-            log=RewardLog(step, config.max_steps),
-        )
+        batch, rollout, metrics, sample = rounds.collect(step, sampler, record=True)
         old = score_episodes(policy, rollout, config.states_per_forward, config.needs_reference)
         if step == 0:  # V first, on as many different prompts as there are completions
             already = policy.positions_computed
-            base = base_states(policy, rewards, rows, config, rank, processes)
-            fitted = fit(values, ValueData.joined(list(base)), accelerator)
-            metrics["values/base_explained_variance"] = fitted
+            metrics["values/base_explained_variance"] = first_fit()
             metrics["token_forwards"] += policy.positions_computed - already
 
-        counted, gains = old.rollout.counted, old.rewards(charge)  # (B,), (B, T)
+        counted, gains = rollout.counted, old.rewards(charge)  # (B,), (B, T)
         with torch.no_grad():
             predicted = values(old.features)  # (B, T)
         advantages = gae(gains, predicted, config.gamma, config.lam)
         returns = advantages + predicted
-        advantages, divisor = normalised(advantages, counted, accelerator)
+        advantages, divisor = normalised(advantages, counted, rounds.accelerator)
         beta = config.beta / divisor if config.kl_in_reward else config.beta
         outcome = gae(gains, torch.zeros_like(gains), config.gamma, 1.0)
         metrics |= {
@@ -189,22 +161,13 @@ def train_ppo(
             now = values(old.features)
             loss = value_loss(now, predicted, returns, counted, config.cliprange_value)
             loss.backward()
-            asked = [row["prompt"] for row in batch]
-            metrics |= found | optimizer.step(found["loss"], f"step {step} on prompts {asked}")
+            metrics |= found | rounds.take_step(found["loss"], step, batch)
             metrics["values/loss"] = loss.item()
-        if (step + 1) % config.ref_model_sync_steps == 0 and config.needs_reference:
-            policy.sync_reference()
         done = policy.positions_computed - before
         metrics["token_forwards/scoring"] = done - metrics["token_forwards"]
         return metrics, sample
 
-    with open_run(policy, rows, config, ALGORITHM, accelerator, **parts) as run:
-        if config.needs_reference and not policy.uses_lora:
-            policy.sync_reference()
-        optimizer = Optimizer(groups, accelerator, config.max_grad_norm)
-        look = held_out if eval_rows else None
-        train(policy, run, config, optimizer, make_update, look, values)
-        return run.folder
+    return rounds.train(ALGORITHM, groups, make_update, values)
 
 
 def update(
@@ -215,11 +178,8 @@ def update(
     parameters: dict[str, Tensor],
     config: PPOConfig,
 ) -> dict[str, float]:
-    """Set the gradient of the policy's loss, micro-batch by micro-batch; returns its metrics.
-
-    Args:
-        advantages: of every step, (B, T); beta: the KL's weight in the loss.
-    """
+    """Set the gradient of the policy's loss, micro-batch by micro-batch; returns its metrics. The
+    `advantages` are those of every step, (B, T), and `beta` is the KL's weight in the loss."""
     gradients = Gradients(parameters, config.log_gradients)
     completions = max(1, int(old.rollout.counted.sum()))
     tokens: dict[str, list[Tensor]] = {}
@@ -230,23 +190,16 @@ def update(
         states = score_states(policy, part, steps)
         at = states.revealed  # (R, S, K), N of them True
         logp = log_probabilities(policy, states.block[at])  # (N, V)
-        drawn = logp.gather(1, states.tokens[at][:, None])[:, 0]
+        drawn = states.drawn(logp)
         found, kl = {}, torch.zeros_like(drawn)
         if config.needs_reference:
             with policy.reference():
                 ref = log_probabilities(policy, old.reference[index])
             kl = kl_divergence(logp, ref)
-            d = drawn - ref.gather(1, states.tokens[at][:, None])[:, 0]
-            found = {"kl": kl.detach(), "d": d.detach()}
-        surrogate, charged, ratio = ppo_loss(
-            drawn,
-            old.logp[index],
-            kl,
-            advantages[rows, steps, None].expand(at.shape)[at],
-            part.counted[:, None, None].expand(at.shape)[at],
-            beta,
-            config,
-        )
+            found = {"kl": kl.detach(), "d": (drawn - states.drawn(ref)).detach()}
+        gains = advantages[rows, steps, None], part.counted[:, None, None]
+        gains = (x.expand(at.shape)[at] for x in gains)
+        surrogate, charged, ratio = ppo_loss(drawn, old.logp[index], kl, *gains, beta, config)
         gradients.add(surrogate / completions, charged / completions)
         found |= ratio | {"drift": states.selection_changed(policy, logp)}
         for name, value in found.items():
@@ -255,12 +208,8 @@ def update(
     for index in range(len(old.parts)):
         learn_from(index)  # a function of its own, so that its graph is freed before the next
     found = {name: torch.cat(values) for name, values in tokens.items()}
-    return {
-        **gradients.finish(),
-        **kl_metrics(found, len(old.rollout)),
-        **ratio_metrics(found),
-        "selection_drift": found["drift"].float().mean().item(),
-    }
+    drift = {"selection_drift": found["drift"].float().mean().item()}
+    return gradients.finish() | token_metrics(found, len(old.rollout)) | drift
 
 
 def check_first_inner_step(found: dict[str, float], synced: bool) -> None:

@@ -51,18 +51,9 @@ class Rollout:
 
     @classmethod
     def of(
-        cls,
-        output: SamplerOutput,
-        advantages: Tensor,
-        counted: Tensor,
-        sampler: SamplerConfig,
-        rewards: Tensor | None = None,
+        cls, output: SamplerOutput, advantages: Tensor, counted: Tensor, sampler: SamplerConfig
     ) -> Rollout:
-        """What `sampler` drew.
-
-        Raises:
-            ValueError: a recorded trajectory that masks tokens again.
-        """
+        """What `sampler` drew; a recorded trajectory that masks tokens again is an InputError."""
         width = output.sequences.shape[1] - output.completion_ids.shape[1]
         revealed_at = place = None
         if output.trajectory is not None:
@@ -71,26 +62,15 @@ class Rollout:
                 f"revise={sampler.revise}: expected 0, since learning from a trajectory takes one "
                 "that reveals every token once",
             )
-            revealed_at, place = torch.full((2, *output.completion_ids.shape), -1).to(
-                output.completion_ids
-            )
+            revealed_at, place = output.completion_ids.new_full((2, *output.logprobs.shape), -1)
             for index, step in enumerate(output.trajectory):
                 revealed_at[step.rows, step.positions] = index
                 before = torch.searchsorted(step.rows, step.rows)  # rows are sorted
                 place[step.rows, step.positions] = torch.arange(len(before)).to(before) - before
-        return cls(
-            output.sequences[:, :width],
-            output.prompt_mask,
-            output.completion_ids,
-            output.completion_mask,
-            advantages,
-            counted,
-            sampler,
-            rewards,
-            output.logprobs,
-            revealed_at,
-            place,
-        )
+        prompts = output.sequences[:, :width], output.prompt_mask
+        completions = output.completion_ids, output.completion_mask
+        steps = {"logprobs": output.logprobs, "revealed_at": revealed_at, "place": place}
+        return cls(*prompts, *completions, advantages, counted, sampler, **steps)
 
     @property
     def temperature(self) -> float:
@@ -104,10 +84,8 @@ class Rollout:
 
     def whole(self) -> Rollout:
         """The same, every revealed position counting; its trajectory must have been recorded."""
-        require(
-            self.revealed_at is not None,
-            "this rollout has no trajectory: collect it with record=True",
-        )
+        known = self.revealed_at is not None
+        require(known, "this rollout has no trajectory: collect it with record=True")
         return replace(self, completion_mask=self.revealed_at >= 0)
 
     def __len__(self) -> int:
@@ -115,24 +93,19 @@ class Rollout:
 
     def select(self, chosen: slice | Tensor) -> Rollout:
         """The same for some of the rows, a slice or a mask of them."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        cut = {k: v[chosen] if isinstance(v, Tensor) else v for k, v in values.items()}
-        return Rollout(**cut)
+        values = (getattr(self, field.name) for field in fields(self))
+        return Rollout(*(v[chosen] if isinstance(v, Tensor) else v for v in values))
 
 
 def group_advantages(
     rewards: Tensor, num_generations: int, scale: str = "group"
 ) -> tuple[Tensor, Tensor]:
-    """Advantages (r - mean) / (std + 1e-4) within each group of `num_generations` rows.
+    """Advantages (r - mean) / (std + 1e-4) within each group of `num_generations` rows, and which
+    samples count, both (B,).
 
     A group of equal rewards, or with fewer than two samples that count, gets 0. NaN marks a sample
-    that is left out of its group.
-
-    Args:
-        scale: whose standard deviation (the unbiased one, ddof 1): that of the `group`, of the
-            whole `batch` on all processes, or `none`: advantages are differences of rewards.
-    Returns:
-        advantages and which samples count, both (B,).
+    that is left out of its group. `scale` says whose standard deviation (ddof 1) it is: that of the
+    `group`, of the whole `batch` on all processes, or `none`: advantages are differences.
     """
     groups = rewards.view(-1, num_generations)
     counted = ~groups.isnan()
@@ -143,7 +116,8 @@ def group_advantages(
         std = (centred.square().sum(1, keepdim=True) / (n - 1).clamp(min=1)).sqrt()
     elif scale == "batch":
         everywhere = torch.tensor(gather_object(rewards.tolist()), dtype=rewards.dtype)
-        std = everywhere[~everywhere.isnan()].std()
+        spoken = everywhere[~everywhere.isnan()]
+        std = spoken.std() if len(spoken) > 1 else 0.0
     scaled = centred if scale == "none" else centred / (std + 1e-4)
     return torch.where(equal, 0.0, scaled).flatten().float(), counted.flatten()
 
@@ -157,8 +131,8 @@ def collect(
     generator: torch.Generator,
     record: bool = False,
     draw: Callable = generate,
-    weights: Sequence[float] | None = None,
-    scale: str = "group",
+    reward_weights: Sequence[float] | None = None,
+    scale_rewards: str = "group",
     watch: Callable | None = None,
     log: RewardLog | None = None,
 ) -> tuple[Rollout, dict[str, float | None], dict]:
@@ -166,7 +140,7 @@ def collect(
 
     Args:
         record: keep the denoising trajectory; draw: what completes the prompts.
-        weights: of the rewards; scale: see `group_advantages`; log: takes what rewards report.
+        scale_rewards: see `group_advantages`; log: takes what rewards report.
         watch: what a task watches in completions, see `Task`.
     Returns:
         the rollout, the round's metrics, and the first group's texts and rewards to look at.
@@ -177,16 +151,10 @@ def collect(
     output = draw(policy, prompts, sampler, generator, record)
     drawn = time.perf_counter()
     log = log or RewardLog()
-    values = reward_values(
-        rewards,
-        prompts,
-        output.completions,
-        output.token_lists(),
-        rows,
-        **log.offered,
-    )
-    total = total_reward(values, weights)  # NaN where all rewards left the sample out
-    advantages, counted = group_advantages(total, num_generations, scale)
+    written = output.completions, output.token_lists()
+    values = reward_values(rewards, prompts, *written, rows, **log.offered)
+    total = total_reward(values, reward_weights)  # NaN where all rewards left the sample out
+    advantages, counted = group_advantages(total, num_generations, scale_rewards)
     groups = total.view(-1, num_generations)
     components = zip(map(reward_name, rewards), values.nanmean(0).tolist(), strict=True)
     metrics = {
@@ -201,14 +169,14 @@ def collect(
         "num_tokens": output.completion_mask.sum().item(),
         "token_forwards": output.token_forwards,
     }
+    # A mean of nothing is no number, and must not reach the mean over processes.
+    metrics = {name: None if value != value else value for name, value in metrics.items()}
     sample = {
         "prompt": prompts[0],
         "completions": output.completions[:num_generations],
         "rewards": total[:num_generations].tolist(),
         **{name: column[:num_generations] for name, column in log.extras.items()},
     }
-    device = policy.device
-    rollout = Rollout.of(
-        output, advantages.to(device), counted.to(device), sampler, total.float().to(device)
-    )
+    advantages, counted, total = (x.to(policy.device) for x in (advantages, counted, total.float()))
+    rollout = replace(Rollout.of(output, advantages, counted, sampler), rewards=total)
     return rollout, metrics, sample

@@ -17,17 +17,12 @@ from mdmrl.rl.rollout import Rollout, group_advantages
 TOLERANCE = 1e-5  # of what must be 1 or 0 at the first inner step
 
 
-def micro_batches(rollout: Rollout, config: GRPOConfig) -> list[slice]:
-    size = config.per_device_train_batch_size
-    return [slice(start, start + size) for start in range(0, len(rollout), size)]
-
-
 @torch.no_grad()
 def score_in_parts(
     policy: Policy, rollout: Rollout, scorer: Callable, noise: Noise, config: GRPOConfig
 ) -> Tensor:
     """Log-probabilities under the policy as it is, micro-batch by micro-batch, (B, L) or (B,)."""
-    parts = micro_batches(rollout, config)
+    parts = config.micro_batches(len(rollout))
     return torch.cat([scorer(policy, rollout.select(p), noise.select(p)) for p in parts])
 
 
@@ -39,9 +34,8 @@ def charged(
     with policy.reference():
         ref = score_in_parts(policy, rollout, scorer, noise.reference or noise, config)
     cost = charge(logp, ref, rollout, config)
-    advantages, _ = group_advantages(
-        rollout.rewards.cpu() - cost.cpu(), config.num_generations, config.scale_rewards
-    )
+    left = rollout.rewards.cpu() - cost.cpu()
+    advantages, _ = group_advantages(left, config.num_generations, config.scale_rewards)
     return replace(rollout, advantages=advantages.to(policy.device)), cost.mean().item()
 
 
@@ -50,7 +44,7 @@ def check_ratio(
 ) -> None:
     """Before an update the new policy, scored as `update` does, must be the old one, scored as
     `score_in_parts` does: a ratio off 1 by more than `TOLERANCE` is a RuntimeError."""
-    part = micro_batches(rollout, config)[0]
+    part = config.micro_batches(len(rollout))[0]
     rollout, noise = rollout.select(part), noise.select(part)
     both = scorer(policy, rollout, noise), score_in_parts(policy, rollout, scorer, noise, config)
     new, old = (of_tokens(x.detach(), rollout.completion_mask).flatten() for x in both)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -32,14 +32,11 @@ FOLDS = 4
 
 
 class ValueHead(nn.Module):
-    """A linear function of the features of a state (`StateScores.features`), 0 everywhere at first.
+    """A linear function of the features of a state (`StateScores.features`) of a policy whose
+    `hidden_size` is H; 0 everywhere at first.
 
     With z the features in standard deviations from their mean, V = b + w.z + index u.z, where index
-    says how far down the text the active block begins: what a feature is worth changes along the
-    text.
-
-    Args:
-        hidden_size: of the policy, H.
+    says how far down the text the active block begins: what a feature is worth changes along it.
     """
 
     def __init__(self, hidden_size: int):
@@ -77,11 +74,8 @@ class ValueHead(nn.Module):
 
 
 def gae(rewards: Tensor, values: Tensor, gamma: float, lam: float) -> Tensor:
-    """Generalised advantage estimates (Schulman et al. 2016), (B, T).
-
-    Args:
-        rewards, values: r_t and V(s_t), (B, T); V(end) = 0.
-    """
+    """Generalised advantage estimates (Schulman et al. 2016) of r_t and V(s_t), all (B, T); V(end)
+    is 0."""
     delta = rewards + gamma * F.pad(values[:, 1:], (0, 1)) - values
     advantages, following = torch.empty_like(delta), torch.zeros_like(delta[:, 0])
     for t in reversed(range(delta.shape[1])):
@@ -92,15 +86,10 @@ def gae(rewards: Tensor, values: Tensor, gamma: float, lam: float) -> Tensor:
 def normalised(advantages: Tensor, counted: Tensor, accelerator) -> tuple[Tensor, float]:
     """Advantages (B, T) minus their mean and divided by their standard deviation + 1e-4, both over
     the states that count (B,) on all processes; and that divisor."""
-    kept = advantages[counted]
-    mean = average(kept, accelerator)
-    divisor = math.sqrt(average((kept - mean).square(), accelerator)) + 1e-4
+    kept = advantages[counted].flatten()
+    mean = averages(kept, accelerator).item()
+    divisor = averages((kept - mean).square(), accelerator).sqrt().item() + 1e-4
     return (advantages - mean) / divisor, divisor
-
-
-def average(x: Tensor, accelerator) -> float:
-    """Mean of `x` over all processes, 0 where none has any."""
-    return averages(x.flatten(), accelerator).item()
 
 
 def averages(x: Tensor, accelerator) -> Tensor:
@@ -122,11 +111,8 @@ def value_loss(
     values: Tensor, old: Tensor, returns: Tensor, counted: Tensor, cliprange: float
 ) -> Tensor:
     """Clipped squared error (Schulman et al. 2017 in OpenAI's implementation), half its mean over
-    the states of episodes that count.
-
-    Args:
-        values, old: V as it is and before the update; returns: its targets, all (B, T).
-        counted: (B,) bool.
+    the states of episodes that count, (B,): of V as it is and before the update (`old`) and its
+    targets, all (B, T).
     """
     clipped = old + (values - old).clamp(-cliprange, cliprange)
     error = torch.maximum((values - returns).square(), (clipped - returns).square())
@@ -150,13 +136,11 @@ class ValueData(NamedTuple):
 @torch.no_grad()
 def fit(values: ValueHead, base: ValueData, accelerator) -> float:
     """Fit V to states of the starting policy by ridge regression, with the penalty that does best
-    in cross-validation over prompts.
+    in cross-validation over prompts; in closed form, so that there is neither a learning rate nor a
+    stopping time to choose.
 
-    In closed form, so that there is neither a learning rate nor a stopping time to choose.
-
-    Returns:
-        the explained variance of what V says of prompts when it has not seen them, with that
-        penalty, and so a little more than of other prompts.
+    Returns the explained variance of what V says of prompts when it has not seen them, with that
+    penalty, and so a little more than of other prompts.
     """
     features, returns, prompts = base
     number: dict[Hashable, int] = {}  # of each prompt, in order of appearance
@@ -169,7 +153,7 @@ def fit(values: ValueHead, base: ValueData, accelerator) -> float:
         for penalty, predicted in zip(PENALTIES, said, strict=True):
             values.load_state_dict(regression.solve(penalty))
             predicted[asked] = values(features[asked])
-    errors = [average((v - returns).square(), accelerator) for v in said]
+    errors = [averages((v - returns).square(), accelerator).item() for v in said]
     best = min(reversed(range(len(PENALTIES))), key=errors.__getitem__)  # of equals the largest
     values.load_state_dict(Ridge(features, returns, accelerator).solve(PENALTIES[best]))
     return explained_variance(said[best], returns)
@@ -177,10 +161,8 @@ def fit(values: ValueHead, base: ValueData, accelerator) -> float:
 
 class Ridge:
     """Ridge regression of returns (N,) on the inputs that a head makes of features (N, 3H+2), for
-    any penalty: the least mean squared error plus the penalty times the squared weights.
-
-    The states are those on this process; all processes' count. It is done in double on the
-    processor.
+    any penalty: the least mean squared error plus the penalty times the squared weights. All
+    processes' states count; it is done in double on the processor.
     """
 
     def __init__(self, features: Tensor, returns: Tensor, accelerator):
@@ -210,18 +192,11 @@ def prompts_of(rollout: Rollout) -> list[tuple[int, ...]]:
 
 
 def fit_to_base(
-    policy: MaskedDiffusionPolicy,
-    rewards: Sequence[Callable],
-    rows: Sequence[dict],
-    config: PPOConfig,
+    policy: MaskedDiffusionPolicy, rewards: list, rows: list, config: PPOConfig
 ) -> tuple[ValueHead, float]:
-    """V of the policy as it is, for `mdmrl.sampling.guided` without any reinforcement learning.
-
-    Fitted as `train_ppo` fits its own before the first update, to `value_batches` batches of one
-    completion a prompt (`base_states`).
-
-    Returns:
-        V, and its explained variance in cross-validation, see `fit`.
+    """V of the policy as it is, for `mdmrl.sampling.guided` without any reinforcement learning, and
+    its explained variance in cross-validation (`fit`); fitted as `train_ppo` fits its own before
+    the first update.
     """
     values = ValueHead(policy.model.config.hidden_size).to(policy.device)
     base = ValueData.joined(list(base_states(policy, rewards, rows, config)))
@@ -229,20 +204,13 @@ def fit_to_base(
 
 
 def base_states(
-    policy: MaskedDiffusionPolicy,
-    rewards: Sequence[Callable],
-    rows: Sequence[dict],
-    config: PPOConfig,
-    rank: int = 0,
-    processes: int = 1,
+    policy: MaskedDiffusionPolicy, rewards: list, rows: list, config: PPOConfig, rank=0, processes=1
 ) -> Iterator[ValueData]:
-    """The batches that V is fitted to, each made when it is asked for, of one completion a prompt.
+    """The `value_batches` batches that V is fitted to, each made when it is asked for, of one
+    completion a prompt.
 
     Where a state costs a canvas to look at, the passes that write the completions show the states,
     so that these cost nothing more; packed states of block diffusion cost less than that.
-
-    Args:
-        config: of its settings, those of sampler, seed, batch and V count.
     """
     sampler, seed = config.sampler_for(policy), derived_seed(config.seed, "values")
     for i in range(config.value_batches):

@@ -6,18 +6,14 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch.nn import Module
+from torch.optim import Optimizer
 
 from mdmrl.policies import Policy
 from mdmrl.runs import Run
 
 
-def save(
-    run: Run,
-    policy: Policy,
-    optimizer: torch.optim.Optimizer,
-    step: int,
-    values: torch.nn.Module | None = None,
-) -> None:
+def save(run: Run, policy: Policy, optimizer: Optimizer, values: Module | None, step: int) -> None:
     """Write trained weights, reference and optimizer; random numbers derive from the step.
 
     `pretrained/` inside is an ordinary folder for `load_policy` (or, with LoRA, its adapter), and
@@ -36,12 +32,7 @@ def save(
     run.save_checkpoint(step, write)
 
 
-def restore(
-    run: Run,
-    policy: Policy,
-    optimizer: torch.optim.Optimizer,
-    values: torch.nn.Module | None = None,
-) -> int:
+def restore(run: Run, policy: Policy, optimizer: Optimizer, values: Module | None) -> int:
     """Load the newest whole checkpoint if there is one; returns the step it was taken at."""
     latest = run.latest_checkpoint()
     if latest is None:

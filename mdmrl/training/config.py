@@ -47,16 +47,12 @@ class TrainingConfig(Config):
     save_steps: int = 20
     seed: int = 0
 
-    COUNTS: ClassVar[tuple[str, ...]] = (
-        "max_steps",
-        "per_device_train_batch_size",
-        "gradient_accumulation_steps",
-        "max_completion_length",
-        "eval_steps",
-        "save_steps",
-    )
-    POSITIVE: ClassVar[tuple[str, ...]] = ("learning_rate", "max_grad_norm")
-    OWN_SAMPLER: ClassVar[Mapping] = {}  # what a family may set, where `sampler` says nothing
+    # Settings that are at least 1, that are positive if given, and that have one of some names.
+    COUNTS: ClassVar = ("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps")
+    COUNTS += ("max_completion_length", "eval_steps", "save_steps")
+    POSITIVE: ClassVar = ("learning_rate", "max_grad_norm")
+    NAMED: ClassVar = {}
+    OWN_SAMPLER: ClassVar = {}  # what a family may set, where `sampler` says nothing
 
     def __post_init__(self) -> None:
         if isinstance(self.sampler, SamplerConfig):
@@ -68,7 +64,12 @@ class TrainingConfig(Config):
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)}: expected at least 1")
         for name in self.POSITIVE:
             value = getattr(self, name)
-            require(0 < value < math.inf, f"{name}={value}: expected a positive number")
+            fit = value is None or 0 < value < math.inf
+            require(fit, f"{name}={value}: expected a positive number")
+        for name, known in self.NAMED.items():
+            value = getattr(self, name)
+            if not callable(value) and value not in known:
+                raise unknown(name, value, known)
         for name, value in self.sampler.items():
             require(
                 name not in FLAT,
@@ -90,6 +91,11 @@ class TrainingConfig(Config):
     def batch(self) -> int:
         """Completions of an update on each process."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
+    def micro_batches(self, rows: int) -> list[slice]:
+        """What of so many rows one forward takes."""
+        size = self.per_device_train_batch_size
+        return [slice(start, start + size) for start in range(0, rows, size)]
 
     def sampler_for(self, policy: Policy, greedy: bool = False) -> SamplerConfig:
         """What completes the prompts of `policy`; `greedy` takes the most probable tokens and the

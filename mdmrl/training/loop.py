@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from accelerate import Accelerator
@@ -16,7 +16,7 @@ from accelerate.state import is_initialized
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from mdmrl.identity import described, digest, fingerprint
+from mdmrl.identity import described, digest, fingerprint, named
 from mdmrl.policies import Policy
 from mdmrl.runs import Run
 from mdmrl.training.checkpoints import restore, save
@@ -28,10 +28,8 @@ Metrics = dict[str, float | None]
 
 
 def accelerator_for(policy: Policy) -> Accelerator:
-    """Accelerate's view of the processes that train, each `policy` being on its own device.
-
-    It can be told once in a process; where one process trains several policies it does not matter.
-    """
+    """Accelerate's view of the processes that train, each `policy` being on its own device, which
+    it can be told once in a process."""
     return Accelerator(cpu=policy.device.type == "cpu" and not is_initialized())
 
 
@@ -43,43 +41,32 @@ def open_run(
     accelerator: Accelerator,
     **parts,
 ) -> Run:
-    """The run's folder, known by all that decides its results.
-
-    Args:
-        algorithm: its name and version.
-        parts: what else was brought along: functions, and rows that are not trained on.
-
-    Raises:
-        RunFolderError: the folder holds another run, or is being written to.
-    """
+    """The run's folder, known by all that decides its results: `algorithm`, its name and version,
+    and `parts`, what else was brought along, functions and rows that are not trained on."""
     settings = config.settings_for(policy)
-    identity = _known(settings | parts) | {
+    identity = known(settings | parts) | {
         "algorithm": algorithm,
-        "policy": policy.fingerprint(),
-        "rows": _known(rows),
+        "policy": policy.fingerprint() | {"family": named(type(policy))},
+        "rows": known(rows),
         "processes": accelerator.num_processes,
     }
-    since = _known(type(config)().settings_for(policy))
+    since = known(type(config)().settings_for(policy))
     with accelerator.main_process_first():
         return Run(config.output_dir, identity, since, accelerator.is_main_process, policy.device)
 
 
-def _known(part):
+def known(part):
     """Settings as they are, functions and rows by their fingerprints."""
     if isinstance(part, dict):
-        return {name: _known(value) for name, value in part.items()}
-    if isinstance(part, list | tuple) and part and isinstance(part[0], dict):
+        return {name: known(value) for name, value in part.items()}
+    if isinstance(part, list | tuple) and part and isinstance(part[0], Mapping):
         return digest(described(part))
     return fingerprint(part) if callable(part) else part
 
 
 class Optimizer:
     """AdamW that takes no step where a gradient is not finite, and gives up after `most_skipped`
-    such updates in a row.
-
-    Args:
-        groups: as torch's: parameters, and the options of their group; each is clipped by itself.
-    """
+    such updates in a row. Each of the `groups`, which are torch's, is clipped by itself."""
 
     def __init__(
         self,
@@ -93,12 +80,9 @@ class Optimizer:
         self.most_skipped, self.skipped = most_skipped, 0
 
     def step(self, loss: float, batch: str) -> Metrics:
-        """Average the gradient over processes, clip it, and take a step.
+        """Average the gradient of `batch` over processes, clip it, and take a step.
 
-        Args:
-            batch: what the gradient was made of, for the error.
-        Returns:
-            `grad_norm` of the first group before clipping, and `skipped_updates` in a row.
+        Returns `grad_norm` of the first group before clipping, and `skipped_updates` in a row.
 
         Raises:
             FloatingPointError: `most_skipped` updates in a row that are not finite.
@@ -128,18 +112,20 @@ def train(
     config: TrainingConfig,
     optimizer: Optimizer,
     update: Callable[[int], tuple[Metrics, dict | None]],
-    held_out: Callable[[], Metrics] | None = None,
+    held_out: Callable[[int], Metrics] | None = None,
     values: torch.nn.Module | None = None,
 ) -> None:
     """Make the updates of a run that are left, from its newest whole checkpoint on.
 
     Args:
         update: makes the update of that number; returns its metrics, and what to look at of it.
-        held_out: measures the policy before every `eval_steps`-th update, and at the end.
+        held_out: measures the policy before every `eval_steps`-th update, and at the end; takes the
+            number of updates made.
         values: a value head that is trained and kept beside the policy.
     """
     accelerator, last = optimizer.accelerator, config.max_steps
-    first = restore(run, policy, optimizer.adamw, values)
+    kept = run, policy, optimizer.adamw, values
+    first = restore(*kept)
     if first == last and run.complete(last):
         return
     accelerator.wait_for_everyone()  # before the log that `complete` reads is cut
@@ -148,19 +134,18 @@ def train(
         run.rewind(first)
     with Progress(run.folder.name, first, last, shown=writes) as progress:
         for step in range(first, last):
-            looked = held_out() if held_out and step % config.eval_steps == 0 else {}
+            looked = held_out(step) if held_out and step % config.eval_steps == 0 else {}
             start = time.perf_counter()
             found, sample = update(step)
-            metrics = looked | found | {"step_time": time.perf_counter() - start}
-            metrics = averaged(metrics)
+            metrics = averaged(looked | found | {"step_time": time.perf_counter() - start})
             if writes:
                 run.log({"step": step, **metrics})
                 if sample:
                     run.log({"step": step, **sample}, "samples")
                 if (step + 1) % config.save_steps == 0 or step + 1 == last:
-                    save(run, policy, optimizer.adamw, step + 1, values)
+                    save(*kept, step + 1)
             progress.update(step + 1, metrics)
-        looked = held_out() if held_out else {}
+        looked = held_out(last) if held_out else {}
         if writes:
             run.log({"step": last, **looked})
 
@@ -170,8 +155,8 @@ def averaged(metrics: Metrics) -> Metrics:
     everywhere = gather_object([metrics])
     if len(everywhere) == 1:
         return metrics
-    names = dict.fromkeys(name for found in everywhere for name in found)
-    known = {
-        name: [found[name] for found in everywhere if found.get(name) is not None] for name in names
-    }
-    return {name: sum(values) / len(values) if values else None for name, values in known.items()}
+    counted = {name: [] for found in everywhere for name in found}
+    for found in everywhere:
+        for name, value in found.items():
+            counted[name] += [] if value is None else [value]
+    return {name: sum(x) / len(x) if x else None for name, x in counted.items()}

@@ -12,11 +12,8 @@ SHOWN = ("reward", "loss", "kl", "eval/accuracy")
 
 
 class Progress:
-    """Shows updates as they finish.
-
-    Args:
-        name: of the run; first, last: updates done before, and in all; shown: nothing is if False.
-    """
+    """Shows the updates of the run `name` as they finish, `first` being done before and `last` in
+    all; nothing unless `shown`."""
 
     def __init__(self, name: str, first: int, last: int, shown: bool = True):
         self.name, self.first, self.last, self.shown = name, first, last, shown
@@ -46,10 +43,8 @@ class Progress:
             what = ", ".join(f"{name} {value}" for name, value in found.items())
             # A notebook shows what goes to stderr as an error, a shell's pipe wants results alone.
             where = sys.stdout if "ipykernel" in sys.modules else sys.stderr
-            print(
-                f"{self.name}: update {done} of {self.last}, {what}, {duration(left)} left",
-                file=where,
-            )
+            said = f"{self.name}: update {done} of {self.last}, {what}, {duration(left)} left"
+            print(said, file=where)
 
 
 def duration(seconds: float) -> str:

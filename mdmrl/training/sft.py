@@ -38,16 +38,11 @@ def train_sft(
 ) -> Path:
     """Fine-tune `policy` in place; returns the run's folder, with `model/` for `load_policy`.
 
-    Takes, resumes and shares the work as `train_grpo`; a run that is extended goes on with the
-    learning rates of its new length. With LoRA the adapter is merged into the weights at the end,
-    so that the reference of RL is the fine-tuned policy; merged into bfloat16 weights it is rounded
-    to them. The last checkpoint keeps it apart.
-
-    Args:
-        rows: `prompt` and `completion`, strings or message lists.
-        eval_rows, metric: held-out rows of the same kind, and the true metric,
-            `metric(completion, row) -> bool`.
-        watch: what to watch in their completions, see `Task.watch`.
+    Takes, resumes and shares the work as `train_grpo`, with `prompt` and `completion` in all rows,
+    strings or message lists; a run that is extended goes on with the learning rates of its new
+    length. With LoRA the adapter is merged into the weights at the end, so that the reference of RL
+    is the fine-tuned policy; merged into bfloat16 weights it is rounded to them. The last
+    checkpoint keeps it apart.
 
     Each row of `metrics.jsonl` holds `loss` in nats a position, `grad_norm` before clipping,
     `learning_rate`, `epoch`, `num_tokens` (of completions, filling not counted) and `step_time` in
@@ -62,6 +57,7 @@ def train_sft(
     """
     accelerator = accelerator_for(policy)
     rank, processes = accelerator.process_index, accelerator.num_processes
+    rows, eval_rows = list(rows), list(eval_rows)
     require(len(rows) > 0, "no training rows given: expected at least one")
     own, length = policy.block_length, config.max_completion_length
     require(
@@ -79,7 +75,7 @@ def train_sft(
     parameters = [*policy.trainable_parameters().values()]
     groups = [{"params": parameters, "weight_decay": config.weight_decay}]
 
-    def held_out() -> Metrics:
+    def held_out(step: int) -> Metrics:
         found = {"eval/loss": held_out_loss(policy, held_out_pairs, config)}
         if metric is not None:
             sampler = config.sampler_for(policy)
@@ -114,18 +110,13 @@ def train_sft(
 
 
 def backward(
-    policy: Policy,
-    drawn: Sequence[Pair],
-    config: SFTConfig,
-    step: int,
-    rank: int,
-    processes: int,
+    policy: Policy, drawn: Sequence[Pair], config: SFTConfig, step: int, rank: int, processes: int
 ) -> tuple[float, int]:
-    """Add up the gradient of the summed loss, micro-batch by micro-batch; returns that loss and the
-    number of positions it is a sum over."""
+    """Add up the gradient of the summed loss by micro-batches; returns it and how many positions it
+    is a sum over."""
     total, count = 0.0, 0
     policy.model.train()
-    for i, pairs in enumerate(micro_batches(drawn, config)):
+    for i, pairs in enumerate(parts_of(drawn, config)):
         index = i * processes + rank
         noise = generator_for(config.seed, "noise", step, index, policy.device)
         with kept_random_state(policy.device):
@@ -141,7 +132,7 @@ def backward(
 def held_out_loss(policy: Policy, pairs: Sequence[Pair], config: SFTConfig) -> float:
     """The mean loss of all `pairs`, in nats a position."""
     total, count = 0.0, 0
-    for i, part in enumerate(micro_batches(pairs, config)):
+    for i, part in enumerate(parts_of(pairs, config)):
         noise = generator_for(config.seed, "held-out", index=i, device=policy.device)
         loss, positions = summed_loss(policy, part, config, noise)
         total, count = total + loss.item(), count + positions
@@ -157,6 +148,5 @@ def summed_loss(
     return resolve(policy.loss)(policy, batch, False, generator)
 
 
-def micro_batches(pairs: Sequence[Pair], config: SFTConfig) -> list[Sequence[Pair]]:
-    size = config.per_device_train_batch_size
-    return [pairs[start : start + size] for start in range(0, len(pairs), size)]
+def parts_of(pairs: Sequence[Pair], config: SFTConfig) -> list[Sequence[Pair]]:
+    return [pairs[part] for part in config.micro_batches(len(pairs))]

@@ -64,18 +64,13 @@ def encode_pairs(policy: Policy, rows: Sequence[dict], max_completion_length: in
             (and what fills the canvas), the context. Nothing is cut.
     """
     for number, row in enumerate(rows, start=1):
-        require(
-            "prompt" in row and "completion" in row,
-            f"row {number} has the fields {', '.join(row) or 'none'}: expected prompt and "
-            "completion",
-        )
+        fit, held = "prompt" in row and "completion" in row, ", ".join(row) or "none"
+        require(fit, f"row {number} has the fields {held}: expected prompt and completion")
     if not rows:
         return []
     encoded = policy.encode([row["prompt"] for row in rows])
-    prompts = [
-        ids[real].tolist()
-        for ids, real in zip(encoded.input_ids, encoded.attention_mask, strict=True)
-    ]
+    both = zip(encoded.input_ids, encoded.attention_mask, strict=True)
+    prompts = [ids[real].tolist() for ids, real in both]
     end_tokens = tuple(policy.tokenizer.convert_ids_to_tokens(policy.end_token_ids))
     pairs = []
     for prompt, text in zip(prompts, _completion_texts(policy, rows), strict=True):
@@ -107,15 +102,16 @@ def encode_pairs(policy: Policy, rows: Sequence[dict], max_completion_length: in
 
 def _completion_texts(policy: Policy, rows: Sequence[dict]) -> list[str]:
     """What stands behind each row's prompt, as the model is to write it."""
+    completions = [row["completion"] for row in rows]
     if policy.tokenizer.chat_template is None:
         require(
-            all(isinstance(row["completion"], str) for row in rows),
+            all(isinstance(text, str) for text in completions),
             "the tokenizer has no chat template for completions that are lists of messages: set "
             "tokenizer.chat_template, or give strings",
         )
-        return [row["completion"] for row in rows]
+        return completions
     prompts = [as_messages(row["prompt"], "user") for row in rows]
-    answers = [as_messages(row["completion"], "assistant") for row in rows]
+    answers = [as_messages(text, "assistant") for text in completions]
     before = policy.render(prompts, add_generation_prompt=True)
     whole = policy.render([p + a for p, a in zip(prompts, answers, strict=True)])
     for number, (start, text) in enumerate(zip(before, whole, strict=True), start=1):
@@ -140,14 +136,8 @@ def collate(pairs: Sequence[Pair], canvas: int, end: int) -> Batch:
         ids[row, pad : width + len(completion)] = torch.tensor(prompt + completion)
         attention[row, :pad] = False
         written[row, width : width + len(completion)] = True
-    columns = torch.arange(width + canvas)
-    return Batch(
-        ids,
-        attention,
-        prompt=attention & (columns < width),
-        completion=(columns >= width).expand_as(attention),
-        written=written,
-    )
+    canvas = (torch.arange(width + canvas) >= width).expand_as(attention)
+    return Batch(ids, attention, prompt=attention & ~canvas, completion=canvas, written=written)
 
 
 # The families' losses, each f(policy, batch, learn_prompt, generator) -> the loss summed over the

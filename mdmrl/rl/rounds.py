@@ -1,0 +1,119 @@
+"""What GRPO and PPO share: whose turn it is, what is drawn and judged, and what is measured."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from mdmrl.config import InputError
+from mdmrl.evaluation.accuracy import evaluate
+from mdmrl.rewards import RewardLog, check_rewards
+from mdmrl.rl.rollout import Rollout, collect
+from mdmrl.runs import generator_for
+from mdmrl.sampling import SamplerConfig, generate
+from mdmrl.training.data import checked_rows, rows_of_step
+from mdmrl.training.loop import MAX_SKIPPED, Metrics, Optimizer, accelerator_for, open_run, train
+
+
+class Rounds:
+    """The rounds of a run on this process, each of one rollout and the updates made on it.
+
+    The arguments are those of `train_grpo`, and of `collect` the two of `judging`.
+    """
+
+    def __init__(
+        self, policy, rewards, rows, config, eval_rows, metric, probe, watch, draw=None, **judging
+    ):
+        self.policy, self.rewards, self.config, self.probe = policy, rewards, config, probe
+        self.accelerator = accelerator_for(policy)
+        self.share = self.accelerator.process_index, self.accelerator.num_processes
+        length = config.max_completion_length
+        self.rows, self.eval_rows = checked_rows(policy, rows, eval_rows, length)
+        self.weights = judging.get("reward_weights")
+        self.names = check_rewards(rewards, self.weights, self.rows)
+        self.drawing, self.judging = {"draw": draw or generate, "watch": watch}, judging
+        named = dict(zip(self.names, rewards, strict=True))
+        self.parts = {"rewards": named, "eval_rows": self.eval_rows, "metric": metric}
+        self.parts |= {"probe": probe, "watch": watch} | ({"draw": draw} if draw else {})
+        self.abstained = 0  # rounds in a row
+
+    def generator(self, purpose: str, step: int, index: int = 0) -> torch.Generator:
+        """This process's random numbers of a round, or of its `index`-th update."""
+        rank, processes = self.share
+        index = index * processes + rank
+        return generator_for(self.config.seed, purpose, step, index, self.policy.device)
+
+    def collect(
+        self, step: int, sampler: SamplerConfig, record: bool
+    ) -> tuple[list[dict], Rollout, Metrics, dict]:
+        """The rows of a round, and what `collect` makes of them.
+
+        Raises:
+            InputError: every reward abstained from every completion of several rounds.
+        """
+        config = self.config
+        batch = rows_of_step(self.rows, config.prompts_per_process, step, *self.share, config.seed)
+        asked = config.num_generations, sampler, self.generator("rollout", step), record
+        ways = {"log": RewardLog(step, config.max_steps), **self.drawing, **self.judging}
+        rollout, metrics, sample = collect(self.policy, batch, self.rewards, *asked, **ways)
+        self._say_if_nothing_counts(rollout.counted, step)
+        return batch, rollout, metrics, sample
+
+    def _say_if_nothing_counts(self, counted: Tensor, step: int) -> None:
+        """Warn of a round in which no sample got a reward, and refuse several in a row."""
+        anywhere = any(gather_object([bool(counted.any())]))
+        self.abstained = 0 if anywhere else self.abstained + 1
+        if anywhere:
+            return
+        names = ", ".join(self.names)
+        said = f"at step {step} every reward ({names}) returned None for every completion"
+        if self.abstained >= MAX_SKIPPED:
+            raise InputError(f"{said}, as in {self.abstained - 1} before: nothing is learnt")
+        warnings.warn(f"{said}: nothing is learnt from it", stacklevel=4)
+
+    def take_step(self, loss: float, step: int, batch: Sequence[dict]) -> Metrics:
+        """The optimizer's step, on the gradient that the parameters hold."""
+        asked = [row["prompt"] for row in batch]
+        return self.optimizer.step(loss, f"step {step} on prompts {asked}")
+
+    def held_out(self, step: int) -> Metrics:
+        """Of greedy completions of the held-out prompts, and of the probe."""
+        policy, metric = self.policy, self.parts["metric"]
+        asked = self.eval_rows, self.config.sampler_for(policy, greedy=True), self.rewards, metric
+        judging = {"reward_weights": self.weights, "log": RewardLog(step, self.config.max_steps)}
+        found = evaluate(policy, *asked, "eval/", **judging, **self.drawing)
+        measured = self.probe(policy) if self.probe else {}
+        return found | {f"eval/{name}": value for name, value in measured.items()}
+
+    def train(
+        self,
+        algorithm: str,
+        groups: Sequence[dict],
+        update: Callable[[int], tuple[Metrics, dict]],
+        values: torch.nn.Module | None = None,
+    ) -> Path:
+        """Make the rounds that are left, each by `update(step)`; returns the run's folder.
+
+        Args:
+            algorithm: its name and version; groups: of parameters, see `Optimizer`.
+        """
+        policy, config = self.policy, self.config
+
+        def updated(step: int) -> tuple[Metrics, dict]:
+            found = update(step)
+            if (step + 1) % config.ref_model_sync_steps == 0 and config.needs_reference:
+                policy.sync_reference()
+            return found
+
+        self.optimizer = Optimizer(groups, self.accelerator, config.max_grad_norm)
+        with open_run(policy, self.rows, config, algorithm, self.accelerator, **self.parts) as run:
+            if config.needs_reference and not policy.uses_lora:
+                policy.sync_reference()
+            held_out = self.held_out if self.eval_rows else None
+            train(policy, run, config, self.optimizer, updated, held_out, values)
+            return run.folder
