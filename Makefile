@@ -19,7 +19,7 @@ PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help reproduce test test-all lint lock
+.PHONY: help reproduce test test-all lint lock thumbnails
 
 help: ## say what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,6 +36,9 @@ test-all: $(INSTALLED) ## run the slow tests too
 lint: $(INSTALLED) ## check style
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+thumbnails: $(INSTALLED) ## make the README's small pictures from figures/
+	$(BIN)/python docs/thumbnails.py
 
 lock: $(INSTALLED) ## write the versions at hand into constraints.txt
 	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu$$//' > constraints.txt

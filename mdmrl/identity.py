@@ -52,6 +52,11 @@ def fingerprint(thing) -> str:
     return f"{name} {digest(_Description(seen).of(thing))}"
 
 
+def named(kind: type) -> str:
+    """A class of ours by its name, any other by its fingerprint."""
+    return fingerprint(kind) if _is_users(kind) else kind.__name__
+
+
 def described(data) -> str:
     """All that an identity of data, such as rows, depends on, as text."""
     return _Description({}).of(data)
@@ -194,7 +199,9 @@ def _captured(function: types.FunctionType) -> Iterator:
 
 
 def _routines(kind: type) -> list[types.FunctionType]:
-    return [value for value in vars(kind).values() if isinstance(value, types.FunctionType)]
+    """The functions that a class defines, static ones and properties too."""
+    inner = [getattr(v, "__func__", getattr(v, "fget", v)) for v in vars(kind).values()]
+    return [value for value in inner if isinstance(value, types.FunctionType)]
 
 
 def _written_by_methods(kind: type) -> set[str]:

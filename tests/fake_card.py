@@ -61,6 +61,7 @@ class FakeCard(TorchFunctionMode):
     def __init__(self, index: int = 1, cards: int = 2, float64: bool = True):
         super().__init__()
         self.device, self.cards, self.float64 = torch.device("cuda", index), cards, float64
+        self.current, self.used = 0, False  # the card that torch is on, and whether it has begun
         self.making = False  # whether what a call makes out of nothing lies on the card
 
     def holds(self, x) -> bool:
@@ -70,6 +71,7 @@ class FakeCard(TorchFunctionMode):
     def put(self, x: Tensor, here: bool = True) -> None:
         """Mark `x`, and all that shares its memory."""
         x.untyped_storage().card = self if here else None
+        self.used |= here
         if here and not self.float64 and x.dtype in (torch.float64, torch.complex128):
             raise TypeError("Cannot convert a tensor to float64: this card doesn't support it")
 
@@ -104,6 +106,10 @@ class FakeCard(TorchFunctionMode):
         def generator(device="cpu"):
             return Generator(card) if card.means(device) else cpu_generator(device)
 
+        def switch(device):
+            assert card.means(device), f"set_device({device})"
+            card.current = card.device.index
+
         def load_to(*args, map_location=None, **options):
             if map_location is None:
                 raise RuntimeError("torch.load without map_location: onto the card of who saved it")
@@ -126,7 +132,9 @@ class FakeCard(TorchFunctionMode):
             {
                 "is_available": lambda: True,
                 "device_count": lambda: card.cards,
-                "current_device": lambda: 0,
+                "set_device": switch,
+                "current_device": lambda: card.current,
+                "is_initialized": lambda: card.used,
                 "get_device_name": lambda device=None: f"Fake card {torch.device(device).index}",
                 "get_rng_state": state,
                 "set_rng_state": lambda new, device="cuda": card.means(device),

@@ -67,18 +67,7 @@ def test_what_a_family_would_ignore_is_refused(ar, bd, monkeypatch):
 
 
 def test_shapes_are_published_ones_with_random_weights(monkeypatch):
-    monkeypatch.setitem(
-        bench.SHAPES,
-        "small",
-        {
-            "hidden_size": 16,
-            "num_hidden_layers": 1,
-            "intermediate_size": 16,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 1,
-            "vocab_size": 5000,
-        },
-    )
+    monkeypatch.setitem(bench.SHAPES, "small", (16, 1, 16, 2, 1, 5000))
     policy = bench.bench_policy("random-bd:small", 8)
     assert (policy.kind, policy.block_length) == ("bd", 8)
     assert policy.model.get_output_embeddings().weight.shape == (5000, 16)

@@ -290,13 +290,20 @@ def test_the_other_ways_of_writing_stay_on_the_card(mdm, ar, card):
     assert denoiser(torch.full((1, 4), mdm.mask_token_id)).dtype == torch.float64
 
 
-def test_the_encoder_of_rewards_is_on_the_card_of_its_process(monkeypatch):
-    here = SentenceEncoder().embed(["gout"])
-    monkeypatch.setenv("LOCAL_RANK", "1")
+def test_the_encoder_of_rewards_is_where_the_policy_is(monkeypatch):
+    """On its card, whichever that is; on the processor beside a policy that is there, whatever the
+    machine has and however many processes share it."""
     with FakeCard(float64=False) as card:
+        load_policy("tiny-ar", device="cuda:1")
         encoder = SentenceEncoder()
         there = encoder.embed(["gout"])
         assert encoder.model.device == card.device
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    with FakeCard():
+        load_policy("tiny-ar", device="cpu")
+        encoder = SentenceEncoder()
+        here = encoder.embed(["gout"])
+        assert encoder.model.device == torch.device("cpu")
     assert here == pytest.approx(there, abs=1e-5)
 
 

@@ -575,6 +575,14 @@ def test_resumed_pretraining_gives_the_same_bits(tokenizer, tmp_path, family):
     assert whole.kind == resumed.kind == family
 
 
+def test_a_loss_that_is_no_number_stops_pretraining(tokenizer, tmp_path, monkeypatch):
+    lost = torch.tensor(torch.nan, requires_grad=True)
+    monkeypatch.setattr("mdmrl.zoo.pretrain.resolve", lambda loss: lambda *_: (lost, 1))
+    with pytest.raises(FloatingPointError, match="loss=nan at step 0: training diverged"):
+        pretrain(PretrainConfig(**TINY), tokenizer, medcot.stream, tmp_path)
+    assert lost.grad is None
+
+
 def test_pretraining_cut_before_its_first_checkpoint_logs_no_step_twice(tokenizer, tmp_path):
     config = PretrainConfig(**TINY | {"save_steps": 100})
     with pytest.raises(InterruptedError):

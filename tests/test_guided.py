@@ -496,6 +496,7 @@ def test_what_to_expect_of_the_best_of_n():
         ({"checks": []}, r"checks=\[\]: expected shares"),
         ({"budget": 0.99}, "budget=0.99: expected at least 1"),
         ({"patience": 0}, "patience=0: expected at least 1"),
+        ({"description_length": -4}, "description_length=-4: expected at least 0"),
         ({"low": -0.1}, "low=-0.1.*expected quantiles"),
         ({"form": "faithful", "low": 0.6}, "low=0.6, high=0.5: expected low <= high"),
         ({"form": "faithful", "patience": 5}, "patience=5 would be ignored with form='faithful'"),

@@ -122,7 +122,7 @@ def test_how_much_the_first_half_decides(policy, reward, of, low, high):
 
 
 def test_half_of_a_text_is_a_state_only_between_blocks(policy):
-    for settings in ({"block_length": 8}, {"block_length": 4, "max_completion_length": 12}):
+    for settings in ({"sampler": {"block_length": 8}}, {"max_completion_length": 12}):
         odd_number = CONFIG.replace(**settings)
         with pytest.raises(ValueError, match="an even number of blocks"):
             judging.what_is_decided("toy", odd_number, 4, 2, "quick")

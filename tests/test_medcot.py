@@ -324,7 +324,7 @@ def test_a_split_that_is_empty_is_refused(tmp_path):
     path = tmp_path / "real.jsonl"
     path.write_text('{"Question": "x", "Complex_CoT": "y", "Response": "z"}')
     task = load_task("medcot", data=path)
-    (full,) = [split for split in SPLITS if task.splits[split]()]
+    (full,) = [split for split in SPLITS if task.splits[split]]
     empty = next(split for split in SPLITS if split != full)
     with pytest.raises(ValueError, match=f"split '{empty}' of medcot is empty"):
         task.rows(empty)
@@ -335,7 +335,7 @@ def test_an_answer_of_null_counts_as_none(tmp_path):
     row = {"Question": "x", "Complex_CoT": "y", "Response": "z", "Answer": None}
     path.write_text(json.dumps(row))
     task = load_task("medcot", data=path)
-    (found,) = [row for split in SPLITS for row in task.splits[split]()]
+    (found,) = [row for split in SPLITS for row in task.splits[split]]
     assert task.metric("<answer>z</answer>", found) is None
 
 

@@ -713,6 +713,15 @@ def test_the_default_device_is_the_one_that_is_there(monkeypatch):
     assert chosen == ["auto", "cuda:1"]
 
 
+def test_of_two_processes_that_convert_one_checkpoint_the_second_keeps_the_first(tmp_path):
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(name)
+        assert load._put_in_place(tmp_path / name, tmp_path / "cache") == tmp_path / "cache"
+    assert [path.name for path in tmp_path.iterdir()] == ["cache"]
+    assert (tmp_path / "cache" / "config.json").read_text() == "first"
+
+
 def test_smollm2_without_its_package_says_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setenv("MDMRL_CACHE", str(tmp_path))
     monkeypatch.setattr("importlib.metadata.files", _no_package)

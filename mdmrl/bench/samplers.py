@@ -10,68 +10,34 @@ from __future__ import annotations
 
 import ctypes
 import json
+import re
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from importlib import resources
+from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
-from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from mdmrl.config import require, unknown
-from mdmrl.policies import Policy, load_policy, load_tokenizer
+from mdmrl.policies import Policy, load_policy
+from mdmrl.policies.families import FAMILIES
 from mdmrl.policies.load import DTYPES
 from mdmrl.provenance import environment, pick_device
-from mdmrl.runs import kept_random_state
 from mdmrl.sampling import SamplerConfig, generate
-from mdmrl.sampling.denoise import evenly
-from mdmrl.zoo.pretrain import FAMILIES
+from mdmrl.sampling.denoise import Canvas, evenly
+from mdmrl.zoo.pretrain import fresh_model, shipped_tokenizer
 
-# Published shapes with random weights: they say how fast, nothing of how good.
+# Published shapes (see `SHAPE`) with random weights: they say how fast, nothing of how good.
 SHAPES = {
-    "large-vocabulary": {
-        "hidden_size": 256,
-        "num_hidden_layers": 4,
-        "intermediate_size": 1024,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
-        "vocab_size": 126_464,
-    },
-    "smollm2": {
-        "hidden_size": 576,
-        "num_hidden_layers": 30,
-        "intermediate_size": 1536,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "vocab_size": 49_152,
-    },
-    "qwen2.5-7b": {
-        "hidden_size": 3584,
-        "num_hidden_layers": 28,
-        "intermediate_size": 18_944,
-        "num_attention_heads": 28,
-        "num_key_value_heads": 4,
-        "vocab_size": 152_064,
-    },
+    "large-vocabulary": (256, 4, 1024, 4, 4, 126_464),
+    "smollm2": (576, 30, 1536, 9, 3, 49_152),
+    "qwen2.5-7b": (3584, 28, 18_944, 28, 4, 152_064),
 }
-SHOWN = (
-    "sampler",
-    "batch",
-    "length",
-    "steps",
-    "seconds",
-    "samples_per_second",
-    "tokens_per_second",
-    "nfe",
-    "token_forwards",
-    "peak_mb",
-    "speedup",
-    "agreement",
-)
 
 
 def bench_samplers(
@@ -89,22 +55,17 @@ def bench_samplers(
     """Time every sampler of a policy's family; run it on an idle machine.
 
     Args:
-        policy: a name that `load_policy` takes, or `random-KIND:SHAPE` for random weights, KIND one
-            of ar, mdm and bd, SHAPE one of `SHAPES`.
-        steps: of denoising; none means 64. block_length: of samplers with blocks, and of random
-            block diffusion; None means 32.
+        policy: a name that `load_policy` takes, or `random-KIND:SHAPE`, KIND one of ar, mdm and bd,
+            SHAPE one of `SHAPES`.
+        steps: of denoising, by default 64. block_length: of samplers with blocks, and of random
+            block diffusion, by default 32.
         prompt_length: tokens of the longest prompt of a batch; the others are shorter.
         samplers: only these, beside their plain loop, by their names in the table; none means all.
-        device, dtype: see `load_policy`.
     Returns:
         `rows`, one a sampler with medians over `repeats` after one run to warm up: seconds,
         samples and tokens a second, forward passes, positions pushed through the network, peak
         memory above what was held before; `speedup` over the plain loop with the same blocks, and
         the `agreement` with it, the share of equal tokens. And the machine.
-
-    Raises:
-        ValueError: more steps than tokens, blocks that do not divide them or outnumber the steps,
-            an unknown sampler, steps or blocks for a policy that has none, or its own.
     """
     require(repeats >= 1, f"repeats={repeats}: expected at least 1")
     loaded = bench_policy(policy, block_length or 32, device, dtype)
@@ -114,20 +75,18 @@ def bench_samplers(
         or (loaded.denoises and loaded.block_length is None),
         f"block_length={block_length}: {policy} has no such blocks; leave it out",
     )
-    sizes = [
-        {"batch": batch, "length": length, "steps": count}
+    work = [  # all of it before the first is timed, so that bad input costs nothing
+        (
+            {"batch": batch, "length": length, "steps": count},
+            _prompts(loaded, batch, prompt_length),
+            _chosen(_samplers(loaded, length, count, block_length or 32), samplers),
+        )
         for length in lengths
         for batch in batches
         for count in (steps or [64] if loaded.denoises else [length])
     ]
-    # All of them before the first is timed, so that bad input costs nothing.
-    groups = [
-        _chosen(_samplers(loaded, size["length"], size["steps"], block_length or 32), samplers)
-        for size in sizes
-    ]
     rows = []
-    for size, group in zip(sizes, groups, strict=True):
-        prompts = _prompts(loaded, size["batch"], prompt_length)
+    for size, prompts, group in work:
         for sampler in group:
             rows += _compared(loaded, prompts, sampler, size, repeats)
     asked = {"policy": policy, "prompt_length": prompt_length, "repeats": repeats}
@@ -137,10 +96,10 @@ def bench_samplers(
 def print_bench(numbers: dict) -> None:
     """The rows on the terminal."""
     title = f"{numbers['policy']} on {numbers['machine']}, {numbers['threads']} threads"
-    table = Table(*(name.replace("_", " ") for name in SHOWN), title=title, title_justify="left")
+    names = (name.replace("_", " ") for name in numbers["rows"][0])
+    table = Table(*names, title=title, title_justify="left")
     for row in numbers["rows"]:
-        cells = (row[name] for name in SHOWN)
-        table.add_row(*(f"{c:,.3g}" if isinstance(c, float) else f"{c}" for c in cells))
+        table.add_row(*(f"{c:,.3g}" if isinstance(c, float) else f"{c}" for c in row.values()))
     Console(width=150).print(table)
 
 
@@ -177,22 +136,8 @@ def bench_policy(
         f"policy={name!r}: expected random-KIND:SHAPE with KIND of {', '.join(FAMILIES)} and SHAPE "
         f"of {', '.join(SHAPES)}",
     )
-    tokenizer = load_tokenizer(resources.files("mdmrl.zoo") / "tokenizer")
-    config = Qwen2Config(
-        **SHAPES[shape],
-        max_position_embeddings=4096,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    config.is_causal = kind == "ar"
-    if kind == "bd":
-        config.block_length = block_length
-    device = torch.device(pick_device(device))
-    with kept_random_state(device), device:
-        torch.manual_seed(0)
-        model = Qwen2ForCausalLM(config)
+    tokenizer, settings = shipped_tokenizer(), (4096, block_length, 0, pick_device(device))
+    model = fresh_model(kind, tokenizer, SHAPES[shape], *settings)
     model.model.to(DTYPES[dtype])
     return FAMILIES[kind](model, tokenizer)
 
@@ -233,48 +178,34 @@ def _chosen(groups: list[tuple], names: Sequence[str]) -> list[tuple]:
     for name in names:
         if name not in known:
             raise unknown("sampler", name, known)
-    kept = [
-        (*plain, {name: compared[name] for name in compared if name in (names or known)})
-        for *plain, compared in groups
-    ]
-    return [group for group in kept if group[-1]]
+    chosen = []
+    for *plain, compared in groups:
+        if kept := {name: compared[name] for name in compared if name in (names or known)}:
+            chosen.append((*plain, kept))
+    return chosen
 
 
 def _compared(policy, prompts, group, size: dict, repeats: int) -> list[dict]:
     """Rows of one plain loop and of what is compared with it, taken in turns."""
     plain, config, others = group
-    calls = {
-        f"plain loop{f', blocks of {config.block_length}' if config.block_length else ''}": (
-            lambda: plain(policy, prompts, config)
-        )
-    }
-    for name, other in others.items():
-        calls[name] = lambda other=other: _ours(policy, prompts, other)
-    measured: dict[str, list] = {name: [] for name in calls}
-    for turn in range(1 + repeats):
-        for name, call in calls.items():
-            result = _measured(call, policy.device)
-            if turn:  # the first is to warm up
-                measured[name].append(result)
+    blocks = f", blocks of {config.block_length}" if config.block_length else ""
+    calls = {f"plain loop{blocks}": partial(plain, policy, prompts, config)}
+    calls |= {name: partial(_ours, policy, prompts, other) for name, other in others.items()}
+    turns = [  # the first is to warm up
+        {name: _measured(call, policy.device) for name, call in calls.items()}
+        for _ in range(1 + repeats)
+    ][1:]
     rows, first = [], None
-    for name, runs in measured.items():
-        seconds = statistics.median(run["seconds"] for run in runs)
-        tokens, nfe, token_forwards = runs[0]["result"]
+    for name in calls:
+        seconds, peak, _ = zip(*(turn[name] for turn in turns), strict=True)
+        seconds, (tokens, nfe, token_forwards) = statistics.median(seconds), turns[0][name][2]
         first = first or (seconds, tokens)
-        rows.append(
-            {"sampler": name}
-            | size
-            | {
-                "seconds": seconds,
-                "samples_per_second": len(prompts) / seconds,
-                "tokens_per_second": tokens.numel() / seconds,
-                "nfe": nfe,
-                "token_forwards": token_forwards,
-                "peak_mb": statistics.median(run["peak_mb"] for run in runs),
-                "speedup": first[0] / seconds,
-                "agreement": (tokens == first[1]).float().mean().item(),
-            }
-        )
+        made = {"samples": len(prompts), "tokens": tokens.numel()}
+        pace = {f"{what}_per_second": count / seconds for what, count in made.items()}
+        costs = {"nfe": nfe, "token_forwards": token_forwards, "peak_mb": statistics.median(peak)}
+        agreement = (tokens == first[1]).float().mean().item()
+        against = {"speedup": first[0] / seconds, "agreement": agreement}
+        rows.append({"sampler": name, **size, "seconds": seconds, **pace, **costs, **against})
     return rows
 
 
@@ -286,32 +217,27 @@ def _ours(policy, prompts, config):
 @torch.no_grad()
 def plain_denoising(policy, prompts: list[str], config: SamplerConfig):
     """LLaDA's loop at temperature 0: completions (B, L), forward passes, positions computed."""
-    given = policy.encode(prompts, config.max_new_tokens)
-    batch, width = given.input_ids.shape
-    length, size = config.max_new_tokens, config.block_length or policy.block_length
-    size = size or length
-    blank = torch.full((batch, length), policy.mask_token_id, device=policy.device)
-    canvas = torch.cat([given.input_ids, blank], 1)
-    attention = torch.cat([given.attention_mask, torch.ones_like(blank, dtype=torch.bool)], 1)
+    length = config.max_new_tokens
+    size = config.block_length or policy.block_length or length
+    encoded = policy.encode(prompts, length)
+    canvas, attention, _, width = Canvas.behind(encoded, length, policy.mask_token_id)
     pattern = policy.pattern(width, length)
     nfe = token_forwards = 0
     starts = range(width, width + length, size)
     for start, steps in zip(starts, evenly(config.denoising_steps, len(starts)), strict=True):
         # Blocks to come are no part of a block-causal canvas.
-        seen = width + length if pattern is None else start + size
+        seen = slice(width + length if pattern is None else start + size)
         for quota in evenly(size, steps):
-            masked = canvas[:, :seen] == policy.mask_token_id
-            logits = policy.logits(
-                canvas[:, :seen], attention[:, :seen], None if pattern is None else pattern[:seen]
-            )
+            ids, blocks = canvas[:, seen], None if pattern is None else pattern[seen]
+            logits = policy.logits(ids, attention[:, seen], blocks)
             logits[..., policy.mask_token_id] = -torch.inf
             confidence, tokens = logits.log_softmax(-1).max(-1)
-            confidence[~masked] = -torch.inf
+            confidence[ids != policy.mask_token_id] = -torch.inf
             confidence[:, start + size :] = -torch.inf
-            for row in range(batch):
+            for row in range(len(canvas)):
                 chosen = confidence[row].sort(descending=True, stable=True).indices[:quota]
                 canvas[row, chosen] = tokens[row, chosen]
-            nfe, token_forwards = nfe + 1, token_forwards + masked.numel()
+            nfe, token_forwards = nfe + 1, token_forwards + ids.numel()
     return canvas[:, width:], nfe, token_forwards
 
 
@@ -319,25 +245,22 @@ def plain_denoising(policy, prompts: list[str], config: SamplerConfig):
 def plain_autoregressive(policy, prompts: list[str], config: SamplerConfig):
     """Greedy without a cache: completions (B, L), forward passes, positions computed."""
     given = policy.encode(prompts, config.max_new_tokens)
-    ids, attention = given.input_ids, given.attention_mask
+    ids, attention, width = given.input_ids, given.attention_mask, given.input_ids.shape[1]
     ended = torch.zeros(len(ids), dtype=torch.bool, device=policy.device)
-    ends = torch.tensor(policy.end_token_ids, device=policy.device)
     nfe = token_forwards = 0
     while nfe < config.max_new_tokens and not ended.all():
         hidden = policy.hidden_states(ids, attention)[:, -1]
         nfe, token_forwards = nfe + 1, token_forwards + ids.numel()
         tokens = policy.head(hidden).argmax(-1).masked_fill(ended, policy.pad_token_id)
-        ended |= torch.isin(tokens, ends)
+        ended |= policy.is_end(tokens)
         ids = torch.cat([ids, tokens[:, None]], 1)
         attention = torch.cat([attention, attention.new_ones(len(ids), 1)], 1)
-    completion = ids[:, given.input_ids.shape[1] :]
-    missing = config.max_new_tokens - completion.shape[1]
-    full = torch.nn.functional.pad(completion, (0, missing), value=policy.pad_token_id)
-    return full, nfe, token_forwards
+    missing = config.max_new_tokens - (ids.shape[1] - width)
+    return F.pad(ids[:, width:], (0, missing), value=policy.pad_token_id), nfe, token_forwards
 
 
-def _measured(call: Callable, device: torch.device) -> dict:
-    """Seconds and peak memory above what was held before, in MB, of one call on `device`."""
+def _measured(call: Callable, device: torch.device) -> tuple:
+    """Of one call on `device`: seconds, peak memory above what was held before in MB, result."""
     card = device.type == "cuda"
     if card:
         torch.cuda.synchronize(device)
@@ -355,14 +278,11 @@ def _measured(call: Callable, device: torch.device) -> dict:
         torch.cuda.synchronize(device)
     seconds = time.perf_counter() - start
     peak = torch.cuda.max_memory_allocated(device) if card else _resident("VmHWM")
-    return {"seconds": seconds, "peak_mb": (peak - held) / 1e6, "result": result}
+    return seconds, (peak - held) / 1e6, result
 
 
 def _resident(field: str) -> float:
     """A field of /proc/self/status in bytes; nan where there is none."""
-    try:
-        status = Path("/proc/self/status").read_text()
-    except OSError:
-        return float("nan")
-    line = next(line for line in status.splitlines() if line.startswith(field))
-    return 1024.0 * int(line.split()[1])
+    status = Path("/proc/self/status")
+    found = re.search(rf"{field}:\s+(\d+)", status.read_text() if status.exists() else "")
+    return 1024.0 * int(found[1]) if found else float("nan")

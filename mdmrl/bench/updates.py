@@ -7,9 +7,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import pandas as pd
 import torch
 
 from mdmrl.policies import Policy, load_policy
@@ -26,12 +28,8 @@ from mdmrl.tasks import load_task
 def bench_update(
     policy: str = "tiny-mdm", repeats: int = 5, device: str = "auto", dtype: str = "float32"
 ) -> dict:
-    """Seconds of one GRPO update: 2 prompts of 6 completions, 128 new tokens, 64 steps.
-
-    Returns:
-        medians over `repeats` updates, after one to warm up, of the whole update and of its
-        rollout and reward parts; and the machine.
-    """
+    """Seconds of one GRPO update, 2 prompts of 6 completions, 128 new tokens, 64 steps: medians of
+    the whole and of its rollout and reward parts over `repeats`, after one to warm up."""
     task, loaded = load_task("medcot"), load_policy(policy, device=device, dtype=dtype)
     with tempfile.TemporaryDirectory() as folder:
         config = GRPOConfig.thesis(
@@ -50,12 +48,8 @@ def bench_update(
 
 def bench_estimators(repeats: int = 5, length: int = 128, device: str = "auto") -> dict:
     """Seconds of one GRPO update without its sampling, by estimator, on the same 2 x 6 completions
-    of `length` tokens, which all count: policy, reference and both backward passes.
-
-    Returns:
-        rows of estimator, median seconds, and median ratio to the autoregressive twin's update,
-        which takes turns with it; and the machine.
-    """
+    of `length` tokens, which all count: policy, reference and both backward passes. Medians, also
+    of the ratio to the autoregressive twin's update, which takes turns with it."""
     task, runs = load_task("medcot"), {}
     prompts = [row["prompt"] for row in task.rows("rl", 2) for _ in range(6)]
     for name in ("exact", "one_step", "complementary", "coupled"):
@@ -68,33 +62,23 @@ def bench_estimators(repeats: int = 5, length: int = 128, device: str = "auto") 
         noise = draw_noise(rollout, 0.0, generator, scorer.samples)
         parameters = policy.trainable_parameters()
         runs[name] = partial(update, policy, rollout, scorer, noise, None, parameters, config)
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(repeats + 1):  # the first to warm up
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - start)
-    rows = []
-    for name, taken in seconds.items():
-        ratios = [one / twin for one, twin in zip(taken, seconds["exact"], strict=True)]
-        median = {"seconds": taken, "ratio_to_ar": ratios}
-        median = {key: statistics.median(values[1:]) for key, values in median.items()}
-        rows.append({"estimator": name, **median})
+    turns = [{name: _seconds(run) for name, run in runs.items()} for _ in range(repeats + 1)]
+    table = pd.DataFrame(turns[1:])  # the first is to warm up
+    medians = {"seconds": table.median(), "ratio_to_ar": table.div(table["exact"], axis=0).median()}
+    rows = pd.DataFrame(medians).rename_axis("estimator").reset_index().to_dict("records")
     return {"rows": rows, "repeats": repeats, "length": length, **environment(policy.device)}
 
 
 def _some_rollout(policy: Policy, prompts: list[str], length: int, config: GRPOConfig) -> Rollout:
     """Completions of random tokens, the same for policies that share a tokenizer."""
     encoded, draw = policy.encode(prompts, length), generator_for(0, "tokens")
-    first = max(policy.tokenizer.all_special_ids) + 1
-    shape, rows = (len(prompts), length), len(prompts)
-    tokens = torch.randint(first, len(policy.tokenizer), shape, generator=draw)
-    device = policy.device
+    first, device, rows = max(policy.tokenizer.all_special_ids) + 1, policy.device, len(prompts)
+    tokens = torch.randint(first, len(policy.tokenizer), (rows, length), generator=draw)
     return Rollout(
         prompt_ids=encoded.input_ids,
         prompt_mask=encoded.attention_mask,
         completion_ids=tokens.to(device),
-        completion_mask=torch.ones(shape, dtype=torch.bool, device=device),
+        completion_mask=torch.ones(rows, length, dtype=torch.bool, device=device),
         advantages=torch.linspace(-1, 1, rows, device=device),
         counted=torch.ones(rows, dtype=torch.bool, device=device),
         sampler=config.sampler_for(policy),
@@ -103,14 +87,18 @@ def _some_rollout(policy: Policy, prompts: list[str], length: int, config: GRPOC
 
 def bench_import(repeats: int = 7) -> dict:
     """Seconds of `import mdmrl` in a fresh interpreter, beyond those of an empty one; medians."""
-
-    def seconds(statement: str) -> float:
-        start = time.perf_counter()
-        subprocess.run([sys.executable, "-c", statement], check=True, cwd=Path(__file__).parents[2])
-        return time.perf_counter() - start
-
+    root = Path(__file__).parents[2]
     empty, ours = (
-        statistics.median(seconds(statement) for _ in range(repeats))
+        partial(subprocess.run, [sys.executable, "-c", statement], check=True, cwd=root)
         for statement in ("pass", "import mdmrl")
     )
+    empty, ours = (
+        statistics.median(_seconds(run) for _ in range(repeats)) for run in (empty, ours)
+    )
     return {"import_time": ours - empty, "repeats": repeats, **environment("cpu")}
+
+
+def _seconds(call: Callable) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start

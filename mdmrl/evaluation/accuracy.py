@@ -32,10 +32,8 @@ def evaluate(
     """Complete every row's prompt and average what `rewards` and `metric` say.
 
     Args:
-        draw: what completes the prompts, called as `generate` is.
-        watch: see `Task`.
-        reward_weights: of the rewards in their sum.
-        log: what it offers to rewards, and takes down what they report; a new one unless given.
+        draw: what completes the prompts, called as `generate` is; watch: see `Task`.
+        reward_weights: of the rewards in their sum; log: takes down what they report.
     Returns:
         `reward`, `rewards/<name>/mean`, `accuracy` (the share of rows `metric` accepts), what
         rewards report and the monitors of `mdmrl.evaluation.completions`, each behind `prefix`.
@@ -54,26 +52,20 @@ def evaluate(
         output = draw(policy, prompts, config, generator)
         for name, value in completion_metrics(policy, output, watch).items():
             means[name].append((value, len(part)))
+        written, columns = output.completions, {}
         if rewards:
-            values = reward_values(
-                rewards, prompts, output.completions, output.token_lists(), part, **log.offered
-            )
-            total = total_reward(values, reward_weights)
-            means["reward"].append((total.nanmean().item(), _counted(total)))
-            for name, mean, column in zip(names, values.nanmean(0).tolist(), values.T, strict=True):
-                means[f"rewards/{name}/mean"].append((mean, _counted(column)))
+            given = (prompts, written, output.token_lists(), part)
+            values = reward_values(rewards, *given, **log.offered)
+            columns = {f"rewards/{name}/mean": x for name, x in zip(names, values.T, strict=True)}
+            columns = {"reward": total_reward(values, reward_weights), **columns}
         if metric is not None:
-            judged = zip(output.completions, part, strict=True)
-            verdicts = [metric(text, row) for text, row in judged]
+            verdicts = map(metric, written, part)
             right = [math.nan if verdict is None else verdict for verdict in verdicts]
-            right = torch.tensor(right, dtype=torch.float64)
-            means["accuracy"].append((right.nanmean().item(), _counted(right)))
+            columns["accuracy"] = torch.tensor(right, dtype=torch.float64)
+        for name, column in columns.items():
+            means[name].append((column.nanmean().item(), int((~column.isnan()).sum())))
     averages = {name: _average(batches) for name, batches in means.items()}
     return {prefix + name: value for name, value in (log.metrics() | averages).items()}
-
-
-def _counted(values: torch.Tensor) -> int:
-    return int((~values.isnan()).sum())
 
 
 def _average(batches: Sequence[tuple[float, int]]) -> float | None:

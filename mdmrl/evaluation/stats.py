@@ -1,4 +1,7 @@
-"""Intervals for a handful of seeds or many samples, and how well a score tells right from wrong."""
+"""Intervals for a handful of seeds or many samples, and how well a score tells right from wrong.
+
+Values of another shape, number or length than expected, or not finite, are an `InputError`.
+"""
 
 from __future__ import annotations
 
@@ -22,13 +25,18 @@ class Interval(NamedTuple):
     low: float
     high: float
 
+    def __str__(self) -> str:
+        """The estimate and, where there are any, the ends: "0.41 [0.32, 0.5]"."""
+        ends = "" if math.isnan(self.low) else f" [{self.low:.3g}, {self.high:.3g}]"
+        return f"{self.estimate:.3g}{ends}"
+
+    def exp(self) -> Interval:
+        """The interval of a quantity from that of its logarithm."""
+        return Interval(*np.exp(self).tolist())
+
 
 def t_interval(values: Values, confidence: float = 0.95) -> Interval:
-    """Student's interval of the mean of n >= 2 independent values.
-
-    Raises:
-        ValueError: fewer than two values, or one that is not finite.
-    """
+    """Student's interval of the mean of n >= 2 independent, finite values."""
     values = _checked(values, at_least=2)
     mean = values.mean()
     half = _t(len(values), confidence) * values.std(ddof=1) / math.sqrt(len(values))
@@ -40,9 +48,6 @@ def ratio_interval(a: Values, b: Values, confidence: float = 0.95) -> Interval:
 
     The ratios r for which the t-interval of mean(a - r b) holds 0. Where mean(b) itself is not
     clear of 0 nothing is known of the ratio, and the ends are infinite.
-
-    Raises:
-        ValueError: unequal lengths, fewer than two pairs, or a value that is not finite.
     """
     a, b = _checked(a, at_least=2), _checked(b, at_least=2)
     _require_as_many(a, b)
@@ -60,11 +65,7 @@ def ratio_interval(a: Values, b: Values, confidence: float = 0.95) -> Interval:
 
 
 def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> Interval:
-    """Wilson's score interval of a share; the estimate is successes / n.
-
-    Raises:
-        ValueError: n < 1, or successes outside 0..n.
-    """
+    """Wilson's score interval of a share; the estimate is successes / n."""
     require(0 <= successes <= n and n > 0, f"{successes} of {n}: expected 0 <= successes <= n > 0")
     share = successes / n
     z2 = float(ndtri((1 + confidence) / 2)) ** 2
@@ -80,9 +81,6 @@ def auroc(scores: Values, positive: Sequence[bool]) -> float:
     """The chance that a positive scores above a negative, ties counting half (Mann and Whitney).
 
     In closed form from mid-ranks; nan without a positive or without a negative.
-
-    Raises:
-        ValueError: unequal lengths, or a score that is not finite.
     """
     scores, positive = _checked(scores, at_least=1), np.asarray(positive, dtype=bool)
     _require_as_many(scores, positive)
@@ -117,15 +115,10 @@ def calibration(
     """Mean prediction, mean outcome and count of `bins` bins of equally many, by prediction.
 
     Bins differ by one value at most, the larger ones first; equal predictions may fall into two.
-
-    Raises:
-        ValueError: unequal lengths, fewer values than bins, or one that is not finite.
     """
-    predicted, outcome = (
-        _checked(values, at_least=max(1, bins)) for values in (predicted, outcome)
-    )
-    _require_as_many(predicted, outcome)
     require(bins >= 1, f"bins={bins}: expected at least 1")
+    predicted, outcome = _checked(predicted, at_least=bins), _checked(outcome, at_least=bins)
+    _require_as_many(predicted, outcome)
     parts = np.array_split(predicted.argsort(kind="stable"), bins)
     means = ([values[part].mean() for part in parts] for values in (predicted, outcome))
     return (*map(np.array, means), np.array([len(part) for part in parts]))
@@ -142,9 +135,7 @@ def _t(n: int, confidence: float) -> float:
 
 def _checked(values: Values, at_least: int) -> np.ndarray:
     values = np.asarray(values, dtype=float)
-    require(
-        values.ndim == 1 and len(values) >= at_least,
-        f"values of shape {values.shape}: expected a list of at least {at_least}",
-    )
+    fit = values.ndim == 1 and len(values) >= at_least
+    require(fit, f"values of shape {values.shape}: expected a list of at least {at_least}")
     require(bool(np.isfinite(values).all()), f"{values.tolist()}: expected finite values")
     return values

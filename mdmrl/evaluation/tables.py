@@ -15,7 +15,7 @@ from mdmrl.evaluation.accuracy import evaluate
 from mdmrl.evaluation.stats import wilson_interval
 from mdmrl.policies import Policy, load_policy
 from mdmrl.runs import write_atomically
-from mdmrl.sampling import SamplerConfig
+from mdmrl.sampling import SamplerConfig, generate
 from mdmrl.tasks import Task, load_task
 
 FIRST = ("steps", "accuracy", "low", "high", "reward")
@@ -30,22 +30,21 @@ def evaluation_table(
     limit: int | None,
     sampler: SamplerConfig,
     steps: Sequence[int] = (),
-    device: str = "auto",
-    dtype: str = "float32",
+    rewards: Sequence[Callable] | None = None,
+    draw: Callable = generate,
 ) -> pd.DataFrame:
     """Accuracy with its 95 % Wilson interval (`low`, `high`), rewards and monitors.
 
-    One row a number of denoising `steps`, one of the sampler's own where none is given, with the
-    other settings of `sampler`; column `sampler` names those that are not the defaults.
+    One row a number of denoising `steps` (which an autoregressive policy has not), one of the
+    sampler's own where none is given, with the other settings of `sampler`; column `sampler` names
+    those that are not the defaults. For `task` see `load_task`.
 
     Args:
-        policy: a policy, or the name of one to load on `device` in `dtype`; task: see `load_task`.
-    Raises:
-        InputError: steps of an autoregressive policy, which has none.
+        policy: a policy, or the name of one; rewards: instead of the task's; draw: what completes.
     """
     named = not isinstance(policy, Policy)
-    loaded = load_policy(policy, device=device, dtype=dtype) if named else policy
-    judged = load_task(task)
+    loaded, judged = load_policy(policy) if named else policy, load_task(task)
+    rewards = judged.rewards if rewards is None else rewards
     require(
         loaded.denoises or not steps,
         f"steps={list(steps)}: an autoregressive policy has no denoising steps; leave them out",
@@ -60,17 +59,13 @@ def evaluation_table(
             return verdict
 
         asked = judged.metric and metric
-        found = evaluate(loaded, rows, config, judged.rewards, asked, watch=judged.watch)
-        line = {
-            "policy": str(policy) if named else loaded.kind,
-            "kind": loaded.kind,
-            "task": judged.name,
-            "split": split,
-            "prompts": len(rows),
-            "sampler": config.described(but=("steps", "temperature")),
-            "steps": config.denoising_steps if loaded.denoises else config.max_new_tokens,
-            "temperature": config.temperature,
-        }
+        judging = {"watch": judged.watch, "draw": draw}
+        found = evaluate(loaded, rows, config, rewards, asked, **judging)
+        count = config.denoising_steps if loaded.denoises else config.max_new_tokens
+        line = {"policy": str(policy) if named else loaded.kind, "kind": loaded.kind}
+        line |= {"task": judged.name, "split": split, "prompts": len(rows)}
+        line |= {"sampler": config.described(but=("steps", "temperature"))}
+        line |= {"steps": count, "temperature": config.temperature}
         if verdicts:
             interval = wilson_interval(sum(verdicts), len(verdicts))
             line |= {"low": interval.low, "high": interval.high}

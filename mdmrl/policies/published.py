@@ -13,20 +13,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    GenerationConfig,
-    LlamaForCausalLM,
-    PreTrainedConfig,
-    PreTrainedModel,
-    Qwen2ForCausalLM,
-    Qwen2Tokenizer,
-    Qwen3ForCausalLM,
-)
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-)
+import transformers
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
 
 from mdmrl.config import InputError, require
 from mdmrl.policies.network import no_progress_bars
@@ -152,34 +141,38 @@ class Published:
 # cannot be told apart.
 PUBLISHED = {
     "llada": Published(
-        LlamaForCausalLM,
+        transformers.LlamaForCausalLM,
         "LLaDAModelLM",
         "<|eot_id|>",
-        fields=_llada_names,
-        weights=LLADA_WEIGHTS,
+        False,
+        _llada_names,
+        LLADA_WEIGHTS,
     ),
-    "Dream": Published(Qwen2ForCausalLM, "DreamModel", "<|im_end|>", logit_shift=True),
-    "a2d-qwen2": Published(Qwen2ForCausalLM, "A2DQwen2LMHeadModel", "<|im_end|>"),
-    "a2d-qwen3": Published(Qwen3ForCausalLM, "A2DQwen3LMHeadModel", "<|im_end|>"),
-    "a2d-llama": Published(LlamaForCausalLM, "A2DLlamaLMHeadModel", "<|eot_id|>"),
+    "Dream": Published(transformers.Qwen2ForCausalLM, "DreamModel", "<|im_end|>", logit_shift=True),
+    "a2d-qwen2": Published(transformers.Qwen2ForCausalLM, "A2DQwen2LMHeadModel", "<|im_end|>"),
+    "a2d-qwen3": Published(transformers.Qwen3ForCausalLM, "A2DQwen3LMHeadModel", "<|im_end|>"),
+    "a2d-llama": Published(transformers.LlamaForCausalLM, "A2DLlamaLMHeadModel", "<|eot_id|>"),
 }
 
 # Tokenizer classes to load as they are: one that is remote code, by the native class with the same
-# rules, and Qwen's, which AutoTokenizer finds only after warnings about an unknown model_type.
-TOKENIZERS = {"DreamTokenizer": Qwen2Tokenizer, "Qwen2Tokenizer": Qwen2Tokenizer}
+# rules; Qwen's, which AutoTokenizer finds only after warnings about an unknown model_type; and what
+# belongs to no architecture.
+TOKENIZERS = {
+    **dict.fromkeys(("DreamTokenizer", "Qwen2Tokenizer"), transformers.Qwen2Tokenizer),
+    "TokenizersBackend": transformers.PreTrainedTokenizerFast,
+    "PreTrainedTokenizerFast": transformers.PreTrainedTokenizerFast,
+}
 
 
 def read_fields(source: str) -> dict:
-    """The fields of a folder's or hub name's config.json.
-
-    Raises:
-        InputError: no such file, or a `model_type` that no native class here computes.
-    """
+    """The fields of a folder's or hub name's config.json; InputError for no such file, or a
+    `model_type` that no native class here computes."""
     with loading(source):
         fields, _ = PreTrainedConfig.get_config_dict(source)
     model_type = fields.get("model_type")
-    encodes = model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES or fields.get("is_encoder_decoder")
-    native = model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not encodes
+    encoders = modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    encodes = model_type in encoders or fields.get("is_encoder_decoder")
+    native = model_type in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not encodes
     require(
         native or model_type in PUBLISHED,
         f"{source} is of model_type {model_type!r}: expected a decoder that transformers has or "
@@ -203,33 +196,14 @@ def load_model(source: str, fields: dict, tokenizer, dtype: torch.dtype) -> PreT
     """
     # Mismatched sizes are let through here to be refused below, with both.
     options = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
-    if fields["model_type"] not in PUBLISHED:
-        with loading(source):
-            model, report = AutoModelForCausalLM.from_pretrained(
-                source, trust_remote_code=False, **options
-            )
-        _require_every_weight(source, report)
-        return model
-    family = PUBLISHED[fields["model_type"]]
+    family, native = PUBLISHED.get(fields["model_type"]), AutoModelForCausalLM
     with loading(source):
-        model, report = family.model.from_pretrained(
-            source, config=family.config(fields), key_mapping=dict(family.weights), **options
-        )
-    _require_every_weight(source, report)
-    model._weight_conversions = None  # or save_pretrained would write the old names again
-    # The settings that came along are those of the family's own sampler.
-    ends = model.generation_config.eos_token_id
-    ends = list(ends) if isinstance(ends, list) else [ends]
-    ends = [*ends, tokenizer.get_vocab().get(family.turn_end)]
-    model.generation_config = GenerationConfig(
-        eos_token_id=[end for end in dict.fromkeys(ends) if end is not None],
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return model
-
-
-def _require_every_weight(source: str, report: Mapping) -> None:
-    """Refuse a model with weights that transformers drew at random or left in the file."""
+        if family is None:
+            options["trust_remote_code"] = False
+        else:
+            native = family.model
+            options |= {"config": family.config(fields), "key_mapping": dict(family.weights)}
+        model, report = native.from_pretrained(source, **options)
     faults = [
         *(f"{name} is missing" for name in sorted(report["missing_keys"])),
         *(f"{name} is not part of the model" for name in sorted(report["unexpected_keys"])),
@@ -238,7 +212,17 @@ def _require_every_weight(source: str, report: Mapping) -> None:
             for name, saved, made in sorted(report["mismatched_keys"])
         ),
     ]
-    more = f" and {len(faults) - 4} more" if len(faults) > 4 else ""
-    require(
-        not faults, f"the weights of {source} do not fit its config: {'; '.join(faults[:4])}{more}"
+    said = "; ".join(faults[:4]) + (f" and {len(faults) - 4} more" if len(faults) > 4 else "")
+    require(not faults, f"the weights of {source} do not fit its config: {said}")
+    if family is None:
+        return model
+    model._weight_conversions = None  # or save_pretrained would write the old names again
+    # The settings that came along are those of the family's own sampler.
+    ends = model.generation_config.eos_token_id
+    ends = [*(ends if isinstance(ends, list) else [ends])]
+    ends.append(tokenizer.get_vocab().get(family.turn_end))
+    model.generation_config = GenerationConfig(
+        eos_token_id=[end for end in dict.fromkeys(ends) if end is not None],
+        pad_token_id=tokenizer.pad_token_id,
     )
+    return model

@@ -73,21 +73,19 @@ class Reference:
             "no reference yet: call policy.sync_reference() first",
         )
         with torch.no_grad():
+            policy, adapted = self._model, contextlib.nullcontext()
             if not self.uses_lora:
-                policy, self._model = self._model, self._reference
-                try:
-                    yield
-                finally:
-                    self._model = policy
+                self._model = self._reference
             elif self._reference is None:
-                with self.model.disable_adapter():
-                    yield
-                self._activate("default")
+                adapted = policy.disable_adapter()
             else:
                 self._activate("reference")
-                try:
+            try:
+                with adapted:
                     yield
-                finally:
+            finally:
+                self._model = policy
+                if self.uses_lora:
                     self._activate("default")
 
     def _activate(self, adapter: str) -> None:
@@ -107,11 +105,10 @@ class Reference:
 
     def load_reference_state(self, state: dict[str, Tensor]) -> None:
         """Restore what `reference_state` returned."""
-        if not state:
-            return
-        self.sync_reference()
-        model = self.model if self.uses_lora else self._reference
-        weights = dict(model.named_parameters())
-        with torch.no_grad():
-            for name, value in state.items():
-                weights[name].copy_(value)
+        if state:
+            self.sync_reference()
+            model = self.model if self.uses_lora else self._reference
+            weights = dict(model.named_parameters())
+            with torch.no_grad():
+                for name, value in state.items():
+                    weights[name].copy_(value)

@@ -21,9 +21,10 @@ def as_messages(text: Prompt, role: str) -> list[dict]:
     return [{"role": role, "content": text}] if isinstance(text, str) else text
 
 
-def refuse_bare_string(texts: Sequence) -> None:
-    """A string is a sequence too, of one prompt a character."""
+def require_texts(texts: Sequence, what: str) -> None:
+    """Refuse no texts at all, and a string: that is a sequence too, of one text a character."""
     require(not isinstance(texts, str), f"{texts!r} is one string: expected a list of them")
+    require(len(texts) > 0, f"no {what} given: expected at least one")
 
 
 def _written(prompt: Prompt) -> Iterator[str]:
@@ -58,10 +59,7 @@ class Text:
         return self.tokenizer.pad_token_id
 
     def encode(
-        self,
-        prompts: Sequence[Prompt],
-        max_new_tokens: int = 0,
-        begun: Sequence[str] | None = None,
+        self, prompts: Sequence[Prompt], max_new_tokens: int = 0, begun: Sequence[str] | None = None
     ) -> Prompts:
         """Encode strings (a user's message) or message lists with the chat template.
 
@@ -70,12 +68,10 @@ class Text:
         texts that the completions begin with; they alone may hold mask tokens.
 
         Raises:
-            InputError: an empty batch, messages without a chat template, a prompt that spells the
-                mask or an end token, one of no tokens or one that leaves no room for
-                `max_new_tokens`.
+            InputError: no prompts, a message list without a chat template, a prompt that spells
+                the mask or an end token, has no tokens or leaves no room for `max_new_tokens`.
         """
-        refuse_bare_string(prompts)
-        require(len(prompts) > 0, "no prompts given: expected at least one")
+        require_texts(prompts, "prompts")
         self._refuse_reserved_tokens(prompts)
         plain = self.tokenizer.chat_template is None
         require(
@@ -106,22 +102,16 @@ class Text:
         self, conversations: Sequence[list[dict]], add_generation_prompt: bool = False
     ) -> list[str]:
         """Lists of messages as the chat template writes them."""
-        return self.tokenizer.apply_chat_template(
-            conversations,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            enable_thinking=False,  # Qwen3 answers at once; other templates have no such switch
-        )
+        # Qwen3 answers at once; other templates have no such switch.
+        options = {"tokenize": False, "enable_thinking": False}
+        options["add_generation_prompt"] = add_generation_prompt
+        return self.tokenizer.apply_chat_template(conversations, **options)
 
     def encode_texts(
         self, texts: Sequence[str], max_new_tokens: int = 0, add_special_tokens: bool = False
     ) -> Prompts:
-        """Encode texts as they stand, without a chat template; raises as `encode`, but any token
-        may be spelled.
-
-        With `add_special_tokens` a text gets what the tokenizer puts before it, but no end: it is
-        to be continued.
-        """
+        """Encode texts as they stand, whatever tokens they spell. With `add_special_tokens` a text
+        gets what the tokenizer puts before it, but no end: it is to be continued."""
         rows = self.tokenizer(list(texts), add_special_tokens=add_special_tokens).input_ids
         ends = self.end_token_ids if add_special_tokens else ()
         for row in rows:
@@ -135,16 +125,15 @@ class Text:
             f"{self.context_length}: shorten the prompt or lower max_new_tokens",
         )
         ids = [torch.tensor(row) for row in rows]
-        real = [torch.ones_like(row, dtype=torch.bool) for row in ids]
-        return Prompts(
-            pad_sequence(ids, True, self.pad_token_id, "left").to(self.device),
-            pad_sequence(real, True, False, "left").to(self.device),
-        )
+        padded = pad_sequence(ids, True, self.pad_token_id, "left").to(self.device)
+        lengths = torch.tensor([len(row) for row in rows], device=self.device)
+        columns = torch.arange(longest, device=self.device)
+        return Prompts(padded, columns >= longest - lengths[:, None])
 
     def decode(self, completion_ids: Tensor, completion_mask: Tensor) -> list[str]:
         """Texts up to the first end token, without the tokens that frame a text (leftover masks
         too). Tags stay, also where the tokenizer holds them as special tokens."""
-        framing = torch.tensor(sorted(self._framing_token_ids()), device=completion_ids.device)
+        framing = torch.tensor(list(self._framing_token_ids()), device=completion_ids.device)
         shown = completion_mask & ~torch.isin(completion_ids, framing)
         rows = [ids[mask] for ids, mask in zip(completion_ids, shown, strict=True)]
         return self.tokenizer.batch_decode(rows)
@@ -175,7 +164,11 @@ class Text:
             done = max(done, len(whole))
         return pieces
 
+    def is_end(self, ids: Tensor) -> Tensor:
+        """Where `ids` are end tokens; bool, of the same shape."""
+        return torch.isin(ids, torch.tensor(self.end_token_ids, device=ids.device))
+
     def completion_mask(self, completion_ids: Tensor) -> Tensor:
         """True up to and including the first end token, (B, L) bool."""
-        ends = torch.isin(completion_ids, torch.tensor(self.end_token_ids, device=self.device))
+        ends = self.is_end(completion_ids)
         return ends.cumsum(1) - ends.long() == 0

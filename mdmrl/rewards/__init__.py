@@ -10,15 +10,3 @@ from mdmrl.rewards.protocol import (
     total_reward,
 )
 from mdmrl.rewards.text import completion_text, exact_answer
-
-__all__ = [
-    "RewardLog",
-    "check_rewards",
-    "complete_rows",
-    "completion_text",
-    "exact_answer",
-    "medical_rewards",
-    "reward_name",
-    "reward_values",
-    "total_reward",
-]

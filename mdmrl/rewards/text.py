@@ -17,13 +17,8 @@ _SENTENCE_END = re.compile(r"\n|\.(?=\s|\Z)")
 
 
 def completion_text(completion: str | list[dict]) -> str:
-    """The text the policy wrote: a string, or the assistant's messages of a conversation.
-
-    A message's content may be a string, None (a bare tool call) or a list of typed parts.
-
-    Raises:
-        TypeError: the completion is neither a string nor a list of messages.
-    """
+    """The text the policy wrote: a string, or the assistant's messages of a conversation, whose
+    content may be a string, None (a bare tool call) or a list of typed parts."""
     if isinstance(completion, str):
         return completion
     if not isinstance(completion, list) or not all(isinstance(m, dict) for m in completion):
@@ -66,25 +61,18 @@ def normalise_answer(text: str) -> str:
 
 
 def extract_answer(text: str) -> str | None:
-    """The answer a text gives, normalised.
-
-    The last `<answer>` block, even an empty one; without any, the sentence after the last "the
-    answer is"; without that, None.
-    """
+    """The answer a text gives, normalised: the last `<answer>` block, even an empty one; without
+    any, the sentence after the last "the answer is"; without that, None."""
     block = answer_block(text)
     if block is not None:
         return normalise_answer(block)
     _, phrase, rest = text.casefold().rpartition(ANSWER_PHRASE)
-    if not phrase:
-        return None
     sentence = strip_tags(rest).lstrip(": \t\n\r")
-    return normalise_answer(_SENTENCE_END.split(sentence, maxsplit=1)[0])
+    return normalise_answer(_SENTENCE_END.split(sentence, maxsplit=1)[0]) if phrase else None
 
 
 def exact_answer(completion: str | list[dict], Answer: str) -> bool:
-    """The true metric: whether the completion's answer is `Answer`, both normalised.
-
-    An empty answer is never right.
-    """
+    """The true metric: whether the completion's answer is `Answer`, both normalised. An empty
+    answer is never right."""
     answer = extract_answer(completion_text(completion))
     return bool(answer) and answer == normalise_answer(Answer)

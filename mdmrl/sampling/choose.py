@@ -11,9 +11,8 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Generator, Tensor
 
-from mdmrl.policies import MaskedDiffusionPolicy
 from mdmrl.sampling.config import SamplerConfig
 from mdmrl.sampling.rules import entropies
 
@@ -22,13 +21,7 @@ TINY = torch.finfo(torch.float32).tiny  # a uniform number may be 0
 
 
 def reveal(
-    policy: MaskedDiffusionPolicy,
-    logits: Tensor,
-    positions: Tensor,
-    open_: Tensor,
-    quota: Tensor,
-    config: SamplerConfig,
-    generator: torch.Generator,
+    policy, logits: Tensor, positions: Tensor, open_: Tensor, quota: Tensor, config, generator
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Draw a token for every open position, and choose those that a step reveals.
 
@@ -46,10 +39,8 @@ def reveal(
     scores = config.rule(logits, tokens, untempered, positions, generator)
     if config.order_temperature:
         uniform = torch.rand(tokens.shape, generator=generator, device=tokens.device)
-        gumbel = -(-uniform.clamp(min=TINY).log()).log()
-        scores = scores / config.order_temperature + gumbel
-    ends = torch.tensor(policy.end_token_ids, device=logits.device)
-    postponed = likeliest(logits, ends) & config.end_last
+        scores = scores / config.order_temperature - (-uniform.clamp(min=TINY).log()).log()
+    postponed = likeliest(logits, list(policy.end_token_ids)) & config.end_last
     spread = None if config.entropy_bound is None else entropies(logits)
     chosen = choose(scores, postponed, spread, open_, quota, config).nonzero()[:, 0]
     if config.order_temperature:
@@ -59,19 +50,13 @@ def reveal(
     return chosen, tokens[chosen], logprobs[chosen]
 
 
-def draw_tokens(
-    logits: Tensor, config: SamplerConfig, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
+def draw_tokens(logits: Tensor, config: SamplerConfig, generator) -> tuple[Tensor, Tensor]:
     """Draw one token from every row of `logits` (N, V), which it shifts, in place, so that each
     row's maximum is 0: log-probabilities near 0 keep their digits.
 
     Returns:
         tokens and log-probabilities under the tempered and filtered softmax they were drawn from
-        (at temperature 0 the most probable token and its log-probability under softmax(logits)),
-        both (N,).
-
-    Raises:
-        FloatingPointError: logits that are nan or infinite.
+        (at temperature 0 the most probable token, under softmax(logits)), both (N,).
     """
     best = logits.amax(-1)
     if not best.isfinite().all():
@@ -89,13 +74,13 @@ def draw_tokens(
     return tokens, _at(tempered, tokens) - total.log().to(logits.dtype)
 
 
-def likeliest(logits: Tensor, among: Tensor) -> Tensor:
+def likeliest(logits: Tensor, among: list[int]) -> Tensor:
     """Rows of `logits` (N, V), as `draw_tokens` leaves them, whose most probable token is one of
-    `among` (K,); (N,) bool."""
+    `among`; (N,) bool."""
     return (logits[:, among] == 0).any(-1)
 
 
-def draw_in_proportion(weights: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def draw_in_proportion(weights: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
     """Draw an index from every row of `weights` (N, V), none negative: indices and sums, (N,).
 
     On a processor noise for every token would cost most of the time; elsewhere float64, which
@@ -104,13 +89,13 @@ def draw_in_proportion(weights: Tensor, generator: torch.Generator) -> tuple[Ten
     return (by_sums if weights.device.type == "cpu" else by_race)(weights, generator)
 
 
-def by_race(weights: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def by_race(weights: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
     """The index whose exponential clock of rate `weights` rings first."""
     clocks = torch.empty_like(weights).exponential_(generator=generator)
     return (weights / clocks).argmax(-1), weights.sum(-1)
 
 
-def by_sums(weights: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def by_sums(weights: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
     """The inverse of the cumulative sum at one uniform a row, in float64.
 
     It goes by chunks and then within one: that is quick, and sums of few terms do not lose the tail
@@ -147,12 +132,7 @@ def keep_most_probable(logits: Tensor, top_k: int | None, top_p: float) -> Tenso
 
 
 def choose(
-    scores: Tensor,
-    postponed: Tensor,
-    spread: Tensor | None,
-    open_: Tensor,
-    quota: Tensor,
-    config: SamplerConfig,
+    scores: Tensor, postponed: Tensor, spread: Tensor | None, open_: Tensor, quota: Tensor, config
 ) -> Tensor:
     """Which of the open positions a step reveals, (N,) bool.
 

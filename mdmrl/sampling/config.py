@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
@@ -12,23 +13,28 @@ CACHES = ("prefix", "dual")
 FOR_EVERY_FAMILY = ("max_new_tokens", "temperature", "top_k", "top_p")
 
 
+def require_at_least(config: Config, **lowest: float) -> None:
+    """Refuse settings that are given and infinite or below their lowest value."""
+    for name, least in lowest.items():
+        value = getattr(config, name)
+        holds = value is None or least <= value < math.inf
+        finite = ", and finite" if value == math.inf else ""
+        require(holds, f"{name}={value}: expected at least {least}{finite}")
+
+
 @dataclass
 class SamplerConfig(Config):
     """How completions are drawn, for every family.
 
     Attributes:
         max_new_tokens: completion positions, L.
-        steps: denoising steps over all blocks, shared out evenly; None means half of
-            `max_new_tokens`, as in d1; `threshold` and `entropy_bound` take as many as the text
-            needs.
-        block_length: reveal the completion in blocks of so many positions, left to right
-            (semi-autoregressive, as LLaDA); None means the whole completion at once, and the
-            policy's own blocks for block diffusion.
-        remasking: which open positions a step reveals first. By the drawn token, as LLaDA:
-            `"low_confidence"` (its probability). Before drawing, from the state alone:
-            `"state_confidence"` (the largest probability), `"margin"` (the largest minus the
-            second, Dream's topk_margin), `"entropy"` (the smallest), `"sequential"` (left to
-            right), `"random"`. All are taken from the untempered, unfiltered distribution.
+        steps: denoising steps, shared out evenly over all blocks; None means half of
+            `max_new_tokens`, as in d1, or as the text needs with `threshold` or `entropy_bound`.
+        block_length: reveal blocks of so many positions, left to right (semi-autoregressive, as
+            LLaDA); None means the whole completion, and its own blocks for block diffusion.
+        remasking: which open positions a step reveals first (`mdmrl.sampling.rules`). By the drawn
+            token, as LLaDA: `"low_confidence"`. From the state alone: `"state_confidence"`,
+            `"margin"` (Dream's topk_margin), `"entropy"`, `"sequential"`, `"random"`.
         order_temperature: above 0, `"state_confidence"` draws the positions of a step one after the
             other, each in proportion to its confidence to the power of 1/order_temperature (the law
             of Plackett and Luce, by Gumbel noise: Kool et al. 2019); 0 takes the surest.
@@ -39,25 +45,22 @@ class SamplerConfig(Config):
         revise: at each step after a block's first, mask so many of its least probable revealed
             tokens again and reveal as many more (in the manner of Wang et al. 2025, ReMDM-conf).
         end_last: reveal positions whose most probable token ends the text only once no other is
-            left in the block, as LLaDA does for its instruct models. Without it, a canvas that is
-            filled up with end tokens is revealed from its far end, where they are surest, and texts
-            come out short or empty. The most probable token decides, not the drawn one: at
-            temperature 1 the redrawing of postponed positions would select against end tokens.
+            left in the block, as LLaDA does for its instruct models: else a canvas filled up with
+            end tokens is revealed from its far end, where they are surest, and texts come out
+            short. The drawn token does not decide: at temperature 1 the redrawing of postponed
+            positions would select against end tokens.
         stop_at_end: a row is done once its first end token and all before it are revealed, and
             padded behind; with `revise`, or guided by a value function, once the block of its end
             token is. No text changes.
         temperature: 0 takes the most probable token. top_k, top_p: above it, draw from the k most
-            probable tokens, then from the smallest set that holds the probability p, after the
-            temperature.
+            probable tokens, then from the smallest set that holds the tempered probability p.
         cfg_scale: raise what the prompt adds (classifier-free, as LLaDA): logits
             u + (1 + cfg_scale) (c - u) with u from a masked prompt; doubles the work.
-        cache: keys and values kept between the steps of a block, approximate for a bidirectional
-            policy (Wu et al. 2025): `"prefix"` those before the block, `"dual"` those after it
-            too. Block diffusion and autoregressive policies always keep theirs, exactly.
-        cache_refresh: run the whole canvas again every so many steps of a block; None only at its
-            start.
-        suppress_mask: never draw [MASK]; with False a drawn [MASK] is committed like any token
-            and stays in the text, as it can with Dream.
+        cache: keys and values that a bidirectional policy keeps between the steps of a block,
+            approximately (Wu et al. 2025): `"prefix"` those before the block, `"dual"` those after
+            it too. Other policies always keep theirs, exactly.
+        cache_refresh: run the whole canvas again every so many steps; None: at a block's start.
+        suppress_mask: never draw [MASK]; else a drawn one stays in the text, as it can with Dream.
     """
 
     max_new_tokens: int = 128
@@ -79,71 +82,55 @@ class SamplerConfig(Config):
     suppress_mask: bool = True
 
     def validate(self) -> None:
-        rule, length, infinity = self.rule, self.max_new_tokens, float("inf")
-        if self.cache not in (None, *CACHES):
-            raise unknown("cache", self.cache, CACHES)
-        for name, holds, expected in (
-            ("max_new_tokens", length >= 1, "at least 1"),
-            ("temperature", 0 <= self.temperature < infinity, "0 (greedy) or more"),
-            ("top_p", 0 < self.top_p <= 1, "(0, 1]"),
-            ("top_k", self.top_k is None or self.top_k >= 1, "at least 1"),
-            ("cfg_scale", 0 <= self.cfg_scale < infinity, "0 or more"),
-            ("revise", self.revise >= 0, "0 or more"),
-            ("order_temperature", 0 <= self.order_temperature < infinity, "0 (surest) or more"),
-            ("threshold", self.threshold is None or 0 < self.threshold <= 1, "(0, 1]"),
-            ("entropy_bound", self.entropy_bound is None or self.entropy_bound >= 0, "0 or more"),
-        ):
-            require(holds, f"{name}={getattr(self, name)}: expected {expected}")
+        length, steps, block = self.max_new_tokens, self.steps, self.block_length
+        require_at_least(self, max_new_tokens=1, top_k=1, cache_refresh=1, temperature=0)
+        require_at_least(self, cfg_scale=0, revise=0, order_temperature=0, entropy_bound=0)
+        for name in ("top_p", "threshold"):
+            value = getattr(self, name)
+            require(value is None or 0 < value <= 1, f"{name}={value}: expected (0, 1]")
         require(
-            self.steps is None or 1 <= self.steps <= length,
-            f"steps={self.steps}: expected 1 to max_new_tokens={length}, "
-            "since a step reveals at least one token",
+            block is None or (block >= 1 and length % block == 0),
+            f"block_length={block}: expected a divisor of max_new_tokens={length}",
         )
-        block = self.block_length or length
+        blocks = length // (block or length)
         require(
-            self.block_length != 0 and 1 <= block <= length and length % block == 0,
-            f"block_length={self.block_length}: expected a divisor of max_new_tokens={length}",
-        )
-        require(
-            self.steps is None or self.steps >= length // block,
-            f"steps={self.steps}: expected at least {length // block}, one for each block of "
-            f"{block}",
+            steps is None or blocks <= steps <= length,
+            f"steps={steps}: expected {blocks} to max_new_tokens={length}, since a block needs a "
+            "step and a step reveals at least one token",
         )
         require(
             self.temperature > 0 or (self.top_k is None and self.top_p == 1),
             f"top_k={self.top_k}, top_p={self.top_p} would be ignored: at temperature=0 the most "
             "probable token is taken; leave them out, or raise the temperature",
         )
-        ordered = rule.before_drawing and rule.log_probability
+        if self.cache not in (None, *CACHES):
+            raise unknown("cache", self.cache, CACHES)
         require(
-            not self.order_temperature or (ordered and not (self.parallel or self.end_last)),
-            f"order_temperature={self.order_temperature} with remasking={rule.name}: expected "
-            "remasking='state_confidence', end_last=False and no threshold or entropy_bound beside "
-            "it",
+            self.cache_refresh is None or self.cache is not None,
+            f"cache_refresh={self.cache_refresh} with cache=None: expected a cache to refresh",
         )
-        require(
-            self.cache_refresh is None or (self.cache is not None and self.cache_refresh >= 1),
-            f"cache_refresh={self.cache_refresh} with cache={self.cache}: expected at least 1 "
-            "step, and a cache",
-        )
-        self._validate_parallel()
+        self._validate_order()
 
-    def _validate_parallel(self) -> None:
-        """Options by which the text decides how many positions a step reveals."""
-        threshold, bound = self.threshold, self.entropy_bound
-        if not self.parallel:
-            return
-        given = f"threshold={threshold}, entropy_bound={bound}"
-        require(threshold is None or bound is None, f"{given}: expected only one of them")
+    def _validate_order(self) -> None:
+        """Options that say which positions a step reveals, and how many."""
+        threshold, rule, ordered = self.threshold, self.rule, self.order_temperature
+        drawn = rule.before_drawing and rule.log_probability
         require(
-            self.steps is None and not self.revise,
+            not ordered or (drawn and not (self.parallel or self.end_last)),
+            f"order_temperature={ordered} with remasking={rule.name}: expected remasking="
+            "'state_confidence', end_last=False and no threshold or entropy_bound beside it",
+        )
+        given = f"threshold={threshold}, entropy_bound={self.entropy_bound}"
+        require(None in (threshold, self.entropy_bound), f"{given}: expected only one of them")
+        require(
+            not self.parallel or (self.steps is None and not self.revise),
             f"{given} with steps={self.steps}, revise={self.revise}: the text decides how many "
             "positions a step reveals, so leave the other two out",
         )
         require(
-            threshold is None or self.rule.log_probability,
-            f"threshold={threshold} with remasking={self.rule.name}: a threshold is a probability; "
-            f"expected {' or '.join(n for n, rule in RULES.items() if rule.log_probability)}, or a "
+            threshold is None or rule.log_probability,
+            f"threshold={threshold} with remasking={rule.name}: a threshold is a probability; "
+            f"expected {' or '.join(name for name in RULES if RULES[name].log_probability)}, or a "
             "Rule(..., log_probability=True)",
         )
 
@@ -174,12 +161,10 @@ class SamplerConfig(Config):
     @property
     def denoising_steps(self) -> int:
         """Steps over all blocks; only an upper bound where `parallel`."""
+        length = self.max_new_tokens
         if self.parallel:
-            return self.max_new_tokens
-        if self.steps is not None:
-            return self.steps
-        blocks = 1 if self.block_length is None else self.max_new_tokens // self.block_length
-        return max(-(-self.max_new_tokens // 2), blocks)
+            return length
+        return self.steps or max(-(-length // 2), length // (self.block_length or length))
 
     def in_blocks_of(self, own: int | None) -> SamplerConfig:
         """The same for a policy with blocks of its `own`, or None."""

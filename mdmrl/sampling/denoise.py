@@ -11,49 +11,51 @@ takes a softmax everywhere; all exact, and asserted so in the tests:
  * a maximum and a logsumexp in place of a softmax;
  * rows without open positions in the active block are dropped, and steps without any skipped;
  * on a CPU without a key cache, rows go through the network in parts that fit the CPU's own;
- * a row is done once its first end token and all before it are revealed: what is still open cannot
-   change its text.
+ * a row is done once its first end token and all before it are revealed.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from mdmrl.policies import MaskedDiffusionPolicy, Prompt, Prompts
+from mdmrl.policies import Policy, Prompt, Prompts
 from mdmrl.sampling.choose import reveal
 from mdmrl.sampling.config import SamplerConfig
 from mdmrl.sampling.output import APPROXIMATE, EXACT, SamplerOutput, Step
 from mdmrl.sampling.windows import Predictor
 
 
+class Canvas(NamedTuple):
+    """Token ids, which of them are real, which are to be revealed ([MASK] in the ids), (B, P+L)
+    each, and how many columns the prompt has, P."""
+
+    ids: Tensor
+    attention: Tensor
+    open_: Tensor
+    width: int
+
+    @classmethod
+    def behind(cls, prompts: Prompts, length: int, mask_token_id: int) -> Canvas:
+        """`length` masks behind prompts."""
+        real, width = prompts.attention_mask, prompts.input_ids.shape[1]
+        blank = prompts.input_ids.new_full((len(real), length), mask_token_id)
+        new = torch.ones_like(blank, dtype=torch.bool)
+        ids, open_ = torch.cat([prompts.input_ids, blank], 1), torch.zeros_like(real)
+        return cls(ids, torch.cat([real, new], 1), torch.cat([open_, new], 1), width)
+
+
 def sample(
-    policy: MaskedDiffusionPolicy,
-    prompts: Sequence[Prompt],
-    config: SamplerConfig,
-    generator: torch.Generator,
-    record: bool = False,
+    policy: Policy, prompts: Sequence[Prompt], config: SamplerConfig, generator, record=False
 ) -> SamplerOutput:
     """Complete `prompts`; see `mdmrl.sampling.generate`."""
-    config = config.in_blocks_of(policy.block_length)
-    encoded = policy.encode(prompts, config.max_new_tokens)
-    canvas, attention, open_ = blank_canvas(policy, encoded, config.max_new_tokens)
-    width = encoded.input_ids.shape[1]
-    return denoise(policy, canvas, attention, open_, width, config, generator, record)
-
-
-def blank_canvas(
-    policy: MaskedDiffusionPolicy, prompts: Prompts, length: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Prompts (B, P) with `length` masks behind them: ids, real tokens and masks, (B, P+L) each."""
-    real = prompts.attention_mask
-    blank = prompts.input_ids.new_full((len(real), length), policy.mask_token_id)
-    new = torch.ones_like(blank, dtype=torch.bool)
-    canvas = torch.cat([prompts.input_ids, blank], 1)
-    return canvas, torch.cat([real, new], 1), torch.cat([torch.zeros_like(real), new], 1)
+    config, length = config.in_blocks_of(policy.block_length), config.max_new_tokens
+    canvas = Canvas.behind(policy.encode(prompts, length), length, policy.mask_token_id)
+    return denoise(policy, *canvas, config, generator, record)
 
 
 def evenly(total: int | Tensor, parts: int) -> list:
@@ -64,27 +66,13 @@ def evenly(total: int | Tensor, parts: int) -> list:
 
 @torch.no_grad()
 def denoise(
-    policy: MaskedDiffusionPolicy,
-    canvas: Tensor,
-    attention: Tensor,
-    open_: Tensor,
-    width: int,
-    config: SamplerConfig,
-    generator: torch.Generator,
-    record: bool = False,
+    policy: Policy, canvas, attention, open_, width, config: SamplerConfig, generator, record=False
 ) -> SamplerOutput:
-    """Reveal the open positions of `canvas`, block by block.
-
-    Args:
-        canvas: token ids, (B, P+L); attention: its real tokens, (B, P+L) bool.
-        open_: what is to be revealed, (B, P+L) bool, [MASK] in the canvas.
-        width: columns of the prompt, P.
-    """
+    """Reveal the open positions of a `Canvas`, given by its parts, block by block."""
     device, length = canvas.device, canvas.shape[1] - width
     block_length = policy.block_length or config.block_length or length
     starts = range(width, width + length, block_length)
-    ends = torch.tensor(policy.end_token_ids, device=device)
-    network = Predictor(policy, canvas, attention, width, config.cfg_scale, config.cache)
+    network = Predictor(policy, canvas, attention, width, config)
     canvas, asked, open_ = network.canvas, open_, open_.clone()
     logprobs = torch.zeros(canvas.shape, device=device)
     dropped, ended, trajectory = False, False, []
@@ -121,39 +109,27 @@ def denoise(
                 trajectory.append(Step(row, column - width, tokens, logprob, revised))
             # What may be revised is not settled before its block is.
             if config.stop_at_end and not (config.revise and open_[:, a:b].any()):
-                done = settled(canvas[:, width:], open_[:, width:], ends)
+                before = open_.cumsum(1) == 0  # what is still open
+                done = (policy.is_end(canvas) & before)[:, width:].any(1)
                 behind = open_ & done[:, None]
                 ended |= bool(behind.any())
                 canvas[behind] = policy.pad_token_id
                 open_ &= ~behind
 
-    optimisations = {"head at open positions": EXACT, "no softmax": EXACT}
-    if config.parallel:
-        optimisations["parallel decoding"] = APPROXIMATE
-    if dropped:
-        optimisations["finished rows dropped"] = EXACT
-    if ended:
-        optimisations["rows end with their text"] = EXACT
-    if policy.block_length:
-        optimisations["block cache"] = EXACT
-    if config.cache:
-        optimisations[f"{config.cache} cache"] = APPROXIMATE
-    return SamplerOutput.of(
-        policy,
-        canvas,
-        attention[:, :width],
-        logprobs[:, width:],
-        nfe=network.window.nfe,
-        token_forwards=network.window.token_forwards,
-        trajectory=trajectory if record else None,
-        asked=asked[:, width:],
-        optimisations=optimisations,
+    saved = (
+        ("head at open positions", EXACT, True),
+        ("no softmax", EXACT, True),
+        ("parallel decoding", APPROXIMATE, config.parallel),
+        ("finished rows dropped", EXACT, dropped),
+        ("rows end with their text", EXACT, ended),
+        ("block cache", EXACT, policy.block_length),
+        (f"{config.cache} cache", APPROXIMATE, config.cache),
     )
-
-
-def settled(completion: Tensor, open_: Tensor, ends: Tensor) -> Tensor:
-    """Rows whose text is final: an end token with no open position before it; (B, L), (B,)."""
-    return (torch.isin(completion, ends) & (open_.cumsum(1) == 0)).any(1)
+    costs = {"nfe": network.window.nfe, "token_forwards": network.window.token_forwards}
+    costs["optimisations"] = {name: how for name, how, used in saved if used}
+    found = {"trajectory": trajectory if record else None, "asked": asked[:, width:]}
+    drawn = attention[:, :width], logprobs[:, width:]
+    return SamplerOutput.of(policy, canvas, *drawn, **found, **costs)
 
 
 def least_sure(logprobs: Tensor, revealed: Tensor, count: int) -> tuple[Tensor, Tensor]:

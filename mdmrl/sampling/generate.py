@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 import torch.nn.functional as F
+from torch import Generator
 
 from mdmrl.config import require, resolve
-from mdmrl.policies import MaskedDiffusionPolicy, Policy, Prompt, refuse_bare_string
+from mdmrl.policies import MaskedDiffusionPolicy, Policy, Prompt, require_texts
 from mdmrl.runs import generator_for
 from mdmrl.sampling.config import SamplerConfig
 from mdmrl.sampling.denoise import denoise
@@ -19,7 +19,7 @@ def generate(
     policy: Policy,
     prompts: Sequence[Prompt],
     config: SamplerConfig | None = None,
-    generator: torch.Generator | None = None,
+    generator: Generator | None = None,
     record: bool = False,
 ) -> SamplerOutput:
     """Complete `prompts` (strings or message lists) with the sampler of the policy's family.
@@ -30,21 +30,22 @@ def generate(
         record: keep the denoising trajectory (not autoregressive).
 
     Raises:
-        ValueError: an option that the family cannot have, or a prompt that leaves no room.
+        InputError: an option that the family cannot have, or a prompt that leaves no room.
 
     >>> policy = load_policy("tiny-mdm")
     >>> generate(policy, ["A patient has ..."], SamplerConfig(steps=64)).completions
     """
-    config = config or SamplerConfig()
     generator = generator or generator_for(0, "generate", device=policy.device)
-    return resolve(type(policy).sampler)(policy, prompts, config, generator, record)
+    return resolve(type(policy).sampler)(
+        policy, prompts, config or SamplerConfig(), generator, record
+    )
 
 
 def infill(
     policy: MaskedDiffusionPolicy,
     texts: Sequence[str],
     config: SamplerConfig | None = None,
-    generator: torch.Generator | None = None,
+    generator: Generator | None = None,
     record: bool = False,
 ) -> SamplerOutput:
     """Fill in the mask tokens of `texts`, wherever they stand; one mask token is one token.
@@ -54,7 +55,7 @@ def infill(
     texts.
 
     Raises:
-        ValueError: a policy that does not see both sides, no text or one without a mask token, or
+        InputError: a policy that does not see both sides, no text or one without a mask token, or
             blocks, a cache, `cfg_scale` or another `max_new_tokens`.
 
     >>> policy = load_policy("tiny-mdm")
@@ -72,10 +73,9 @@ def infill(
         f"block_length={config.block_length}, cache={config.cache}, cfg_scale={config.cfg_scale}: "
         "gaps have no order of blocks and no prompt; leave these out",
     )
-    refuse_bare_string(texts)
-    require(len(texts) > 0, "no texts given: expected at least one")
-    mask = policy.tokenizer.mask_token
+    require_texts(texts, "texts")
     for index, text in enumerate(texts):
+        mask = policy.tokenizer.mask_token
         require(mask in text, f"text {index} has no {mask} to fill in: {text!r}")
     encoded = policy.encode_texts(texts)
     # One padding column in front stands for the prompt, so that every token has a left neighbour.

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from mdmrl.config import Config, require, unknown
-from mdmrl.policies import MaskedDiffusionPolicy, Prompt
-from mdmrl.sampling.config import SamplerConfig
+from mdmrl.policies import Policy, Prompt
+from mdmrl.sampling.config import SamplerConfig, require_at_least
 from mdmrl.sampling.denoise import evenly
 
 FORMS = ("faithful", "two_gates")
@@ -46,26 +46,20 @@ class GuideConfig(Config):
     def validate(self) -> None:
         if self.form not in FORMS:
             raise unknown("form", self.form, FORMS)
+        require_at_least(self, patience=1, description_length=0)
         require(
             self.budget is None or self.budget >= 1,
             f"budget={self.budget}: expected at least 1, the cost of a plain completion",
         )
         require(
-            self.checks is None
-            or (len(self.checks) > 0 and all(0 < share < 1 for share in self.checks)),
+            self.checks is None or (self.checks and all(0 < share < 1 for share in self.checks)),
             f"checks={self.checks}: expected shares of a block's steps, inside (0, 1)",
         )
-        require(self.patience >= 1, f"patience={self.patience}: expected at least 1 failure")
-        require(
-            0 <= self.low <= 1 and 0 <= self.high <= 1,
-            f"low={self.low}, high={self.high}: expected quantiles, in [0, 1]",
-        )
-        require(
-            self.form == "two_gates" or self.low <= self.high,
-            f"low={self.low}, high={self.high}: expected low <= high, the edges of a band",
-        )
-        ignored = "patience" if self.form == "faithful" else not self.description_length and "low"
-        given = self.changed()
+        low, high, faithful, given = self.low, self.high, self.form == "faithful", self.changed()
+        found = f"low={low}, high={high}: expected"
+        require(0 <= low <= 1 and 0 <= high <= 1, f"{found} quantiles, in [0, 1]")
+        require(not faithful or low <= high, f"{found} low <= high, the edges of a band")
+        ignored = "patience" if faithful else not self.description_length and "low"
         require(
             ignored not in given,
             f"{ignored}={given.get(ignored)} would be ignored with form={self.form!r}, "
@@ -93,11 +87,10 @@ class Thresholds:
         """Quantiles of the `values` of base rollouts, `GuidedOutput.values`.
 
         Raises:
-            ValueError: a block that no rollout reached.
+            InputError: a block that no rollout reached.
         """
         blocks, points = values.shape[1:]
-        low = torch.full((blocks, points), -torch.inf, dtype=torch.double)
-        high = low.clone()
+        low, high = torch.full((2, blocks, points), -torch.inf, dtype=torch.double)
         described = guide.description_length // block_length
         gates = guide.form == "two_gates"
         for block in range(described if gates else 0, blocks):
@@ -125,39 +118,28 @@ def _quantile(values: Tensor, block: int, point: int, share: float) -> float:
 
 def steps_of_blocks(config: SamplerConfig) -> list[int]:
     """Steps of every block."""
-    return evenly(
-        config.denoising_steps,
-        config.max_new_tokens // (config.block_length or config.max_new_tokens),
-    )
+    length = config.max_new_tokens
+    return evenly(config.denoising_steps, length // (config.block_length or length))
 
 
 def points_of_blocks(config: SamplerConfig, guide: GuideConfig) -> list[list[int]]:
     """The steps of every block before which V looks at it; -1 for none, where a block has fewer
-    steps than another and V looks at all.
-
-    Raises:
-        ValueError: two of them coincide.
-    """
+    steps than another and V looks at all. That two of them coincide is an InputError."""
     counts = steps_of_blocks(config)
     if guide.checks is None:
         return [[-1] * (max(counts) - steps) + list(range(steps)) for steps in counts]
-    points = []
-    for steps in counts:
-        points.append([0, *(int(share * steps) for share in guide.checks), steps - 1])
+    points = [[0, *(int(c * steps) for c in guide.checks), steps - 1] for steps in counts]
+    for steps, (first, *inside, last) in zip(counts, points, strict=True):
         require(
-            all(a < b for a, b in pairwise(points[-1])),
-            f"checks={guide.checks} of a block of {steps} steps come after {points[-1][1:-1]} of "
-            f"them: expected rising numbers between 0 and {steps - 1}; give more steps",
+            all(a < b for a, b in pairwise([first, *inside, last])),
+            f"checks={guide.checks} of a block of {steps} steps come after {inside} of them: "
+            f"expected rising numbers between 0 and {last}; give more steps",
         )
     return points
 
 
 def checked(
-    policy: MaskedDiffusionPolicy,
-    prompts: Sequence[Prompt],
-    config: SamplerConfig,
-    guide: GuideConfig,
-    thresholds: Thresholds | None,
+    policy: Policy, prompts: Sequence[Prompt], config: SamplerConfig, guide: GuideConfig, thresholds
 ) -> SamplerConfig:
     """`config` with the policy's blocks, if all that was asked for can be had together."""
     require(
@@ -173,36 +155,34 @@ def checked(
             f"{name}={given}: rows at different blocks and steps share a pass, which leaves no "
             "room for it; leave it out",
         )
-    block = config.block_length or config.max_new_tokens
-    described = guide.description_length
+    length, described = config.max_new_tokens, guide.description_length
+    block = config.block_length or length
     require(
-        0 <= described < config.max_new_tokens and described % block == 0,
+        described < length and described % block == 0,
         f"description_length={described}: expected a multiple of the block's {block} positions, "
-        f"below max_new_tokens={config.max_new_tokens}",
+        f"below max_new_tokens={length}",
     )
     if thresholds is None:
         return config
     require(guide.checks is not None, "checks=None: expected shares of a block's steps")
     require(
+        guide.budget is not None,
+        "budget=None: expected what a completion may cost, in plain ones, or no thresholds",
+    )
+    require(
         config.temperature > 0 or config.order_temperature > 0 or config.remasking == "random",
         f"temperature={config.temperature}: a block drawn again would be the same; expected more "
         "than 0",
     )
-    shape = (config.max_new_tokens // block, 2 + len(guide.checks))
-    for bound in (thresholds.low, thresholds.high):
-        require(
-            bound.shape == shape,
-            f"thresholds of shape {tuple(bound.shape)}: expected {shape}, a block and its points; "
-            "calibrate on this sampler",
-        )
+    low, high, shape = thresholds.low, thresholds.high, (length // block, 2 + len(guide.checks))
     require(
-        bool((thresholds.low <= thresholds.high).all()),
-        f"thresholds low={thresholds.low.tolist()}, high={thresholds.high.tolist()}: expected "
-        "low <= high",
+        low.shape == high.shape == shape,
+        f"thresholds of shape {tuple(low.shape)}: expected {shape}, a block and its points, both "
+        "low and high; calibrate on this sampler",
     )
     require(
-        guide.budget is not None,
-        "budget=None: expected what a completion may cost, in plain ones, or no thresholds",
+        bool((low <= high).all()),
+        f"thresholds low={low.tolist()}, high={high.tolist()}: expected low <= high",
     )
     shared = [prompt for prompt in prompts if prompt in thresholds.prompts]
     require(

@@ -16,14 +16,12 @@ is conditioned (phase 1 of the hierarchy, in one canvas with phase 2). Two ways 
                   of every block behind it: V < tau_x is the block again, and the `patience`-th
                   failure of a block goes back
 
-Every forward pass makes one step for every row, each at its own block and step: a row that is sent
-back starts over while the others go on, and no pass has an idle row. V sees the state in the pass
-that makes the step, so judging is free; a state that fails has cost its step, which is made all the
-same and kept with it.
+Every forward pass makes one step for every row, each at its own block and step, so that no pass has
+an idle row. V sees the state in the pass that makes the step, so judging is free; a state that
+fails has cost its step, which is made all the same and kept with it.
 
 What is rejected counts. A row may be sent back only if the rest of the text, from there on, still
-fits its `budget`, so that no completion costs more. Where it does not fit, the row takes up the
-attempt with the highest V at this very point, and goes on.
+fits its `budget`; else it takes up the attempt with the highest V at this very point, and goes on.
 
 What the thesis leaves open or says otherwise:
  * It accepts above the threshold in one place and below it in another; high V is good.
@@ -39,21 +37,17 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from mdmrl.config import require
-from mdmrl.policies import MaskedDiffusionPolicy, Prompt
+from mdmrl.policies import Policy, Prompt
 from mdmrl.runs import generator_for
+from mdmrl.sampling import guidance
 from mdmrl.sampling.choose import reveal
 from mdmrl.sampling.config import SamplerConfig
-from mdmrl.sampling.denoise import blank_canvas, evenly
-from mdmrl.sampling.guidance import (
-    GuideConfig,
-    Thresholds,
-    checked,
-    points_of_blocks,
-    steps_of_blocks,
-)
+from mdmrl.sampling.denoise import Canvas, evenly
+from mdmrl.sampling.guidance import GuideConfig, Thresholds
 from mdmrl.sampling.output import APPROXIMATE, SamplerOutput
 from mdmrl.sampling.states import States, Value, hidden_at_blocks, mean_embedding
 
@@ -92,12 +86,12 @@ class GuidedOutput(SamplerOutput):
 
 
 def calibrate(
-    policy: MaskedDiffusionPolicy,
+    policy: Policy,
     prompts: Sequence[Prompt],
     config: SamplerConfig,
     guide: GuideConfig,
     value: Value,
-    generator: torch.Generator | None = None,
+    generator: Generator | None = None,
 ) -> Thresholds:
     """Thresholds from one base rollout of each of `prompts`, which are then not to be judged."""
     found = generate_guided(policy, prompts, config, guide, value, generator=generator)
@@ -107,18 +101,18 @@ def calibrate(
 
 @torch.no_grad()
 def generate_guided(
-    policy: MaskedDiffusionPolicy,
+    policy: Policy,
     prompts: Sequence[Prompt],
     config: SamplerConfig,
     guide: GuideConfig,
     value: Value,
     thresholds: Thresholds | None = None,
-    generator: torch.Generator | None = None,
+    generator: Generator | None = None,
 ) -> GuidedOutput:
     """Complete `prompts`, guided by `value`; without `thresholds` a base rollout, with V looked at.
 
     Raises:
-        ValueError: a sampler whose rows cannot be at different blocks, thresholds of another shape
+        InputError: a sampler whose rows cannot be at different blocks, thresholds of another shape
             or calibrated on one of `prompts`, or a V of another shape or that is no number.
 
     >>> V = ValueHead.from_pretrained("runs/ppo/checkpoints/step-000060/values")
@@ -127,10 +121,9 @@ def generate_guided(
     >>> thresholds = calibrate(policy, calibration_prompts, sampler, guide, value)
     >>> generate_guided(policy, prompts, sampler, guide, value, thresholds).completions
     """
-    config = checked(policy, prompts, config, guide, thresholds)
+    config = guidance.checked(policy, prompts, config, guide, thresholds)
     generator = generator or generator_for(0, "guided", device=policy.device)
     batch = Attempts(policy, prompts, config, guide, thresholds)
-    ends = torch.tensor(policy.end_token_ids, device=policy.device)
     nfe = token_forwards = 0
 
     while len(rows := (batch.block < batch.blocks).nonzero()[:, 0]):
@@ -138,83 +131,77 @@ def generate_guided(
         columns = batch.columns(block)  # (R, K)
         todo = batch.open_[rows[:, None], columns]  # (R, K), N of them True
         hidden, context, cost = hidden_at_blocks(
-            policy, batch.canvas[rows], batch.attention[rows], batch.width, columns
+            policy, batch.ids[rows], batch.attention[rows], batch.width, columns
         )
         nfe, token_forwards = nfe + 1, token_forwards + cost
         at, point = (batch.points[block] == step[:, None]).nonzero(as_tuple=True)
-        values = batch.values_of(value, at, rows, hidden, context, todo) if len(at) else []
+        states = batch.states(rows[at], hidden[at], context[at], todo[at])
+        values = judged(value, states) if len(at) else []
 
         logits = policy.head(hidden[todo])  # (N, V)
         row, column = rows.repeat_interleave(todo.sum(1)), columns[todo]
         quota = batch.targets[block, step] - (~todo).sum(1)
-        chosen, tokens, logprob = reveal(policy, logits, column, todo, quota, config, generator)
-        batch.write(row[chosen], column[chosen], tokens, logprob)
+        chosen, *drawn = reveal(policy, logits, column, todo, quota, config, generator)
+        batch.write(row[chosen], column[chosen], *drawn)
         batch.spent[rows] += batch.cost[rows, block]
         batch.step[rows] += 1
         for judgement in zip(rows[at].tolist(), point.tolist(), values, strict=True):
             batch.judge(*judgement)
-        batch.finish_blocks(rows, ends)
+        batch.finish_blocks(rows)
 
-    return GuidedOutput.of(
-        policy,
-        batch.canvas,
-        batch.attention[:, : batch.width],
-        batch.logprobs[:, batch.width :],
-        nfe=nfe,
-        token_forwards=token_forwards,
-        optimisations={"value guidance": APPROXIMATE} if thresholds else {},
-        values=batch.values,
-        judgements=batch.judgements,
-        spent=batch.spent,
+    drawn = batch.attention[:, : batch.width], batch.logprobs[:, batch.width :]
+    costs = {"nfe": nfe, "token_forwards": token_forwards, "spent": batch.spent}
+    saved = {"value guidance": APPROXIMATE} if thresholds else {}
+    found = {"values": batch.values, "judgements": batch.judgements, "optimisations": saved}
+    return GuidedOutput.of(policy, batch.ids, *drawn, **found, **costs)
+
+
+def judged(value: Value, states: States) -> list[float]:
+    """What V says of states."""
+    values = value(states)
+    require(
+        values.shape == states.rows.shape and not values.isnan().any(),
+        f"V returned {values.tolist()}: expected {len(states.rows)} numbers, one a state",
     )
+    return values.tolist()
 
 
 class Attempts:
     """The rows: what is written, where each stands, what it has spent, its best attempts.
 
-    canvas, open_, logprobs: (B, P+L). values: (B, blocks, points). block, step: (B,); a row whose
-    block is `blocks` is done. points: step of every point, (blocks, points). targets: how many
-    positions of a block are revealed after a step, (blocks, S). cost: positions that a row computes
-    in a step of a block, to_go: in all steps from a block's first on, (B, blocks). allowed: that a
-    row may compute, (B,).
+    ids, attention, open_, width: see `Canvas`. logprobs: (B, P+L). values: (B, blocks, points).
+    block, step: (B,); a row whose block is `blocks` is done. points: step of every point, (blocks,
+    points). targets: how many positions of a block are revealed after a step, (blocks, S). cost:
+    positions that a row computes in a step of a block, to_go: in all steps from a block's first on,
+    (B, blocks). allowed: that a row may compute, (B,).
     """
 
-    def __init__(
-        self,
-        policy: MaskedDiffusionPolicy,
-        prompts: Sequence[Prompt],
-        config: SamplerConfig,
-        guide: GuideConfig,
-        thresholds: Thresholds | None,
-    ):
+    def __init__(self, policy, prompts, config: SamplerConfig, guide: GuideConfig, thresholds):
         self.policy, self.config, self.guide = policy, config, guide
-        encoded = policy.encode(prompts, config.max_new_tokens)
-        self.width, self.length = encoded.input_ids.shape[1], config.max_new_tokens
-        self.canvas, self.attention, self.open_ = blank_canvas(policy, encoded, self.length)
-        rows, device = len(self.canvas), self.canvas.device
-        self.block_length = config.block_length or self.length
-        self.blocks = self.length // self.block_length
-        quotas = [evenly(self.block_length, s) for s in steps_of_blocks(config)]
-        steps = torch.tensor([len(quota) for quota in quotas], device=device)
-        longest = max(map(len, quotas))
-        full = [quota + [0] * (longest - len(quota)) for quota in quotas]
-        self.steps, self.targets = steps, torch.tensor(full, device=device).cumsum(1)
-        self.points = torch.tensor(points_of_blocks(config, guide), device=device)
+        encoded, length = policy.encode(prompts, config.max_new_tokens), config.max_new_tokens
+        canvas = Canvas.behind(encoded, length, policy.mask_token_id)
+        self.ids, self.attention, self.open_, self.width = canvas
+        rows, device = len(self.ids), self.ids.device
+        self.block_length = config.block_length or length
+        self.blocks = length // self.block_length
+        self.steps = torch.tensor(guidance.steps_of_blocks(config), device=device)
+        quotas = [torch.tensor(evenly(self.block_length, steps)) for steps in self.steps.tolist()]
+        self.targets = pad_sequence(quotas, True).cumsum(1).to(device)
+        self.points = torch.tensor(guidance.points_of_blocks(config, guide), device=device)
         shape = (rows, *self.points.shape)
         self.values = torch.full(shape, torch.nan, dtype=torch.double)  # on the processor
-        self.logprobs = torch.zeros(self.canvas.shape, device=device)
-        self.block, self.step, self.failures, self.spent = torch.zeros(
-            4, rows, dtype=torch.long, device=device
-        )
-        seen = torch.full((self.blocks,), self.length, device=device)
+        self.logprobs = torch.zeros(self.ids.shape, device=device)
+        standing = torch.zeros(4, rows, dtype=torch.long, device=device)
+        self.block, self.step, self.failures, self.spent = standing
+        seen = torch.full((self.blocks,), length, device=device)
         if policy.block_length is not None:
             seen = self.block_length * torch.arange(1, self.blocks + 1, device=device)
         self.cost = encoded.attention_mask.sum(1, keepdim=True) + seen
-        self.to_go = (self.cost * steps).flip(1).cumsum(1).flip(1)
+        self.to_go = (self.cost * self.steps).flip(1).cumsum(1).flip(1)
         self.allowed = self.to_go[:, 0] * (guide.budget if thresholds else 1)
-        nothing = torch.full(self.points.shape, -torch.inf, dtype=torch.double)
-        bands = (thresholds.low, thresholds.high) if thresholds else (nothing, nothing)
-        self.bands = torch.stack([band.double() for band in bands])  # (2, blocks, points)
+        self.bands = torch.full((2, *self.points.shape), -torch.inf, dtype=torch.double)
+        if thresholds:
+            self.bands = torch.stack([thresholds.low, thresholds.high]).double()
         self.best: dict[tuple[int, int, int], tuple[float, list[Tensor]]] = {}
         self.judgements: list[list[Judgement]] = [[] for _ in range(rows)]
 
@@ -223,39 +210,15 @@ class Attempts:
         inside = torch.arange(self.block_length, device=block.device)
         return self.width + block[:, None] * self.block_length + inside
 
-    def values_of(
-        self,
-        value: Value,
-        at: Tensor,
-        rows: Tensor,
-        hidden: Tensor,
-        context: Tensor,
-        masked: Tensor,
-    ) -> list[float]:
-        """What V says of the rows number `at` (J,) among `rows` (R,)."""
-        judged = rows[at]
-        ids, revealed = self.canvas[judged, self.width :], ~self.open_[judged, self.width :]
-        states = States(
-            rows=judged,
-            blocks=self.block[judged],
-            steps=self.step[judged],
-            hidden=hidden[at],
-            context=context[at],
-            written=mean_embedding(self.policy, ids, revealed[:, None])[:, 0],
-            masked=masked[at],
-            completion_ids=ids,
-            logprobs=self.logprobs[judged, self.width :],
-            revealed=revealed,
-        )
-        values = value(states)
-        require(
-            values.shape == judged.shape and not values.isnan().any(),
-            f"V returned {values.tolist()}: expected {len(judged)} numbers, one a state",
-        )
-        return values.tolist()
+    def states(self, rows: Tensor, hidden: Tensor, context: Tensor, masked: Tensor) -> States:
+        """What V may look at of `rows` (R,), whose network and blocks are as in `States`."""
+        ids, revealed = self.ids[rows, self.width :], ~self.open_[rows, self.width :]
+        written = mean_embedding(self.policy, ids, revealed[:, None])[:, 0]
+        logprobs, at = self.logprobs[rows, self.width :], (self.block[rows], self.step[rows])
+        return States(rows, *at, hidden, context, written, masked, ids, logprobs, revealed)
 
     def write(self, rows: Tensor, columns: Tensor, tokens: Tensor, logprobs: Tensor) -> None:
-        self.canvas[rows, columns] = tokens
+        self.ids[rows, columns] = tokens
         self.logprobs[rows, columns] = logprobs
         self.open_[rows, columns] = False
 
@@ -266,13 +229,12 @@ class Attempts:
         low, high = self.bands[:, block, point].tolist()
         move = "on"
         if high > -torch.inf:
-            written = [x[row] for x in (self.canvas, self.open_, self.logprobs, self.values)]
+            written = [x[row] for x in (self.ids, self.open_, self.logprobs, self.values)]
             key = row, block, point
             if key not in self.best or v > self.best[key][0]:
                 self.best[key] = v, [x.clone() for x in written]
             if v < high:
-                move = self.move(row, v < low)
-                start = self.behind(block) if move == "back" else block
+                move, start = self.failed(row, block, v < low)
                 if self.spent[row] + self.to_go[row, start] <= self.allowed[row]:
                     self.restart(row, start)
                 else:
@@ -281,34 +243,33 @@ class Attempts:
                         x.copy_(best)
         self.judgements[row].append(Judgement(block, int(self.points[block, point]), v, move))
 
-    def move(self, row: int, low: bool) -> str:
-        """Where a state that failed is to go; `low` if V is below the lower threshold."""
+    def failed(self, row: int, block: int, low: bool) -> tuple[str, int]:
+        """Where a state that failed is to go, and which block that is; `low` if V is below the
+        lower threshold."""
         self.failures[row] += not low
         tired = self.guide.form == "two_gates" and self.failures[row] >= self.guide.patience
-        return "back" if low or tired else "again"
-
-    def behind(self, block: int) -> int:
-        """Where a row goes back to from a block."""
-        return 0 if self.guide.description_length else max(0, block - 1)
+        if not (low or tired):
+            return "again", block
+        return "back", 0 if self.guide.description_length else max(0, block - 1)
 
     def restart(self, row: int, block: int) -> None:
         if block < self.block[row]:
             self.failures[row] = 0
         first = self.width + block * self.block_length
-        self.canvas[row, first:] = self.policy.mask_token_id
+        self.ids[row, first:] = self.policy.mask_token_id
         self.open_[row, first:] = True
         self.logprobs[row, first:] = 0
         self.values[row, block:] = torch.nan
         self.block[row], self.step[row] = block, 0
 
-    def finish_blocks(self, rows: Tensor, ends: Tensor) -> None:
+    def finish_blocks(self, rows: Tensor) -> None:
         """Move those of `rows` (R,) that have made a block's last step to the next one."""
         rows = rows[self.step[rows] == self.steps[self.block[rows]]]
-        written = self.canvas[rows[:, None], self.columns(self.block[rows])]
+        written = self.ids[rows[:, None], self.columns(self.block[rows])]
         self.block[rows] += 1
         self.step[rows] = self.failures[rows] = 0
         if self.config.stop_at_end:
-            for row in rows[torch.isin(written, ends).any(1)].tolist():
+            for row in rows[self.policy.is_end(written).any(1)].tolist():
                 behind = self.width + int(self.block[row]) * self.block_length
-                self.canvas[row, behind:] = self.policy.pad_token_id
+                self.ids[row, behind:] = self.policy.pad_token_id
                 self.block[row] = self.blocks

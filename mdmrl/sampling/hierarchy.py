@@ -9,10 +9,9 @@ what ends it. It works with every family, and with policies that have learnt who
  * A description is the beginning of its unit, and x^j continues it. The policy sees the whole as
    far as it is known, c^1 y^1 c^2 y^2 ... c^j y^j, and goes on from there. Openings should say
    which unit begins: without a word of its own a unit goes on where the one before breaks off.
- * To a masked diffusion policy, `gap` masks stand for what every earlier unit still lacks, and
-   masks fill the text up behind the unit; it has learnt to see texts with holes. Autoregressive
-   and block diffusion policies have not, and see the beginnings side by side. To block diffusion
-   all that is known is prompt, and blocks begin behind it.
+ * A masked diffusion policy has learnt to see texts with holes: `gap` masks stand for what every
+   earlier unit still lacks, and masks fill the text up behind the unit. Others see the beginnings
+   side by side; to block diffusion all that is known is prompt, and blocks begin behind it.
  * A unit is cut before the first of its stops. A description that holds one is the whole unit, and
    phase 2 leaves it out.
  * Units of phase 2 do not see each other: what one needs of another must be in the descriptions.
@@ -27,16 +26,20 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 
 import torch
 import torch.nn.functional as F
+from torch import Generator
+from torch.nn.utils.rnn import pad_sequence
 
 from mdmrl.config import require
 from mdmrl.policies import Policy, Prompt
 from mdmrl.runs import generator_for
 from mdmrl.sampling.autoregressive import extend
 from mdmrl.sampling.config import SamplerConfig
-from mdmrl.sampling.denoise import blank_canvas, denoise
+from mdmrl.sampling.denoise import Canvas, denoise
 from mdmrl.sampling.output import SamplerOutput
 
 
@@ -88,7 +91,7 @@ def generate_hierarchy(
     length: int = 128,
     gap: int = 8,
     parallel: bool = True,
-    generator: torch.Generator | None = None,
+    generator: Generator | None = None,
 ) -> HierarchyOutput:
     """Complete `prompts` by descriptions and units.
 
@@ -100,7 +103,7 @@ def generate_hierarchy(
             families have no use for either.
 
     Raises:
-        ValueError: no units, or an option that the family cannot have.
+        InputError: no units, or an option that the family cannot have.
 
     >>> sections = load_task("medcot-sections")
     >>> phases = [SamplerConfig(max_new_tokens=n, steps=n // 2) for n in (8, 20)]
@@ -116,12 +119,12 @@ def generate_hierarchy(
     nfe = unit_nfe = token_forwards = 0
 
     def known(row: int, last: int) -> str:
-        text = ""
-        for j, c in enumerate(units[: last + 1]):
-            text += c.opening + y[row][j]
-            if j < last:
-                text += ("" if ended[row][j] else rest) + c.closing
-        return text
+        """All units up to the last, which is still open, as far as they are written."""
+        parts = [
+            units[j].opening + y[row][j] + (not ended[row][j]) * rest + units[j].closing
+            for j in range(last)
+        ]
+        return "".join([*parts, units[last].opening, y[row][last]])
 
     def next_texts(places: list[tuple[int, int]], config: SamplerConfig) -> list[str]:
         """How the units j of some rows, (row, j), go on; written in one batch."""
@@ -142,22 +145,14 @@ def generate_hierarchy(
     middle = time.perf_counter()
     whole = [list(row) for row in y]
     left = [(row, j) for j in range(len(units)) for row in range(len(prompts)) if not ended[row][j]]
-    by_unit = [[place for place in left if place[1] == j] for j in range(len(units))]
-    for places in filter(None, [left] if parallel else by_unit):
+    batches = [left] if parallel else [list(some) for _, some in groupby(left, itemgetter(1))]
+    for places in filter(None, batches):
         for (row, j), text in zip(places, next_texts(places, unit), strict=True):
             whole[row][j], _ = units[j].cut(y[row][j] + text)
-    return HierarchyOutput(
-        completions=[
-            "".join(c.opening + text + c.closing for c, text in zip(units, row, strict=True))
-            for row in whole
-        ],
-        descriptions=y,
-        units=whole,
-        nfe=nfe,
-        unit_nfe=unit_nfe,
-        token_forwards=token_forwards,
-        seconds=(middle - start, time.perf_counter() - middle),
-    )
+    seconds = (middle - start, time.perf_counter() - middle)
+    framed = ([c.opening + x + c.closing for c, x in zip(units, row, strict=True)] for row in whole)
+    completions = ["".join(parts) for parts in framed]
+    return HierarchyOutput(completions, y, whole, nfe, unit_nfe, token_forwards, seconds)
 
 
 @dataclass(frozen=True)
@@ -186,7 +181,7 @@ class Hierarchical:
         policy: Policy,
         prompts: Sequence[Prompt],
         config: SamplerConfig,
-        generator: torch.Generator | None = None,
+        generator: Generator | None = None,
         record: bool = False,
     ) -> SamplerOutput:
         """Complete `prompts`; raises as `generate_hierarchy`, and for a whole that is longer than
@@ -203,16 +198,12 @@ class Hierarchical:
             f"a whole of {longest} tokens with its end exceeds max_new_tokens={asked}: raise it, "
             "or lower description_tokens or unit_tokens",
         )
-        padded = [F.pad(row, (0, asked - len(row)), value=policy.pad_token_id) for row in ids]
-        ids, encoded = torch.stack(padded).to(policy.device), policy.encode(prompts)
-        output = SamplerOutput.of(
-            policy,
-            torch.cat([encoded.input_ids, ids], 1),
-            encoded.attention_mask,
-            torch.full(ids.shape, torch.nan, device=policy.device),
-            nfe=found.nfe,
-            token_forwards=found.token_forwards,
-        )
+        encoded, pad = policy.encode(prompts), policy.pad_token_id
+        padded = F.pad(pad_sequence(ids, True, pad), (0, asked - longest), value=pad)
+        sequences = torch.cat([encoded.input_ids, padded.to(policy.device)], 1)
+        nowhere = torch.full(padded.shape, torch.nan, device=policy.device)
+        costs = {"nfe": found.nfe, "token_forwards": found.token_forwards}
+        output = SamplerOutput.of(policy, sequences, encoded.attention_mask, nowhere, **costs)
         output.completions = found.completions
         return output
 
@@ -224,39 +215,30 @@ class Hierarchical:
 
 
 def continue_texts(
-    policy: Policy,
-    prompts: Sequence[Prompt],
-    begun: Sequence[str],
-    config: SamplerConfig,
-    length: int,
-    generator: torch.Generator,
+    policy: Policy, prompts: Sequence[Prompt], begun: Sequence[str], config, length: int, generator
 ) -> SamplerOutput:
-    """Write the next `config.max_new_tokens` tokens of completions that are `begun`.
-
-    Args:
-        length: of a whole completion; a masked diffusion policy sees masks behind the new tokens up
-            to there, and none where the text is longer already.
-    """
+    """Write the next `config.max_new_tokens` tokens of completions that are `begun`. A masked
+    diffusion policy sees masks behind them up to the `length` of a whole completion, and none where
+    the text is longer already."""
     encoded = policy.encode(prompts, config.max_new_tokens, begun)
     if not policy.denoises:
         config.refuse_denoising_options()
         return extend(policy, encoded, config, generator)
     config = config.in_blocks_of(policy.block_length)
-    canvas, attention, open_ = blank_canvas(policy, encoded, config.max_new_tokens)
+    canvas = Canvas.behind(encoded, config.max_new_tokens, policy.mask_token_id)
     if policy.block_length is None:
         require(
             config.block_length is None,
             f"block_length={config.block_length}: expected None, a unit is revealed as a whole",
         )
         alone = policy.encode(prompts).attention_mask.sum(1)
-        behind = length - (attention.sum(1) - alone)  # (B,)
+        behind = length - (canvas.attention.sum(1) - alone)  # (B,)
         more = torch.arange(max(0, int(behind.max())), device=policy.device) < behind[:, None]
         masks = torch.full_like(more, policy.mask_token_id, dtype=torch.long)
-        canvas = torch.cat([canvas, masks], 1)
-        attention = torch.cat([attention, more], 1)
-        open_ = torch.cat([open_, torch.zeros_like(more)], 1)
-    width = encoded.input_ids.shape[1]
-    output = denoise(policy, canvas, attention, open_, width, config, generator)
+        added = (masks, more, torch.zeros_like(more))
+        parts = (torch.cat(pair, 1) for pair in zip(canvas[:3], added, strict=True))
+        canvas = Canvas(*parts, canvas.width)
+    output = denoise(policy, *canvas, config, generator)
     output.completion_ids = output.completion_ids[:, : config.max_new_tokens]
     output.completion_mask = policy.completion_mask(output.completion_ids)
     output.completions = policy.decode(output.completion_ids, output.completion_mask)

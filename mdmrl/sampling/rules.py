@@ -92,17 +92,13 @@ def entropies(logits: Tensor) -> Tensor:
 
 
 CERTAIN = "mdmrl.rl.choice:certain"
-RULES = {
-    rule.name: rule
-    for rule in (
-        Rule(low_confidence, False, True, "mdmrl.rl.choice:others_less_probable"),
-        Rule(state_confidence, True, True, CERTAIN),
-        Rule(margin, True, False, CERTAIN),
-        Rule(entropy, True, False, CERTAIN),
-        Rule(sequential, True, False, CERTAIN),
-        Rule(random, True, False, "mdmrl.rl.choice:any_set"),
-    )
-}
+_OURS = (
+    Rule(low_confidence, False, True, "mdmrl.rl.choice:others_less_probable"),
+    Rule(state_confidence, True, True, CERTAIN),
+    *(Rule(scores, True, False, CERTAIN) for scores in (margin, entropy, sequential)),
+    Rule(random, True, False, "mdmrl.rl.choice:any_set"),
+)
+RULES = {rule.name: rule for rule in _OURS}
 
 
 def rule_of(remasking: str | Callable) -> Rule:

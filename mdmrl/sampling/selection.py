@@ -45,13 +45,11 @@ def majority(answers: Sequence[Hashable | None], n: int) -> list[int]:
 
     Of equally common ones, the answer given first; without any answer, the first row.
     """
-    _require_groups(len(answers), n)
     rows = []
-    for start in range(0, len(answers), n):
-        group = answers[start : start + n]
-        counts = Counter(answer for answer in group if answer is not None)
-        winner = counts.most_common(1)[0][0] if counts else group[0]
-        rows.append(start + group.index(winner))
+    for group in _groups(len(answers), n):
+        counts = Counter(answers[row] for row in group if answers[row] is not None)
+        winner = counts.most_common(1)[0][0] if counts else answers[group[0]]
+        rows.append(next(row for row in group if answers[row] == winner))
     return rows
 
 
@@ -61,11 +59,8 @@ def mean_logprob(states: States) -> Tensor:
 
 
 class PromptOnly:
-    """V before the first step, at every point.
-
-    Args:
-        values: of each completion's prompt, (B,): `GuidedOutput.values[:, 0, 0]` of a base rollout.
-    """
+    """V before the first step, at every point: the `values` of each completion's prompt, (B,),
+    which are `GuidedOutput.values[:, 0, 0]` of a base rollout."""
 
     def __init__(self, values: Tensor):
         self.values = values
@@ -82,18 +77,15 @@ class Permuted:
     outlives the one whose schedule it follows goes on.
 
     Args:
-        output: the guided run; n: its completions a prompt, which swap places in one cycle.
-
-    Raises:
-        ValueError: fewer than two completions a prompt, or a run of other settings.
+        output: the guided run; n: its completions a prompt, at least 2, which swap places in one
+            cycle.
     """
 
     def __init__(self, output: GuidedOutput, n: int, generator: torch.Generator):
-        rows = len(output.judgements)
-        _require_groups(rows, n)
         require(n > 1, f"n={n}: expected at least 2 completions a prompt to swap")
-        self.source = torch.empty(rows, dtype=torch.long)
-        for start in range(0, rows, n):
+        groups = _groups(len(output.judgements), n)
+        self.source = torch.empty(len(output.judgements), dtype=torch.long)
+        for start, *_ in groups:
             order = start + torch.randperm(n, generator=generator, device=generator.device).cpu()
             self.source[order] = order.roll(1)
         self.left = [deque(output.judgements[row]) for row in self.source]
@@ -116,5 +108,6 @@ class Permuted:
         return due.value
 
 
-def _require_groups(rows: int, n: int) -> None:
+def _groups(rows: int, n: int) -> list[range]:
     require(n >= 1 and rows % n == 0, f"n={n}: expected a divisor of the {rows} rows")
+    return [range(start, start + n) for start in range(0, rows, n)]

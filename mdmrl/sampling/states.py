@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mdmrl.policies import MaskedDiffusionPolicy
+from mdmrl.policies import Policy
 from mdmrl.sampling.windows import in_parts
 
 
@@ -24,9 +24,8 @@ class States:
     rows: which completion, (R,). blocks, steps: the active block and how many of its steps are
     done, (R,). hidden: hidden states that predict the active block, (R, K, H). context: the mean
     of those of the prompt and the finished blocks, (R, H). written: see `mean_embedding`, (R, H).
-    masked: positions of the active block that are masked, (R, K) bool. completion_ids: the
-    completion, [MASK] where not revealed, (R, L). logprobs: of the revealed tokens as they were
-    drawn, 0 elsewhere, (R, L). revealed: (R, L) bool.
+    masked: positions of the active block that are masked, (R, K) bool. completion_ids: [MASK] where
+    not revealed, logprobs: of tokens as they were drawn, 0 there, (R, L). revealed: (R, L) bool.
     """
 
     rows: Tensor
@@ -43,9 +42,8 @@ class States:
     @property
     def features(self) -> Tensor:
         """What `mdmrl.rl.values.ValueHead` was fitted on, (R, 3H+2)."""
-        start = self.blocks * self.masked.shape[1]
-        seen = (self.hidden, self.context, self.written, self.masked)
-        return features(*seen, start, self.revealed.shape[1])
+        start, length = self.blocks * self.masked.shape[1], self.revealed.shape[1]
+        return features(self.hidden, self.context, self.written, self.masked, start, length)
 
 
 Value = Callable[[States], Tensor]  # the higher the better, (R,)
@@ -60,19 +58,17 @@ class Recorder:
 
     def __init__(self, look: Callable[[States], Tensor], judge: Value | None = None):
         self.look, self.judge = look, judge
-        self.rows: list[Tensor] = []
-        self.found: list[Tensor] = []
+        self.found: list[tuple[Tensor, Tensor]] = []
 
     def __call__(self, states: States) -> Tensor:
-        self.rows.append(states.rows)
-        self.found.append(self.look(states))
+        self.found.append((states.rows, self.look(states)))
         return self.judge(states) if self.judge else torch.zeros(len(states.rows))
 
     @property
     def looks(self) -> Tensor:
         """What was kept of every row's states in their order, (B, looks, ...)."""
-        rows = torch.cat(self.rows)
-        return torch.cat(self.found)[rows.argsort(stable=True)].unflatten(0, (rows.max() + 1, -1))
+        rows, kept = map(torch.cat, zip(*self.found, strict=True))
+        return kept[rows.argsort(stable=True)].unflatten(0, (rows.max() + 1, -1))
 
 
 def features(
@@ -80,12 +76,9 @@ def features(
 ) -> Tensor:
     """Features (..., 3H+2) of states of a completion of `length`; float32 and detached.
 
-    The mean hidden state of the active block and of the context, the mean embedding of what is
-    written, the share of the block that is masked, and where in the completion the block begins.
-
-    Args:
-        hidden: (..., K, H); context, written: (..., H); masked: (..., K) bool; start: (...) or
-            less.
+    The mean hidden state of the active block (..., K, H) and of the context (..., H), the mean
+    embedding of what is written (..., H), the share of the block that is masked (..., K), and where
+    in the completion the block begins (`start`, (...) or less).
     """
     fraction = masked.float().mean(-1, keepdim=True)
     index = (start / length)[..., None].expand_as(fraction)
@@ -93,26 +86,22 @@ def features(
     return torch.cat([*(mean.float() for mean in means), fraction, index], -1)
 
 
-def mean_embedding(policy: MaskedDiffusionPolicy, ids: Tensor, revealed: Tensor) -> Tensor:
-    """Mean input embedding of the revealed tokens, (..., S, H), 0 where there is none; detached.
+def mean_embedding(policy: Policy, ids: Tensor, revealed: Tensor) -> Tensor:
+    """Mean input embedding of the tokens `ids` (..., L) `revealed` in S states, (..., S, L) bool;
+    (..., S, H), 0 where there is none; detached.
 
     No loss asks the hidden state at a revealed position for its token, so that V would be told
     little of the text by hidden states alone.
-
-    Args:
-        ids: of completions, (..., L); revealed: in S states of each, (..., S, L) bool.
     """
     embedded = policy.model.get_input_embeddings().weight.detach()[ids]
     return revealed.to(embedded.dtype) @ embedded / revealed.sum(-1, keepdim=True).clamp(min=1)
 
 
 def hidden_at_blocks(
-    policy: MaskedDiffusionPolicy, canvas: Tensor, attention: Tensor, width: int, columns: Tensor
+    policy: Policy, canvas: Tensor, attention: Tensor, width: int, columns: Tensor
 ) -> tuple[Tensor, Tensor, int]:
-    """One forward pass over rows at blocks of their own.
+    """One forward pass over rows at blocks of their own, in `columns` (R, K) of a canvas (R, P+L).
 
-    Args:
-        canvas, attention: (R, P+L); width: P; columns: of the active blocks, (R, K).
     Returns:
         hidden states that predict the active blocks, (R, K, H), the mean of those before them,
         (R, H), and the number of positions computed.

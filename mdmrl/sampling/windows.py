@@ -23,6 +23,7 @@ from torch import Tensor
 
 from mdmrl.policies import Policy
 from mdmrl.policies.patterns import packed, positions_of
+from mdmrl.sampling.config import SamplerConfig
 
 # Activations of about so many positions stay in a CPU's cache. A GPU wants all at once.
 POSITIONS_AT_ONCE = 1536
@@ -39,15 +40,13 @@ class Window:
     """The network as denoising steps see it; counts what they cost.
 
     Args:
-        attention: real tokens of the canvas, (B, W) bool.
-        width: columns of the prompt, P.
+        attention: real tokens of the canvas, (B, W) bool, of whose columns the prompt has `width`.
         cache: None, "prefix" or "dual"; a block-causal policy has its own.
     """
 
     def __init__(self, policy: Policy, attention: Tensor, width: int, cache: str | None):
         self.policy, self.attention, self.cache = policy, attention, cache
-        length = attention.shape[1] - width
-        pattern = policy.pattern(width, length)
+        pattern = policy.pattern(width, attention.shape[1] - width)
         self.sees = None if pattern is None else packed(pattern)  # None: all see all others
         self.positions = positions_of(attention)
         self.stored = None if cache is None and pattern is None else KeyValues(attention)
@@ -60,47 +59,43 @@ class Window:
         Args:
             rows: (R,), indices; fresh: a block's first step, or a refresh.
         """
-        shift = int(self.policy.logit_shift)
+        left, seen = a - int(self.policy.logit_shift), canvas.shape[1]
+        start, stop = 0, seen
         if self.sees is not None:
-            start, stop = (self.clean if fresh else a), b
+            start, stop, seen = (self.clean if fresh else a), b, b
             self.clean = a
-        elif fresh or self.cache is None:
-            start, stop = 0, canvas.shape[1]
-        else:
-            start, stop = a - shift, b if self.cache == "dual" else canvas.shape[1]
+        elif not fresh and self.cache is not None:
+            start, stop = left, b if self.cache == "dual" else seen
         tokens = canvas[rows, start:stop]
         self.nfe, self.token_forwards = self.nfe + 1, self.token_forwards + tokens.numel()
         if self.stored is None:
             hidden = in_parts(self.policy, tokens, self.attention[rows])
         else:
-            seen = stop if self.sees is not None else canvas.shape[1]
             visible = self.attention[rows, None, None, :seen]  # (R, 1, 1, K)
             if self.sees is not None:
                 visible = visible & self.sees[start:stop, :seen]
             self.stored.open(rows, start, stop, seen)
-            hidden = self.policy.hidden_states(
-                tokens, visible, self.stored, self.positions[rows, start:stop]
-            )
-        return hidden[:, a - shift - start : b - shift - start]
+            positions = self.positions[rows, start:stop]
+            hidden = self.policy.hidden_states(tokens, visible, self.stored, positions)
+        return hidden[:, left - start : left - start + b - a]
 
 
 class Predictor:
     """Logits at open positions.
 
-    With a `scale` (`SamplerConfig.cfg_scale`) there are twice as many rows: below each lies its
-    twin, whose prompt is masked.
+    With `cfg_scale` there are twice as many rows: below each lies its twin, whose prompt is masked.
     """
 
     def __init__(
-        self, policy, canvas: Tensor, attention: Tensor, width: int, scale: float, cache: str | None
+        self, policy: Policy, canvas: Tensor, attention: Tensor, width: int, config: SamplerConfig
     ):
-        self.policy, self.scale = policy, scale
+        self.policy, self.scale = policy, config.cfg_scale
         twin = canvas.clone()
         twin[:, :width] = torch.where(attention[:, :width], policy.mask_token_id, twin[:, :width])
-        self.both = torch.cat([canvas, twin]) if scale else canvas.clone()
+        self.both = torch.cat([canvas, twin]) if self.scale else canvas.clone()
         self.canvas = self.both[: len(canvas)]
         self.offsets = range(0, len(self.both), len(canvas))
-        self.window = Window(policy, attention.repeat(len(self.offsets), 1), width, cache)
+        self.window = Window(policy, attention.repeat(len(self.offsets), 1), width, config.cache)
 
     def write(self, rows: Tensor, columns: Tensor, tokens: Tensor | int) -> None:
         for offset in self.offsets:
@@ -134,13 +129,8 @@ class KeyValues:
         self.rows = slice(None) if len(rows) == self.batch else rows
         self.window, self.seen = slice(start, stop), seen
 
-    def update(
-        self, key: Tensor, value: Tensor, layer: int, *args, **kwargs
-    ) -> tuple[Tensor, Tensor]:
-        """Store new keys and values (R, heads, window, D) of a layer; returns all that is seen.
-
-        What else an architecture tells its cache is of no use here.
-        """
+    def update(self, key: Tensor, value: Tensor, layer: int, *_, **__) -> tuple[Tensor, Tensor]:
+        """Store new keys and values (R, heads, window, D) of a layer; returns all that is seen."""
         if layer == len(self.layers):
             shape = (self.batch, key.shape[1], self.width, key.shape[3])
             self.layers.append((key.new_zeros(shape), value.new_zeros(shape)))

@@ -35,46 +35,36 @@ from mdmrl.training.loop import accelerator_for
 
 VERSION = "judging-2"  # part of a piece's identity: raise it when results change
 # What of a `PPOConfig` decides what V is fitted to and asked about.
-DECISIVE = (
-    "max_completion_length",
-    "sampler",
-    "per_device_train_batch_size",
-    "num_generations",
-    "value_batches",
-    "gamma",
-    "seed",
-)
+DECISIVE = ["max_completion_length", "sampler", "per_device_train_batch_size", "num_generations"]
+DECISIVE += ["value_batches", "gamma", "seed"]
 
 
 def what_v_explains(
     name: str, config: PPOConfig, batches: Sequence[int], prompts: int, profile: str
 ) -> pd.DataFrame:
-    """The share of the variance of held-out rewards that V explains before every denoising step.
+    """The share of the variance of held-out rewards that V explains before every denoising step:
+    columns `seed`, `completions` that V was fitted to, `step`, `explained`.
 
     Args:
         name: of the policy, as for `load_policy`; batches: numbers of batches to fit V to, each
             the first of the same base rollouts; prompts: held-out ones, completed once each.
-    Returns:
-        columns `seed`, `completions` that V was fitted to, `step`, `explained`.
     """
 
-    def compute(policy: Policy, task: Task) -> pd.DataFrame:
+    def compute(policy: Policy, task: Task, draw: Callable) -> pd.DataFrame:
         rows = task.rows("validation", prompts)
         shown = Recorder(lambda states: states.features)
-        output = _draw(policy, rows, config, "held-out", GuideConfig(checks=None), shown)
-        features = shown.looks  # (B, T, F)
-        reward = _rewards(task, output, rows)
-        every = config.replace(value_batches=max(batches))
+        output = draw(rows, "held-out", GuideConfig(checks=None), shown)
+        features, reward = shown.looks, _rewards(task, output, rows)  # (B, T, F), (B,)
+        every, found = config.replace(value_batches=max(batches)), []
         base = list(base_states(policy, task.rewards, task.rows("rl"), every))
-        found = []
         for count in batches:
             values = ValueHead(policy.model.config.hidden_size).to(policy.device)
             fit(values, ValueData.joined(base[:count]), accelerator_for(policy))
-            said = values(features).detach().cpu()
-            table = pd.DataFrame({"explained": [explained_variance(v, reward) for v in said.T]})
-            table.insert(0, "step", range(len(table)))
-            table.insert(0, "completions", count * config.per_device_train_batch_size)
-            found.append(table)
+            said = values(features).detach().cpu().T
+            explained = [explained_variance(column, reward) for column in said]
+            known = {"completions": count * config.per_device_train_batch_size}
+            known |= {"step": range(len(said)), "explained": explained}
+            found.append(pd.DataFrame(known))
         return pd.concat(found)
 
     settings = {"batches": list(batches), "prompts": prompts}
@@ -96,13 +86,11 @@ def what_is_decided(
         `explained`, the share of the variance that their mean explains, and `decided`, from all.
     """
 
-    def compute(policy: Policy, task: Task) -> pd.DataFrame:
+    def compute(policy: Policy, task: Task, _) -> pd.DataFrame:
         rows, sampler = task.rows("validation", prompts), config.sampler_for(policy)
         behind = _half(sampler) * sampler.block_length
-        drawn, generator = (
-            generator_for(config.seed, purpose, device=policy.device)
-            for purpose in ("held-out", "endings")
-        )
+        drawn = generator_for(config.seed, "held-out", device=policy.device)
+        generator = generator_for(config.seed, "endings", device=policy.device)
         output = generate(policy, [row["prompt"] for row in rows], sampler, drawn)
         width = output.prompt_mask.shape[1]
         written = torch.ones_like(output.completion_ids, dtype=torch.bool)
@@ -110,16 +98,13 @@ def what_is_decided(
         open_ = torch.zeros_like(attention)
         open_[:, width + behind :] = True
         half = output.sequences.masked_fill(open_, policy.mask_token_id)
-        again = (
-            denoise(policy, half, attention, open_, width, sampler, generator)
-            for _ in range(continuations)
-        )
+        state = (half, attention, open_, width)
+        again = (denoise(policy, *state, sampler, generator) for _ in range(continuations))
         endings = torch.stack([_rewards(task, ending, rows) for ending in again])
         decided = 1 - endings.var(0).mean() / endings.var(correction=0)
         reward, counts = _rewards(task, output, rows), range(1, continuations + 1)
         explained = [explained_variance(endings[:n].mean(0), reward) for n in counts]
-        found = {"endings": counts, "explained": explained, "decided": decided.item()}
-        return pd.DataFrame(found)
+        return pd.DataFrame({"endings": counts, "explained": explained, "decided": decided.item()})
 
     settings = {"prompts": prompts, "continuations": continuations}
     return _piece("endings", name, config, settings, profile, compute)
@@ -152,7 +137,7 @@ def guided_completions(
         ValueError: an odd number of blocks, which leaves none behind half of the text.
     """
 
-    def compute(policy: Policy, task: Task) -> pd.DataFrame:
+    def compute(policy: Policy, task: Task, draw: Callable) -> pd.DataFrame:
         sampler = config.sampler_for(policy)
         half = _half(sampler)
         values, _ = fit_to_base(policy, task.rewards, task.rows("rl"), config)
@@ -160,26 +145,32 @@ def guided_completions(
         def value(states: States) -> Tensor:
             return values(states.features).detach()
 
+        def looked(rows: Sequence[dict], purpose: str) -> tuple[GuidedOutput, Tensor]:
+            """Base rollouts with V looked at, and the mean log-probability at the same looks."""
+            judge = Recorder(mean_logprob, value)
+            output = draw(rows, purpose, GuideConfig(), judge)
+            return output, judge.looks.cpu().double().view_as(output.values)
+
         rows, others = task.rows("test", prompts), task.rows("validation", calibration_prompts)
-        first, first_logp = _looked(policy, others, config, "calibrate", value)
+        first, first_logp = looked(others, "calibrate")
         calibrated_on = [row["prompt"] for row in others]
 
         def thresholds(said: Tensor, form: str = "two_gates") -> Thresholds:
-            guide, length = GuideConfig(form=form), sampler.block_length
-            return Thresholds.of(said, guide, length, calibrated_on)
+            return Thresholds.of(said, GuideConfig(form=form), sampler.block_length, calibrated_on)
 
         gates, bands = thresholds(first.values), thresholds(first.values, "faithful")
-        several = [row for row in rows for _ in range(n * times)]
-        base, base_logp = _looked(policy, several, config, "base", value)
-        stopped = base.values[:, half, 1] < gates.high[half, 1]
-        tables = [_table("plain", task, base, rows, **_columns(base, base_logp), stopped=stopped)]
-
-        each = [row for row in rows for _ in range(n)]
+        several, each = ([row for row in rows for _ in range(k)] for k in (n * times, n))
+        base, base_logp = looked(several, "base")
+        said = {"V": base.final_values}
+        for judge, looks in (("V", base.values), ("logp", base_logp)):
+            said |= {f"{judge}/{at:02d}": x for at, x in enumerate(looks.flatten(1).T)}
+        said["stopped"] = base.values[:, half, 1] < gates.high[half, 1]
+        tables = [_table("plain", task, base, rows, said)]
 
         def run(arm: str, judge: Value, given: Thresholds, form: str = "two_gates") -> GuidedOutput:
             guide = GuideConfig(budget=times, form=form)
-            output = _draw(policy, each, config, "guided", guide, judge, given)
-            tables.append(_table(arm, task, output, rows))
+            output = draw(each, "guided", guide, judge, given)
+            tables.append(_table(arm, task, output, rows, {}))
             return output
 
         output = run("two gates", value, gates)
@@ -190,25 +181,24 @@ def guided_completions(
         run("prompt alone", prompt_alone, thresholds(first.values[:, :1, :1].expand_as(first_logp)))
         return pd.concat(tables)
 
-    settings = {
-        "prompts": prompts,
-        "calibration_prompts": calibration_prompts,
-        "n": n,
-        "times": times,
-    }
+    settings = {"prompts": prompts, "calibration_prompts": calibration_prompts}
+    settings |= {"n": n, "times": times}
     return _piece("guided", name, config, settings, profile, compute)
 
 
 def _piece(
-    kind: str,
-    name: str,
-    config: PPOConfig,
-    settings: dict[str, int | list[int]],
-    profile: str,
-    compute: Callable[[Policy, Task], pd.DataFrame],
+    kind: str, name: str, config: PPOConfig, settings: dict, profile: str, compute: Callable
 ) -> pd.DataFrame:
+    """What `compute(policy, task, draw)` makes, or what is kept of it, with a column `seed`;
+    `draw(rows, purpose, guide, judge, thresholds)` completes rows."""
     policy, task = load_policy(name), load_task("medcot")
-    settled = config.settings_for(policy)
+    settled, sampler = config.settings_for(policy), config.sampler_for(policy)
+
+    def draw(rows, purpose, guide, judge, thresholds=None) -> GuidedOutput:
+        generator = generator_for(config.seed, purpose, device=policy.device)
+        prompts = [row["prompt"] for row in rows]
+        return generate_guided(policy, prompts, sampler, guide, judge, thresholds, generator)
+
     identity = {
         "piece": kind,
         "settings": {name: settled[name] for name in DECISIVE},
@@ -218,7 +208,7 @@ def _piece(
         **settings,
     }
     slug = f"{Path(name).name}-{kind}-s{config.seed}"
-    table = cached_table(profile, slug, identity, lambda _: (compute(policy, task), {}))
+    table = cached_table(profile, slug, identity, lambda _: (compute(policy, task, draw), {}))
     table.insert(0, "seed", config.seed)
     return table
 
@@ -226,65 +216,23 @@ def _piece(
 def _half(sampler: SamplerConfig) -> int:
     """The block behind half of the text."""
     blocks = sampler.max_new_tokens // (sampler.block_length or sampler.max_new_tokens)
-    require(
-        blocks % 2 == 0,
-        f"block_length={sampler.block_length} of {sampler.max_new_tokens} positions: expected an "
-        "even number of blocks, so that half of the text is a state of the sampler",
-    )
+    wanted = "an even number of blocks, so that half of the text is a state of the sampler"
+    said = f"block_length={sampler.block_length} of {sampler.max_new_tokens} positions"
+    require(blocks % 2 == 0, f"{said}: expected {wanted}")
     return blocks // 2
 
 
-def _draw(
-    policy: Policy,
-    rows: Sequence[dict],
-    config: PPOConfig,
-    purpose: str,
-    guide: GuideConfig,
-    judge: Value,
-    thresholds: Thresholds | None = None,
-) -> GuidedOutput:
-    generator = generator_for(config.seed, purpose, device=policy.device)
-    prompts = [row["prompt"] for row in rows]
-    sampler = config.sampler_for(policy)
-    return generate_guided(policy, prompts, sampler, guide, judge, thresholds, generator)
-
-
-def _looked(
-    policy: Policy, rows: Sequence[dict], config: PPOConfig, purpose: str, value: Value
-) -> tuple[GuidedOutput, Tensor]:
-    """Base rollouts with `value` looked at, and the mean log-probability at the same looks, like
-    `GuidedOutput.values`."""
-    judge = Recorder(mean_logprob, value)
-    output = _draw(policy, rows, config, purpose, GuideConfig(), judge)
-    return output, judge.looks.cpu().double().view_as(output.values)
-
-
-def _columns(base: GuidedOutput, logp: Tensor) -> dict[str, Tensor]:
-    """What was said of plain completions, a column a look."""
-    looks = {"V": base.values, "logp": logp}
-    columns = {
-        f"{judge}/{at:02d}": column
-        for judge, said in looks.items()
-        for at, column in enumerate(said.flatten(1).T)
-    }
-    return {"V": base.final_values, **columns}
-
-
 def _table(
-    arm: str, task: Task, output: GuidedOutput, rows: Sequence[dict], **columns: Tensor
+    arm: str, task: Task, output: GuidedOutput, rows: Sequence[dict], said: dict[str, Tensor]
 ) -> pd.DataFrame:
     """A row a completion; as many of each of `rows`."""
     prompt = torch.arange(len(rows)).repeat_interleave(len(output.completions) // len(rows))
     whose = [rows[i] for i in prompt]
-    pairs = zip(output.completions, whose, strict=True)
-    columns = {
-        "prompt": prompt,
-        "reward": _rewards(task, output, whose),
-        "accuracy": torch.tensor([float(task.metric(text, row)) for text, row in pairs]),
-        "spent": output.spent,
-        **columns,
-    }
-    table = pd.DataFrame({name: column.cpu().numpy() for name, column in columns.items()})
+    right = map(task.metric, output.completions, whose)
+    known = {"prompt": prompt, "reward": _rewards(task, output, whose)}
+    known |= {"accuracy": torch.tensor([float(x) for x in right]), "spent": output.spent}
+    known |= said
+    table = pd.DataFrame({name: column.cpu().numpy() for name, column in known.items()})
     table.insert(0, "arm", arm)
     return table.assign(answer=[extract_answer(text) or "" for text in output.completions])
 

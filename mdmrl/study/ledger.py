@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+
+from filelock import FileLock
 
 from mdmrl.config import Config, InputError, require, unknown
 from mdmrl.runs import write_atomically
@@ -24,17 +24,13 @@ class Claim(Config):
 
     Args:
         id: names the row; recording it again replaces the row.
-        says: what the thesis says.
-        where: where it says so ("Fig. 4-1").
+        says, where: what the thesis says, and where ("Fig. 4-1").
         measured: what was measured here, in words.
         estimate, low, high: the number and its 95 % interval, in `unit`; None where there is none.
         seeds: training runs behind the number; 0 for exact arithmetic.
         verdict: one of `VERDICTS`, from a rule, most of them in `mdmrl.study.verdicts`.
         conditional: the verdict holds for the shipped checkpoints only.
         notebook, profile: what recorded it; `Outputs.claim` fills them in.
-
-    Raises:
-        ValueError: an unknown verdict, a number that is not finite, half an interval.
     """
 
     id: str
@@ -56,19 +52,18 @@ class Claim(Config):
         if self.verdict not in VERDICTS:
             raise unknown(f"verdict of claim {self.id}", self.verdict, VERDICTS)
         require(self.seeds >= 0, f"claim {self.id}: seeds={self.seeds}: expected 0 or more")
-        for name in ("estimate", "low", "high"):
-            value = getattr(self, name)
+        numbers = {name: getattr(self, name) for name in ("estimate", "low", "high")}
+        for name, value in numbers.items():
             require(
                 value is None or math.isfinite(value),
                 f"claim {self.id}: {name}={value}: expected a finite number; "
                 "give None and say in `measured` what happened",
             )
-        interval = (self.low, self.high)
+        none = self.low is None and self.high is None
+        said = ", ".join(f"{name}={value}" for name, value in numbers.items())
         require(
-            interval == (None, None)
-            or (self.estimate is not None and None not in interval and self.low <= self.high),
-            f"claim {self.id}: estimate={self.estimate}, low={self.low}, high={self.high}: "
-            "an interval needs an estimate and both ends in order",
+            none or (None not in numbers.values() and self.low <= self.high),
+            f"claim {self.id}: {said}: an interval needs an estimate and both ends in order",
         )
 
 
@@ -81,7 +76,7 @@ def record(claim: Claim, folder: str | Path) -> Path:
     """Add the claim to `folder/claims.json`, or replace its row; safe beside other writers."""
     path = Path(folder) / "claims.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(path.with_name(".claims.lock")):
+    with FileLock(path.with_name(".claims.lock")):
         rows = {row.id: row for row in load(path)} | {claim.id: claim}
         text = json.dumps([rows[id].to_dict() for id in sorted(rows)], indent=1)
         write_atomically(path, text + "\n")
@@ -89,11 +84,7 @@ def record(claim: Claim, folder: str | Path) -> Path:
 
 
 def load(path: str | Path) -> list[Claim]:
-    """The claims of a ledger file, sorted by id; none if there is no file yet.
-
-    Raises:
-        ValueError: the file is no ledger.
-    """
+    """The claims of a ledger file, sorted by id; none if there is no file yet."""
     path = Path(path)
     if not path.exists():
         return []
@@ -109,14 +100,12 @@ def cells(claim: Claim) -> tuple[str, ...]:
     """The claim as plain text, one entry for each of `COLUMNS`."""
     measured = claim.measured
     if claim.estimate is not None:
-        number = _number(claim.estimate)
+        number, ends = _number(claim.estimate), ""
         if claim.low is not None:
-            number += f" [{_number(claim.low)}, {_number(claim.high)}]"
-        if number not in measured or claim.low is None:  # a verdict's sentence holds its interval
-            measured += f": {number} {claim.unit}".rstrip()
-    verdict = claim.verdict
-    if claim.conditional:
-        verdict += ", conditional on these checkpoints"
+            ends = f" [{_number(claim.low)}, {_number(claim.high)}]"
+        if not ends or number + ends not in measured:  # a verdict's sentence holds its interval
+            measured += f": {number}{ends} {claim.unit}".rstrip()
+    verdict = claim.verdict + ", conditional on these checkpoints" * claim.conditional
     return claim.says, claim.where, measured, str(claim.seeds or "-"), verdict, claim.notebook
 
 
@@ -132,16 +121,13 @@ def render(claims: Iterable[Claim]) -> str:
 def fill_claims(page: Path, claims_path: str | Path) -> None:
     """Put the `full` profile's claims into the page's section `claims`."""
     claims = [claim for claim in load(claims_path) if claim.profile == "full"]
-    body = render(claims) if claims else "No `full` run has been recorded yet."
-    fill_section(page, "claims", body)
+    none = "No `full` run has been recorded yet."
+    fill_section(page, "claims", render(claims) if claims else none)
 
 
 def fill_section(page: Path, name: str, body: str) -> None:
-    """Replace what stands between the lines `<!-- name:start -->` and `<!-- name:end -->`.
-
-    Raises:
-        ValueError: there is no such page, or its markers are missing, repeated or out of order.
-    """
+    """Replace what stands between the lines `<!-- name:start -->` and `<!-- name:end -->`, each of
+    which a page must have once."""
     start, end = f"<!-- {name}:start -->", f"<!-- {name}:end -->"
     text = page.read_text(encoding="utf-8") if page.exists() else ""
     require(
@@ -155,10 +141,3 @@ def fill_section(page: Path, name: str, body: str) -> None:
 
 def _number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -27,11 +27,7 @@ FORMATS = {
 
 
 def project_root() -> Path:
-    """The checkout whose notebooks are run and whose folders are written; `MDMRL_ROOT` overrides.
-
-    Raises:
-        ValueError: the package was not installed from a checkout and `MDMRL_ROOT` is not set.
-    """
+    """The checkout whose notebooks are run and whose folders are written, or `MDMRL_ROOT`."""
     folder = Path(os.environ.get("MDMRL_ROOT") or Path(__file__).parents[2]).resolve()
     require(
         (folder / "notebooks").is_dir(),
@@ -53,28 +49,22 @@ def figures_folder(profile: str) -> Path:
 
 def figures_of(notebook: str, folder: Path) -> list[str]:
     """Names of the figures in `folder` that `notebook` wrote, by their provenance files."""
-    return [
-        image.stem
-        for image in sorted(folder.glob("*.png"))
-        if image.with_suffix(".json").exists()
-        and json.loads(image.with_suffix(".json").read_text())["notebook"] == notebook
-    ]
+    known = (path.with_suffix(".json") for path in sorted(folder.glob("*.png")))
+    beside = [path for path in known if path.exists()]
+    return [path.stem for path in beside if json.loads(path.read_text())["notebook"] == notebook]
 
 
 class Outputs:
-    """What a notebook writes: one object, made in its first cell.
+    """What a notebook writes, to the folder of its profile: one object, made in its first cell.
 
-    Args:
-        profile: decides the folder (`figures_folder`).
-        notebook: the notebook's name without ending. By default what `mdmrl reproduce` or
-            JupyterLab says it is; give it where papermill is run by hand.
+    `notebook` is its name without ending, by default what `mdmrl reproduce` or JupyterLab says it
+    is; give it where papermill is run by hand.
     """
 
     def __init__(self, profile: str, notebook: str | None = None):
         named = os.environ.get("MDMRL_NOTEBOOK") or os.environ.get("JPY_SESSION_NAME", "")
-        self.profile = profile
+        self.profile, self.folder = profile, figures_folder(profile)
         self.notebook = notebook or Path(named).stem
-        self.folder = figures_folder(profile)
 
     def figure(self, figure: Figure, name: str, seeds: Iterable[int] = (), **facts) -> Path:
         """Write `<name>.png` (200 dpi), `<name>.pdf` and `<name>.json`; returns the PNG's path.

@@ -31,13 +31,12 @@ def cached_table(
     compute: Callable[[str], tuple[pd.DataFrame, dict]],
     since: Mapping | None = None,
 ) -> pd.DataFrame:
-    """The table that `compute` makes, or the one that an earlier call of the same identity left.
+    """The table that `compute` makes, or the one that an earlier call of the same identity left: as
+    its CSV has it (six digits), with the piece's name in a column `run`.
 
     Args:
         compute: takes the piece's name; returns the table, and what the JSON is to hold.
         since: values of what the identity of an older piece does not name yet.
-    Returns:
-        the table as its CSV has it (six digits), with the piece's name in a column `run`.
     """
     folder, wanted = pieces_folder(profile), json.loads(as_json(identity))
     for path in sorted(folder.glob(f"{slug}-??????????.json")):

@@ -8,27 +8,14 @@ from collections.abc import Iterable, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
-import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from pandas import DataFrame, Series
 
 from mdmrl.evaluation.stats import t_interval
-from mdmrl.study.colours import colour, line_styles, palette
-
-__all__ = [
-    "COLOURS",
-    "bars",
-    "colour",
-    "curves",
-    "interval",
-    "line_styles",
-    "palette",
-    "panels",
-    "shared_legend",
-    "title",
-    "use_style",
-]
+from mdmrl.study.colours import colour as colour
+from mdmrl.study.colours import line_styles, palette
 
 TEXT_WIDTH = 6.3  # inches, a page of A4 with the thesis's margins
 COLOURS = sns.color_palette("colorblind").as_hex()  # of what `palette` does not name
@@ -41,7 +28,7 @@ def use_style() -> None:
 
 def curves(
     axes: Axes,
-    runs: pd.DataFrame,
+    runs: DataFrame,
     column: str,
     arms: Iterable[str],
     smooth: int = 1,
@@ -77,7 +64,7 @@ def curves(
     sns.despine(ax=axes)
 
 
-def interval(values: pd.Series) -> tuple[float, float]:
+def interval(values: Series) -> tuple[float, float]:
     """The 95 % t-interval of the mean, for seaborn's `errorbar`; none of a single value."""
     _, low, high = t_interval(values) if len(values) > 1 else (math.nan,) * 3
     return low, high
@@ -86,25 +73,19 @@ def interval(values: pd.Series) -> tuple[float, float]:
 def panels(count: int, height: float = 2.4, columns: int = 2) -> tuple[Figure, np.ndarray]:
     """A figure of `count` panels at the text's width; returns it and its axes, flat."""
     rows = -(-count // columns)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(TEXT_WIDTH, height * rows), layout="constrained", squeeze=False
-    )
+    form = {"figsize": (TEXT_WIDTH, height * rows), "layout": "constrained", "squeeze": False}
+    figure, axes = plt.subplots(rows, columns, **form)
     for spare in axes.flat[count:]:
         spare.set_visible(False)
     return figure, axes.flatten()[:count]
 
 
-def title(
-    figure: Figure, text: str, runs: pd.DataFrame, smooth: int = 1, log: bool = False
-) -> None:
+def title(figure: Figure, text: str, runs: DataFrame, smooth: int = 1, log: bool = False) -> None:
     """`text` above all panels, and what the lines and bands of `curves` are."""
     seeds = runs.seed.nunique()
-    if seeds == 1:
-        shown = ["1 seed, so no interval"]
-    elif log:
-        shown = [f"{seeds} seeds, thin lines", "thick: their median", "band: their range"]
-    else:
-        shown = [f"{seeds} seeds, thin lines", "band: 95 % t-interval of the mean"]
+    bands = ["thick: their median", "band: their range"]
+    bands = bands if log else ["band: 95 % t-interval of the mean"]
+    shown = [f"{seeds} seeds, thin lines", *bands] if seeds > 1 else ["1 seed, so no interval"]
     if smooth > 1:
         shown.append(f"running mean of {smooth} updates")
     figure.suptitle(textwrap.fill(f"{text}. {'; '.join(shown)}", 100), fontsize=8)
@@ -116,7 +97,7 @@ def shared_legend(figure: Figure, axes: Axes, columns: int = 3) -> None:
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
 
 
-def bars(axes: Axes, table: pd.DataFrame, colours: Sequence[str] = COLOURS) -> None:
+def bars(axes: Axes, table: DataFrame, colours: Sequence[str] = COLOURS) -> None:
     """Grouped bars, from top to bottom, of the means over seeds (rows: groups, columns:
     `(measure, seed)`), with the 95 % t-interval where there are two seeds or more; a measure that
     a group lacks has no bar."""
@@ -124,15 +105,13 @@ def bars(axes: Axes, table: pd.DataFrame, colours: Sequence[str] = COLOURS) -> N
     height = 0.8 / len(measures)
     for i, measure in enumerate(measures):
         at = np.arange(len(table)) + (i - (len(measures) - 1) / 2) * height
-        values = table[measure]
-        error = None
+        values, error = table[measure], None
+        means = values.mean(axis=1)
         if values.shape[1] > 1:
             seeds = [row.dropna() for _, row in values.iterrows()]
             low = [t_interval(row).low if len(row) else np.nan for row in seeds]
-            error = np.maximum(values.mean(axis=1) - low, 0)
-        axes.barh(
-            at, values.mean(axis=1), height * 0.9, xerr=error, color=colours[i], label=measure
-        )
+            error = np.maximum(means - low, 0)
+        axes.barh(at, means, height * 0.9, xerr=error, color=colours[i], label=measure)
     axes.set_yticks(range(len(table)), table.index)
     axes.invert_yaxis()
     sns.despine(ax=axes)

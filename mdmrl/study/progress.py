@@ -6,6 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 from rich.console import Console
@@ -14,6 +15,7 @@ from rich.text import Text
 
 from mdmrl.runs import write_atomically
 from mdmrl.study.outputs import project_root
+from mdmrl.training.progress import duration
 
 EVERY = 8.0  # seconds between lines where there is no terminal
 UNKNOWN = 60.0  # seconds of a notebook that nobody has timed
@@ -37,26 +39,22 @@ class Progress:
         self.taken: list[float] = []  # seconds of this notebook's cells, those that have ended
         self.started = self.cell_started = clock()
         self.spent = self.predicted = 0.0  # seconds of all cells that have ended, and expected ones
-        self._ended = threading.Event()
-        self._speaker = threading.Thread(target=self._speak, daemon=True)
-        self._live: Live | None = None
 
     def __enter__(self) -> Progress:
-        console = Console()
+        console, self._shown = Console(), ExitStack()
         if console.is_terminal:
-            show = {"refresh_per_second": 1, "transient": True}
-            self._live = Live(get_renderable=lambda: Text(self.line()), console=console, **show)
-            self._live.start()
+            show = {"console": console, "refresh_per_second": 1, "transient": True}
+            self._shown.enter_context(Live(get_renderable=lambda: Text(self.line()), **show))
         else:
-            self._speaker.start()
+            ended = threading.Event()
+            speaker = threading.Thread(target=self._speak_until, args=[ended], daemon=True)
+            speaker.start()
+            self._shown.callback(speaker.join)
+            self._shown.callback(ended.set)  # before that
         return self
 
     def __exit__(self, *_) -> None:
-        if self._live:
-            self._live.stop()
-        else:
-            self._ended.set()
-            self._speaker.join()
+        self._shown.close()
 
     def begin(self, name: str, label: str) -> None:
         """A notebook starts; `label` is what its lines begin with."""
@@ -65,45 +63,45 @@ class Progress:
 
     def cell_ends(self, **_) -> None:
         """A code cell has been executed (nbclient's hook `on_cell_executed`)."""
-        now = self.clock()
-        seconds, at = now - self.cell_started, len(self.taken)
-        cells = self.expected[self.name]
+        seconds = self.clock() - self.cell_started
         self.spent += seconds
-        self.predicted += cells[at] if at < len(cells) else 0.0
-        self.taken, self.cell_started = [*self.taken, seconds], now
+        self.predicted += self._expected_now()
+        self.taken.append(seconds)
+        self.cell_started += seconds
 
     def end(self) -> float:
         """The notebook has ended; returns its seconds."""
-        del self.expected[self.name]
-        self.name = ""
+        name, self.name = self.name, ""  # first: another thread reads
+        del self.expected[name]
         return self.clock() - self.started
 
     def left(self) -> tuple[float, float]:
         """Seconds left of this notebook, and of all."""
-        cells, at = self.expected.get(self.name, []), len(self.taken)
-        running = self.clock() - self.cell_started
-        now = cells[at] if at < len(cells) else 0.0
+        running, now = self.clock() - self.cell_started, self._expected_now()
         pace = (PRIOR + self.spent) / (PRIOR + self.predicted)
         if running > pace * now:  # late already: the pace is slower than it seemed
             pace = (PRIOR + self.spent + running) / (PRIOR + self.predicted + now)
-        notebook = max(0.0, pace * now - running) + pace * sum(cells[at + 1 :])
-        others = sum(sum(own) for name, own in self.expected.items() if name != self.name)
+        behind = self.expected.get(self.name, [])[len(self.taken) + 1 :]
+        notebook = max(0.0, pace * now - running) + pace * sum(behind)
+        others = sum(sum(own) for name, own in [*self.expected.items()] if name != self.name)
         return notebook, notebook + pace * others
+
+    def _expected_now(self) -> float:
+        """Seconds of the cell that runs."""
+        left = self.expected.get(self.name, [])[len(self.taken) :]
+        return left[0] if left else 0.0
 
     def line(self) -> str:
         """What is shown: `[3/10] 03_x: cell 9 of 25, 1 min 20 s, about 2 min left; whole: ...`."""
         notebook, whole = self.left()
-        if not self.name:
+        count, spent = len(self.expected.get(self.name, [])), duration(self.clock() - self.started)
+        if not count:
             return f"whole: {about(whole)}"
-        count = len(self.expected[self.name])
-        cell = min(len(self.taken) + 1, count)
-        return (
-            f"{self.label}: cell {cell} of {count}, {clock_time(self.clock() - self.started)}, "
-            f"{about(notebook)}; whole: {about(whole)}"
-        )
+        where = f"{self.label}: cell {min(len(self.taken) + 1, count)} of {count}"
+        return f"{where}, {spent}, {about(notebook)}; whole: {about(whole)}"
 
-    def _speak(self) -> None:
-        while not self._ended.wait(EVERY):
+    def _speak_until(self, ended: threading.Event) -> None:
+        while not ended.wait(EVERY):
             print(self.line(), flush=True)
 
 
@@ -134,12 +132,6 @@ def about(seconds: float) -> str:
         return "under a minute left"
     hours = f"{minutes // 60} h " if minutes >= 60 else ""
     return f"about {hours}{minutes % 60} min left"
-
-
-def clock_time(seconds: float) -> str:
-    """Time spent: `1 min 20 s`."""
-    minutes, seconds = divmod(int(seconds), 60)
-    return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
 
 
 def _recorded(profile: str) -> Path:

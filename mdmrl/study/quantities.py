@@ -24,11 +24,9 @@ def headroom(curve: Sequence[float], ceiling: float) -> float:
 
 
 def updates_to(curve: Sequence[float], share: float = 0.9, window: int = 5) -> int:
-    """Updates until the running mean reward has made `share` of its way.
-
-    The way leads from the mean of the first tenth to that of the last, the running mean is over
-    the `window` latest updates. A run that gains nothing, or never gets there, counts in full.
-    """
+    """Updates until the running mean reward, over the `window` latest, has made `share` of its way
+    from the mean of the first tenth to that of the last. A run that gains nothing, or never gets
+    there, counts in full."""
     first, last = _tenths(curve)
     window = min(window, len(curve))
     running = np.convolve(curve, np.full(window, 1 / window), mode="valid")
@@ -38,10 +36,8 @@ def updates_to(curve: Sequence[float], share: float = 0.9, window: int = 5) -> i
 
 def kl_ratio(kl_norms: Sequence[float], surrogate_norms: Sequence[float]) -> float:
     """Median over training of |grad beta KL| / |grad surrogate|, from both norms of every update.
-
     Updates without a surrogate gradient (every group of equal rewards) have no ratio and are left
-    out; nan where none is left.
-    """
+    out; nan where none is left."""
     kl, surrogate = np.asarray(kl_norms, float), np.asarray(surrogate_norms, float)
     rewarded = surrogate > 0
     return float(np.median(kl[rewarded] / surrogate[rewarded])) if rewarded.any() else math.nan
@@ -50,9 +46,8 @@ def kl_ratio(kl_norms: Sequence[float], surrogate_norms: Sequence[float]) -> flo
 def law(laws: Sequence[float], first: int = 5) -> float:
     """log mean exp(-d) before training has gone far: the mean over the `first` updates of a run.
 
-    At the very start policy and reference are one and it is 0 whatever is scored; so look at a run
-    without a KL term, which no KL gradient has touched.
-    """
+    At the very start policy and reference are one and it is 0 whatever is scored: take a run
+    without a KL term, which no KL gradient has touched."""
     return float(np.mean(np.asarray(laws, float)[:first]))
 
 

@@ -5,29 +5,19 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
+from mdmrl.config import resolve
 from mdmrl.runs import write_atomically
 from mdmrl.study import ledger
 from mdmrl.study.notebooks import code_cells, fingerprint, package_digest, plan, run_notebook
 from mdmrl.study.outputs import figures_folder, figures_of, project_root
-from mdmrl.study.progress import Progress, clock_time, expected_seconds, record_seconds
-
-
-@dataclass
-class Result:
-    """How one notebook came out: `state` is ok, unchanged or failed."""
-
-    notebook: str
-    seconds: float
-    figures: int
-    claims: int
-    state: str
+from mdmrl.study.progress import Progress, expected_seconds, record_seconds
+from mdmrl.training.progress import duration
 
 
 def reproduce(profile: str = "cpu", only: Iterable[str] = (), force: bool = False) -> int:
@@ -38,79 +28,59 @@ def reproduce(profile: str = "cpu", only: Iterable[str] = (), force: bool = Fals
         only: beginnings of notebook names ("03"); all notebooks if empty.
         force: run those again whose code, parameters and package have not changed since they
             last succeeded.
-
     Returns:
-        The exit code: 1 if a notebook failed (its traceback is printed, the others still run), 130
-        if Ctrl-C stopped it.
-
-    Raises:
-        ValueError: before any work, for an unknown profile, notebook or parameter.
+        the exit code: 1 if a notebook failed (its traceback is printed, the others still run), 130
+        if Ctrl-C stopped it. An unknown profile, notebook or parameter is refused before any work.
     """
-    only = list(only)
-    jobs = plan(profile, only)
-    folder = figures_folder(profile)
+    jobs, folder = plan(profile, only := list(only)), figures_folder(profile)
     if profile == "full":
         write_docs(folder)  # lacking markers show now, not at the end
-    state, package = project_root() / "runs" / profile / "done.json", package_digest()
+    here, package = project_root() / "runs" / profile, package_digest()
     prints = {path.stem: fingerprint(path, parameters, package) for path, parameters in jobs}
-    outputs = {path.stem: state.parent / "notebooks" / path.name for path, _ in jobs}
-    done = _read(state)
+    outputs = {path.stem: here / "notebooks" / path.name for path, _ in jobs}
+    done = {} if force else _read(here / "done.json")
     unchanged = {
         name
         for name, output in outputs.items()
-        if not force and output.exists() and done.get(name) == [prints[name], *_count(name, folder)]
+        if output.exists() and done.get(name) == [prints[name], *_count(name, folder)]
     }
     cells = {path.stem: code_cells(path) for path, _ in jobs if path.stem not in unchanged}
-
-    def note(name: str, entry: list | None) -> None:
-        """Read again: another process may have finished a notebook meanwhile."""
-        others = {key: value for key, value in _read(state).items() if key != name}
-        others |= {name: entry} if entry else {}
-        write_atomically(state, json.dumps(others, indent=1) + "\n")
-
-    results = []
+    rows, failed = [], False
     try:
         with Progress(expected_seconds(profile, cells)) as progress:
             for number, (path, parameters) in enumerate(jobs, 1):
                 name, label = path.stem, f"[{number}/{len(jobs)}] {path.stem}"
                 if name in unchanged:
                     print(f"{label}: unchanged since it last ran", flush=True)
-                    results.append(Result(name, 0.0, *_count(name, folder), "unchanged"))
+                    rows.append((name, 0.0, *_count(name, folder), "unchanged"))
                     continue
                 print(f"{label}: started", flush=True)
-                note(name, None)
+                _note(here / "done.json", name, None)
                 progress.begin(name, label)
                 failure = run_notebook(path, outputs[name], parameters, progress.cell_ends)
                 seconds, counts = progress.end(), _count(name, folder)
                 if failure:
-                    print(f"{label}: failed after {clock_time(seconds)}\n{failure}", flush=True)
+                    failed = True
+                    print(f"{label}: failed after {duration(seconds)}\n{failure}", flush=True)
                 else:
-                    print(f"{label}: done in {clock_time(seconds)}", flush=True)
-                    note(name, [prints[name], *counts])
+                    print(f"{label}: done in {duration(seconds)}", flush=True)
+                    _note(here / "done.json", name, [prints[name], *counts])
                     record_seconds(profile, name, progress.taken)
-                results.append(Result(name, seconds, *counts, "failed" if failure else "ok"))
+                rows.append((name, seconds, *counts, "failed" if failure else "ok"))
     except KeyboardInterrupt:
-        again = shlex.join(["mdmrl", "reproduce", "--profile", profile, *_option(only)])
-        print(
-            f"stopped; notebooks and training runs that ended are kept. To go on: {again}",
-            flush=True,
-        )
+        words = ["mdmrl", "reproduce", "--profile", profile, *(["--only", *only] if only else [])]
+        kept = "stopped; notebooks and training runs that ended are kept"
+        print(f"{kept}. To go on: {shlex.join(words)}", flush=True)
         return 130
-
-    _print_summary(profile, results)
+    _print_summary(profile, rows)
     _print_ledger(ledger.load(folder / "claims.json"))
     if profile == "full":
         write_docs(folder)
-    return int(any(result.state == "failed" for result in results))
+    return int(failed)
 
 
 def write_docs(folder: Path) -> None:
-    """Put the tables of `folder`, that of the `full` figures, into the sections of `docs/`.
-
-    Raises:
-        ValueError: a section's markers are missing, repeated or out of order.
-    """
-    from mdmrl.bench.samplers import bench_markdown
+    """Put the tables of `folder`, that of the `full` figures, into the sections of `docs/`."""
     from mdmrl.evaluation.tables import models_markdown
 
     docs, models = project_root() / "docs", folder / "data" / "tiny_models.csv"
@@ -118,11 +88,8 @@ def write_docs(folder: Path) -> None:
     if models.exists():
         ledger.fill_section(docs / "results.md", "models", models_markdown(models))
     if list((folder / "data").glob("bench_samplers*.json")):
+        bench_markdown = resolve("mdmrl.bench.samplers:bench_markdown")
         ledger.fill_section(docs / "bench.md", "bench", bench_markdown(folder / "data"))
-
-
-def _option(only: list[str]) -> list[str]:
-    return ["--only", *only] if only else []
 
 
 def _count(notebook: str, folder: Path) -> tuple[int, int]:
@@ -135,14 +102,18 @@ def _read(state: Path) -> dict[str, list]:
     return json.loads(state.read_text()) if state.exists() else {}
 
 
-def _print_summary(profile: str, results: list[Result]) -> None:
-    table = Table("notebook", title=f"profile {profile}", title_justify="left")
-    for column in ("seconds", "figures", "claims"):
-        table.add_column(column, justify="right")
-    table.add_column("ok")
-    for row in results:
-        numbers = (f"{row.seconds:.0f}", str(row.figures), str(row.claims))
-        table.add_row(row.notebook, *numbers, row.state)
+def _note(state: Path, name: str, entry: list | None) -> None:
+    """Keep what is known of a notebook; another process may have noted others meanwhile."""
+    others = {key: value for key, value in _read(state).items() if key != name}
+    others |= {name: entry} if entry else {}
+    write_atomically(state, json.dumps(others, indent=1) + "\n")
+
+
+def _print_summary(profile: str, rows: list[tuple]) -> None:
+    numbers = (Column(name, justify="right") for name in ("seconds", "figures", "claims"))
+    table = Table("notebook", *numbers, "ok", title=f"profile {profile}", title_justify="left")
+    for name, seconds, figures, claims, state in rows:
+        table.add_row(name, f"{seconds:.0f}", str(figures), str(claims), state)
     Console().print(table)
 
 

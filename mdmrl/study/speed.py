@@ -23,8 +23,7 @@ def samplers(
 ) -> dict[tuple[str, float], SamplerConfig]:
     """What `07_speed_vs_steps` compares, by name and setting (a number of steps, or a threshold):
     the whole completion, the same in blocks, blocks with either cache, parallel decoding."""
-    found = {}
-    base = SamplerConfig(max_new_tokens=length)
+    found, base = {}, SamplerConfig(max_new_tokens=length)
     for count in steps:
         found[WHOLE, count] = base.replace(steps=count)
         if count >= length // block_length:
@@ -43,12 +42,10 @@ def block_samplers(
     length: int, steps: Sequence[int], block_length: int, thresholds: Sequence[float]
 ) -> dict[tuple[str, float], SamplerConfig]:
     """The same for a block diffusion policy, whose blocks and cache are its own."""
-    base = SamplerConfig(max_new_tokens=length)
+    base, name = SamplerConfig(max_new_tokens=length), "block diffusion"
     counts = [count for count in steps if count >= length // block_length]
-    return {
-        **{("block diffusion", count): base.replace(steps=count) for count in counts},
-        **{("block diffusion, threshold", t): base.replace(threshold=t) for t in thresholds},
-    }
+    found = {(name, count): base.replace(steps=count) for count in counts}
+    return found | {(f"{name}, threshold", t): base.replace(threshold=t) for t in thresholds}
 
 
 def passes(
@@ -58,12 +55,10 @@ def passes(
     seeds: Sequence[int] = (0,),
     batch_size: int = 16,
 ) -> pd.DataFrame:
-    """Complete every row with every sampler and seed; one line a completion.
+    """Complete every row with every sampler (by name and setting) and seed; one line a completion.
 
     Samplers take turns batch by batch, so that a slow moment of the machine hits all of them.
 
-    Args:
-        samplers: a policy and how it samples, by name and setting.
     Returns:
         columns sampler, setting, seed, batch and prompt (their numbers), right, reward, and the
         prompt's share of its batch's seconds, nfe and token_forwards. Seconds count sampling
@@ -71,35 +66,28 @@ def passes(
     """
     for policy, config in samplers.values():
         generate(policy, [row["prompt"] for row in rows[:batch_size]], config)
-    lines = []
+    batches = []
     for seed in seeds:
         for start in range(0, len(rows), batch_size):
             part = rows[start : start + batch_size]
             for (name, setting), (policy, config) in samplers.items():
+                generator = generator_for(seed, "speed", index=start, device=policy.device)
                 where = {"sampler": name, "setting": setting, "seed": seed}
-                where["batch"] = start // batch_size
-                for prompt, line in enumerate(_one_batch(policy, task, part, config, seed, start)):
-                    lines.append(where | {"prompt": start + prompt} | line)
-    return pd.DataFrame(lines)
+                where |= {"batch": start // batch_size, "prompt": range(start, start + len(part))}
+                found = _one_batch(policy, task, part, config, generator)
+                batches.append(pd.DataFrame(where | found))
+    return pd.concat(batches, ignore_index=True)
 
 
-def _one_batch(policy, task, part, config, seed, start) -> list[dict]:
-    prompts = [row["prompt"] for row in part]
-    generator = generator_for(seed, "speed", index=start, device=policy.device)
-    clock = time.perf_counter()
+def _one_batch(policy, task, rows, config, generator) -> dict:
+    prompts, clock = [row["prompt"] for row in rows], time.perf_counter()
     output = generate(policy, prompts, config, generator)
-    seconds = time.perf_counter() - clock
-    values = reward_values(task.rewards, prompts, output.completions, output.token_lists(), part)
-    shared = {
-        "seconds": seconds / len(part),
-        "nfe": output.nfe / len(part),
-        "token_forwards": output.token_forwards / len(part),
-    }
-    judged = zip(part, output.completions, total_reward(values).tolist(), strict=True)
-    return [
-        {"right": bool(task.metric(text, row)), "reward": reward} | shared
-        for row, text, reward in judged
-    ]
+    spent = {"seconds": time.perf_counter() - clock, "nfe": output.nfe}
+    spent |= {"token_forwards": output.token_forwards}
+    values = reward_values(task.rewards, prompts, output.completions, output.token_lists(), rows)
+    right = [bool(x) for x in map(task.metric, output.completions, rows)]
+    judged = {"right": right, "reward": total_reward(values).tolist()}
+    return judged | {name: whole / len(rows) for name, whole in spent.items()}
 
 
 def summary(frame: pd.DataFrame) -> pd.DataFrame:
@@ -135,8 +123,7 @@ def log_cost_ratio(ours: pd.DataFrame, other: pd.DataFrame, cost: str) -> pd.Dat
     """log of what a right completion costs `ours` over what it costs `other`, where wrong ones are
     drawn again: mean `cost` over the share that is right. One row a seed, one column a setting;
     infinite where none was right."""
+    ours, other = ours.groupby(["seed", "setting"]), other.groupby("seed")
     with np.errstate(divide="ignore"):
-        grouped = ours.groupby(["seed", "setting"])
-        mine = (grouped[cost].mean() / grouped.right.mean()).unstack()
-        grouped = other.groupby("seed")
-        return np.log(mine.div(grouped[cost].mean() / grouped.right.mean(), axis=0))
+        mine, theirs = (grouped[cost].mean() / grouped.right.mean() for grouped in (ours, other))
+        return np.log(mine.unstack().div(theirs, axis=0))

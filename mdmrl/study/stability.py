@@ -13,34 +13,21 @@ SPREAD = ("loss", "kl", "grad_norm")
 
 
 def table(runs: pd.DataFrame) -> pd.DataFrame:
-    """One row an arm and seed of `runs`: how far it came and how evenly.
-
-    Returns:
-        columns arm and seed; `gain` and `headroom` of the reward, `closed`, their ratio, and
-        `collapsed`; what of the gain each part of the reward is, `gain/accuracy` and so on; the
-        standard deviations over training of loss, KL (without beta) and gradient norm before
-        clipping, `loss/std` and so on; the largest KL of a token, `kl/max`.
-    """
+    """One row an arm and seed of `runs`, how far it came and how evenly: `gain` and `headroom` of
+    the reward, `closed`, their ratio, and `collapsed`; what of the gain each part of the reward is,
+    `gain/accuracy` and so on; the standard deviations over training of loss, KL (without beta) and
+    gradient norm before clipping, `loss/std` and so on; the largest KL of a token, `kl/max`."""
     rows = []
     parts = runs.columns[runs.columns.str.fullmatch("rewards/[^/]+/mean")]
     for (arm, seed), run in runs.groupby(["arm", "seed"], sort=False):
         updates = run.sort_values("step").dropna(subset=["loss"])
         reward = updates.reward.to_numpy()
-        gain = quantities.gain(reward)
-        room = quantities.headroom(reward, REWARD_CEILING)
-        rows.append(
-            {
-                "arm": arm,
-                "seed": seed,
-                "gain": gain,
-                "headroom": room,
-                "closed": gain / room,
-                "collapsed": quantities.collapsed(reward),
-                **{f"gain/{x.split('/')[1]}": quantities.gain(updates[x].array) for x in parts},
-                **{f"{name}/std": updates[name].std() for name in SPREAD},
-                "kl/max": updates["kl/max"].max(),
-            }
-        )
+        gain, room = quantities.gain(reward), quantities.headroom(reward, REWARD_CEILING)
+        row = {"arm": arm, "seed": seed, "gain": gain, "headroom": room, "closed": gain / room}
+        row |= {"collapsed": quantities.collapsed(reward)}
+        row |= {f"gain/{x.split('/')[1]}": quantities.gain(updates[x].array) for x in parts}
+        row |= {f"{name}/std": updates[name].std() for name in SPREAD}
+        rows.append(row | {"kl/max": updates["kl/max"].max()})
     return pd.DataFrame(rows)
 
 

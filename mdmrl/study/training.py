@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,7 @@ from mdmrl.study.pieces import cached_table, facts
 from mdmrl.tasks import load_task
 from mdmrl.tasks.medcot import SYSTEM_PROMPT
 from mdmrl.training.config import SFTConfig
+from mdmrl.training.loop import known
 from mdmrl.training.sft import train_sft
 
 REWARD_CEILING = 2.8  # the thesis's count: accuracy 2, depth 0.2, format 0.6
@@ -49,8 +51,7 @@ class Arm(Config):
     """One line of a figure.
 
     Attributes:
-        name: how figures and tables call it.
-        policy: what `load_policy` takes; dtype as there.
+        name: how figures and tables call it; policy, dtype: what `load_policy` takes.
         lora: settings of `add_lora`; empty for full fine-tuning.
         algorithm: `grpo` or `ppo`; settings: of `GRPOConfig.thesis` or `PPOConfig`.
         instruct: put the format's instruction before each prompt, for a model that was not
@@ -58,15 +59,13 @@ class Arm(Config):
         eval_prompts: how many held-out prompts are completed greedily.
         final_steps: after training, also complete them at temperature 1, [MASK] not suppressed,
             with each of these numbers of denoising steps (columns `final<steps>/...`).
-        path_kl: of a masked or block diffusion policy, steps and block length of the
-            `state_confidence` sampler whose `path_kl` from the starting policy is measured on the
-            held-out prompts (column `eval/path_kl`), and which completes them greedily too
-            (`eval/path/reward` and so on), whatever sampler the arm was trained with; empty for
-            none.
+        path_kl: of a policy that denoises, steps and block length of the `state_confidence` sampler
+            whose `path_kl` from the starting policy is measured on the held-out prompts (column
+            `eval/path_kl`), and which completes them greedily too (`eval/path/reward` and so on),
+            whatever sampler the arm was trained with.
         sft: settings of `SFTConfig` of a cold start before RL, on those texts of the RL questions
-            that have all four tags; empty for none.
-        hierarchy: settings of `Hierarchical`, which then draws all completions (grpo alone); empty
-            for flat ones.
+            that have all four tags.
+        hierarchy: settings of `Hierarchical`, which then draws all completions (grpo alone).
         rewards: reward options of `load_task`; empty for the thesis's rewards.
     """
 
@@ -108,9 +107,8 @@ class Arm(Config):
 
 def train_arms(arms: Sequence[Arm], seeds: Sequence[int], profile: str) -> pd.DataFrame:
     """Train every arm with every seed; rows of `metrics.jsonl` with columns `arm` and `seed`."""
-    return pd.concat(
-        [train_arm(arm, seed, profile) for seed in seeds for arm in arms], ignore_index=True
-    )
+    runs = [train_arm(arm, seed, profile) for seed in seeds for arm in arms]
+    return pd.concat(runs, ignore_index=True)
 
 
 def train_arm(arm: Arm, seed: int, profile: str) -> pd.DataFrame:
@@ -122,15 +120,16 @@ def train_arm(arm: Arm, seed: int, profile: str) -> pd.DataFrame:
     *_, version = ALGORITHMS[arm.algorithm]
     identity = {
         "arm": arm.beside_settings(),
-        "settings": config.settings_for(policy),
+        "settings": known(config.settings_for(policy)),
         "policy": policy.fingerprint(),
         "rows": rl_rows(),
         "algorithm": version,
     }
-    nothing = Arm(name="", policy="", algorithm=arm.algorithm)
-    since = {"arm": nothing.beside_settings()}
-    since["settings"] = nothing.config(seed).settings_for(policy)
+    plain = Arm(name="", policy="", algorithm=arm.algorithm)
+    since = {"arm": plain.beside_settings()}
+    since["settings"] = known(plain.config(seed).settings_for(policy))
     kind = config.logp_estimator if arm.algorithm == "grpo" else arm.algorithm
+    kind = getattr(kind, "__name__", kind)  # of an estimator of one's own
     slug = "-".join([Path(arm.policy).name, kind, f"s{seed}"])
 
     def compute(name: str) -> tuple[pd.DataFrame, dict]:
@@ -169,16 +168,8 @@ def _train(policy: Policy, arm: Arm, config: GRPOConfig | PPOConfig) -> pd.DataF
     for steps in arm.final_steps:
         own = {"steps": steps, "suppress_mask": False} if policy.denoises else {}
         sampler = SamplerConfig(max_new_tokens=config.max_completion_length, temperature=1.0, **own)
-        final = evaluate(
-            policy,
-            held_out,
-            sampler,
-            task.rewards,
-            task.metric,
-            f"final{steps}/",
-            seed=config.seed,
-            **drawn,
-        )
+        judged = (task.rewards, task.metric, f"final{steps}/")
+        final = evaluate(policy, held_out, sampler, *judged, seed=config.seed, **drawn)
         for column, value in final.items():
             frame.loc[frame.index[-1], column] = value
     return frame
@@ -217,33 +208,19 @@ def medcot_arms(
 
     `settings` are GRPOConfig's that all arms share. A [MASK] that is drawn stays, as with Dream.
     """
+
+    def arm(name: str, policy: str, final_steps: list[int], **own) -> Arm:
+        shared = {"final_steps": final_steps, "eval_prompts": eval_prompts}
+        return Arm(name=name, policy=policy, settings=settings | own, **shared)
+
     length = settings["max_completion_length"]
-    denoised = {"remasking": "low_confidence", "suppress_mask": False}
-    arms = [
-        Arm(
-            name="AR",
-            policy=autoregressive,
-            settings={**settings, "logp_estimator": "exact"},
-            final_steps=[length],
-            eval_prompts=eval_prompts,
-        )
-    ]
-    arms += [
-        Arm(
-            name=f"MDM {estimator}, {count} steps",
-            policy=masked_diffusion,
-            settings={
-                **settings,
-                "logp_estimator": estimator,
-                "sampler": {**denoised, "steps": count},
-            },
-            final_steps=[FEW_STEPS, length],
-            eval_prompts=eval_prompts,
-        )
-        for estimator in estimators
-        for count in steps
-    ]
-    return {arm.name: arm for arm in arms}
+    arms = {"AR": arm("AR", autoregressive, [length], logp_estimator="exact")}
+    for estimator, count in product(estimators, steps):
+        name = f"MDM {estimator}, {count} steps"
+        sampler = {"remasking": "low_confidence", "suppress_mask": False, "steps": count}
+        own = {"logp_estimator": estimator, "sampler": sampler}
+        arms[name] = arm(name, masked_diffusion, [FEW_STEPS, length], **own)
+    return arms
 
 
 def variant(arm: Arm, name: str, lora: dict | None = None, **changes) -> Arm:
@@ -298,14 +275,8 @@ def last_sample(runs: pd.DataFrame, arm: str, profile: str) -> str:
 
 def real_arm(policy: str, dtype: str, **settings) -> Arm:
     """A real pretrained autoregressive model with the thesis's settings; its weights in `dtype`."""
-    thesis = {"learning_rate": 5e-6, "ref_model_sync_steps": 500}
+    thesis = {"learning_rate": 5e-6, "ref_model_sync_steps": 500, "logp_estimator": "exact"}
     thesis |= {"kl_estimator": "k3", "beta": 1.0, "epsilon": 0.1}
-    return Arm(
-        name=policy,
-        policy=policy,
-        dtype=dtype,
-        lora={"r": 48, "lora_alpha": 128, "lora_dropout": 0.05},
-        settings=thesis | {"logp_estimator": "exact"} | settings,
-        instruct=True,
-        eval_prompts=0,
-    )
+    lora = {"r": 48, "lora_alpha": 128, "lora_dropout": 0.05}
+    own = {"lora": lora, "settings": thesis | settings, "instruct": True, "eval_prompts": 0}
+    return Arm(name=policy, policy=policy, dtype=dtype, **own)

@@ -37,10 +37,8 @@ def shown_canvas(policy: Policy, ids: list[int]) -> list[str]:
 
 def as_html(pieces: list[str], fresh: set[int] = frozenset()) -> str:
     """Positions as HTML, those in `fresh` highlighted."""
-    spans = [
-        f"<mark>{html.escape(piece)}</mark>" if i in fresh else html.escape(piece)
-        for i, piece in enumerate(pieces)
-    ]
+    spans = [html.escape(piece) for piece in pieces]
+    spans = [f"<mark>{span}</mark>" if i in fresh else span for i, span in enumerate(spans)]
     return f"<div style='font-family:monospace;white-space:pre-wrap'>{''.join(spans)}</div>"
 
 
@@ -48,7 +46,7 @@ def scrub(output: SamplerOutput, policy: Policy, row: int = 0):
     """A slider over the denoising steps of one completion."""
     import ipywidgets
 
-    def show(step: int) -> ipywidgets.HTML:
+    def show(step: int) -> None:
         last = output.trajectory[step - 1]
         fresh = set(last.positions[last.rows == row].tolist()) if step else set()
         view.value = as_html(canvas_after(output, policy, row, step), fresh)
@@ -69,9 +67,8 @@ def order_of_reveal(output: SamplerOutput, policy: Policy, row: int = 0) -> Figu
     )
     end = int(output.completion_mask[row].sum())
     figure, axes = plt.subplots(figsize=(6.3, 2.6), layout="constrained")
-    points = axes.scatter(
-        frame.position, frame.step, c=frame.p, s=9, cmap="viridis", vmin=0, vmax=1
-    )
+    shade = {"c": frame.p, "cmap": "viridis", "vmin": 0, "vmax": 1}
+    points = axes.scatter(frame.position, frame.step, s=9, **shade)
     axes.axvline(end - 0.5, color="0.6", linewidth=0.8, linestyle=":")
     axes.set(xlabel="position in the completion (dotted: its end)", ylabel="step of reveal")
     figure.colorbar(points, label="probability when revealed")

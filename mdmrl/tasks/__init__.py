@@ -11,7 +11,6 @@ from mdmrl.config import load_object, require, unknown
 from mdmrl.tasks.base import Task, load_rows
 
 TASKS = ("medcot", "medcot-sections")
-__all__ = ["Task", "load_rows", "load_task"]
 
 
 def load_task(

@@ -52,9 +52,9 @@ class Task:
         found = self.splits[split]
         rows = list(found() if callable(found) else found)[:limit]
         require(len(rows) > 0, f"split {split!r} of {self.name} is empty")
-        if system is None:
-            return rows
-        return [{**row, "prompt": with_system(system, row["prompt"])} for row in rows]
+        if system is not None:
+            rows = [{**row, "prompt": with_system(system, row["prompt"])} for row in rows]
+        return rows
 
 
 def with_system(system: str, prompt: str) -> list[dict]:
@@ -95,22 +95,16 @@ def load_rows(path: str | Path, required: Sequence[str] = ("prompt",)) -> list[d
     require(len(numbered) > 0, f"{path}: no rows")
     for number, row in numbered:
         require(isinstance(row, dict), f"{path}:{number}: expected an object, got {row!r:.80}")
+        found = f"missing or empty (fields found: {', '.join(row) or 'none'})"
+        wanted = 'expected a string or a list of messages like {"role": "user", "content": "..."}'
         for field in required:
-            value = row.get(field)
-            require(
-                isinstance(value, str | list) and len(value) > 0,
-                f"{path}:{number}: field {field!r} is missing or empty "
-                f"(fields found: {', '.join(row) or 'none'})",
-            )
-            require(
-                isinstance(value, str) or all(map(_is_message, value)),
-                f"{path}:{number}: field {field!r} is {value!r:.80}: expected a string or a "
-                'list of messages like {"role": "user", "content": "..."}',
-            )
+            value, said = row.get(field), f"{path}:{number}: field {field!r} is"
+            require(isinstance(value, str | list) and len(value) > 0, f"{said} {found}")
+            fit = isinstance(value, str) or all(map(_is_message, value))
+            require(fit, f"{said} {value!r:.80}: {wanted}")
     return [row for _, row in numbered]
 
 
 def _is_message(value) -> bool:
-    return isinstance(value, dict) and all(
-        isinstance(value.get(field), str) for field in ("role", "content")
-    )
+    fields = ("role", "content")
+    return isinstance(value, dict) and all(isinstance(value.get(name), str) for name in fields)

@@ -54,24 +54,17 @@ RESPONSES = {
     "system": "The {system} system is affected, because this is {condition}.",
 }
 # Wordings of one paragraph are equally long, so that style does not shift what follows.
+# fmt: off
 PARAGRAPHS = (
-    (
-        "Both {f0} and {f1} point to the {system} system.",
-        "Here {f0} and {f1} hint at the {system} system.",
-    ),
-    (
-        "Adding {f2}, this fits {condition}, which means {mechanism}.",
-        "Given {f2}, it is {condition}, which means {mechanism}.",
-    ),
-    (
-        "In {condition} one would also expect {also}, {more} or {most}.",
-        "For {condition} we might also see {also}, {more} or {most}.",
-    ),
-    (
-        "To confirm it, {test} is decisive.",
-        "To be sure, {test} is needed.",
-    ),
+    ("Both {f0} and {f1} point to the {system} system.",
+     "Here {f0} and {f1} hint at the {system} system."),
+    ("Adding {f2}, this fits {condition}, which means {mechanism}.",
+     "Given {f2}, it is {condition}, which means {mechanism}."),
+    ("In {condition} one would also expect {also}, {more} or {most}.",
+     "For {condition} we might also see {also}, {more} or {most}."),
+    ("To confirm it, {test} is decisive.", "To be sure, {test} is needed."),
 )
+# fmt: on
 
 # How a text is tagged, and how often; only the first form has all four tags.
 TAGGINGS = {
@@ -104,10 +97,6 @@ class Combination:
     condition: Condition
     findings: tuple[str, ...]
 
-    @property
-    def split(self) -> str:
-        return split_of(self.condition.condition, *self.findings)
-
 
 def split_of(*parts: str) -> str:
     """The split that `parts` fall into: a hash, so that it never changes with the table's order."""
@@ -124,63 +113,43 @@ def split_of(*parts: str) -> str:
 def conditions() -> tuple[Condition, ...]:
     """The table of facts that ships with the package."""
     text = resources.files("mdmrl.tasks").joinpath("conditions.tsv").read_text("utf-8")
-    rows = csv.DictReader(text.splitlines(), delimiter="\t")
-    return tuple(
-        Condition(**{**row, "findings": tuple(row["findings"].split("; "))}) for row in rows
-    )
+    facts = csv.DictReader(text.splitlines(), delimiter="\t")
+    return tuple(Condition(**f | {"findings": tuple(f["findings"].split("; "))}) for f in facts)
 
 
 @lru_cache(maxsize=4)
 def combinations(split: str) -> tuple[Combination, ...]:
     """Every combination of a condition and three of its findings that falls into `split`."""
-    all_of_them = (
+    return tuple(
         Combination(condition, shown)
         for condition in conditions()
         for shown in itertools.combinations(condition.findings, FINDINGS_SHOWN)
+        if split_of(condition.condition, *shown) == split
     )
-    return tuple(c for c in all_of_them if c.split == split)
 
 
 def question_row(combination: Combination, kind: str, rng: random.Random) -> dict:
-    """One question about a combination, with a freshly worded reasoning and answer.
-
-    Returns:
-        The fields of the real dataset (`Question`, `Complex_CoT`, `Response`, `Answer`), the
-        `prompt`, and the tagged `completion` that pre-training learns.
-    """
+    """One question about a combination, with a freshly worded reasoning and answer: the fields of
+    the real data set, the `prompt`, and the tagged `completion` that pre-training learns."""
     fact = combination.condition
     findings = rng.sample(combination.findings, FINDINGS_SHOWN)
     unseen = [finding for finding in fact.findings if finding not in findings]
-    slots = {
-        "condition": fact.condition,
-        "system": fact.system,
-        "mechanism": fact.mechanism,
-        "test": fact.test,
-        **dict(zip(("also", "more", "most"), unseen, strict=True)),
-    } | {f"f{i}": finding for i, finding in enumerate(findings)}
+    slots = vars(fact) | dict(zip(("also", "more", "most"), unseen, strict=True))
+    slots |= {f"f{i}": finding for i, finding in enumerate(findings)}
     (inner, gap), *_ = rng.choices(list(SPACINGS), SPACINGS.values())
     reasoning = inner.join(rng.choice(wordings).format(**slots) for wordings in PARAGRAPHS)
     question = f"{rng.choice(OPENINGS).format(*findings)} {rng.choice(QUESTIONS[kind])}"
     (tagging,) = rng.choices(list(TAGGINGS), TAGGINGS.values())
-    answer = slots[kind]
-    return {
-        "prompt": question,
-        "Question": question,
-        "Complex_CoT": reasoning,
-        "Response": RESPONSES[kind].format(**slots),
-        "Answer": answer,
-        "completion": tagging.format(reasoning=reasoning, gap=gap, answer=answer),
-    }
+    answer, response = slots[kind], RESPONSES[kind].format(**slots)
+    completion = tagging.format(reasoning=reasoning, gap=gap, answer=answer)
+    real = {"Question": question, "Complex_CoT": reasoning, "Response": response, "Answer": answer}
+    return {"prompt": question, **real, "completion": completion}
 
 
 def rows(split: str, seed: int = 0) -> list[dict]:
     """The questions of a split, one of each kind for every combination, in a fixed order."""
     rng = random.Random(f"medcot/{split}/{seed}")
-    questions = [
-        question_row(combination, kind, rng)
-        for combination in combinations(split)
-        for kind in QUESTIONS
-    ]
+    questions = [question_row(c, kind, rng) for c in combinations(split) for kind in QUESTIONS]
     rng.shuffle(questions)
     return questions
 
@@ -230,15 +199,8 @@ def task(data: str | Path | None = None, **reward_options) -> Task:
     """MedCoT, generated or real; the real rows are split by a hash of their question."""
     splits = {split: partial(rows, split) for split in SPLITS}
     if data is not None:
-        by_split: dict[str, list[dict]] = {split: [] for split in SPLITS}
+        splits = {split: [] for split in SPLITS}
         for row in load_real(data):
-            by_split[split_of(row["Question"])].append(row)
-        splits = {split: partial(list, by_split[split]) for split in SPLITS}
-    return Task(
-        name="medcot",
-        splits=splits,
-        rewards=medical_rewards(**reward_options),
-        metric=metric,
-        stream=stream if data is None else None,
-        watch=watch,
-    )
+            splits[split_of(row["Question"])].append(row)
+    judged = {"rewards": medical_rewards(**reward_options), "metric": metric, "watch": watch}
+    return Task("medcot", splits, **judged, stream=stream if data is None else None)

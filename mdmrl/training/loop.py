@@ -16,7 +16,7 @@ from accelerate.state import is_initialized
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from mdmrl.identity import described, digest, fingerprint
+from mdmrl.identity import described, digest, fingerprint, named
 from mdmrl.policies import Policy
 from mdmrl.runs import Run
 from mdmrl.training.checkpoints import restore, save
@@ -44,21 +44,21 @@ def open_run(
     """The run's folder, known by all that decides its results: `algorithm`, its name and version,
     and `parts`, what else was brought along, functions and rows that are not trained on."""
     settings = config.settings_for(policy)
-    identity = _known(settings | parts) | {
+    identity = known(settings | parts) | {
         "algorithm": algorithm,
-        "policy": policy.fingerprint(),
-        "rows": _known(rows),
+        "policy": policy.fingerprint() | {"family": named(type(policy))},
+        "rows": known(rows),
         "processes": accelerator.num_processes,
     }
-    since = _known(type(config)().settings_for(policy))
+    since = known(type(config)().settings_for(policy))
     with accelerator.main_process_first():
         return Run(config.output_dir, identity, since, accelerator.is_main_process, policy.device)
 
 
-def _known(part):
+def known(part):
     """Settings as they are, functions and rows by their fingerprints."""
     if isinstance(part, dict):
-        return {name: _known(value) for name, value in part.items()}
+        return {name: known(value) for name, value in part.items()}
     if isinstance(part, list | tuple) and part and isinstance(part[0], Mapping):
         return digest(described(part))
     return fingerprint(part) if callable(part) else part
@@ -112,14 +112,15 @@ def train(
     config: TrainingConfig,
     optimizer: Optimizer,
     update: Callable[[int], tuple[Metrics, dict | None]],
-    held_out: Callable[[], Metrics] | None = None,
+    held_out: Callable[[int], Metrics] | None = None,
     values: torch.nn.Module | None = None,
 ) -> None:
     """Make the updates of a run that are left, from its newest whole checkpoint on.
 
     Args:
         update: makes the update of that number; returns its metrics, and what to look at of it.
-        held_out: measures the policy before every `eval_steps`-th update, and at the end.
+        held_out: measures the policy before every `eval_steps`-th update, and at the end; takes the
+            number of updates made.
         values: a value head that is trained and kept beside the policy.
     """
     accelerator, last = optimizer.accelerator, config.max_steps
@@ -133,7 +134,7 @@ def train(
         run.rewind(first)
     with Progress(run.folder.name, first, last, shown=writes) as progress:
         for step in range(first, last):
-            looked = held_out() if held_out and step % config.eval_steps == 0 else {}
+            looked = held_out(step) if held_out and step % config.eval_steps == 0 else {}
             start = time.perf_counter()
             found, sample = update(step)
             metrics = averaged(looked | found | {"step_time": time.perf_counter() - start})
@@ -144,7 +145,7 @@ def train(
                 if (step + 1) % config.save_steps == 0 or step + 1 == last:
                     save(*kept, step + 1)
             progress.update(step + 1, metrics)
-        looked = held_out() if held_out else {}
+        looked = held_out(last) if held_out else {}
         if writes:
             run.log({"step": last, **looked})
 
@@ -154,8 +155,8 @@ def averaged(metrics: Metrics) -> Metrics:
     everywhere = gather_object([metrics])
     if len(everywhere) == 1:
         return metrics
-    known = {name: [] for found in everywhere for name in found}
+    counted = {name: [] for found in everywhere for name in found}
     for found in everywhere:
         for name, value in found.items():
-            known[name] += [] if value is None else [value]
-    return {name: sum(values) / len(values) if values else None for name, values in known.items()}
+            counted[name] += [] if value is None else [value]
+    return {name: sum(x) / len(x) if x else None for name, x in counted.items()}

@@ -27,22 +27,23 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from mdmrl.config import Config, require, resolve, unknown
-from mdmrl.policies import (
-    AutoregressivePolicy,
-    BlockDiffusionPolicy,
-    MaskedDiffusionPolicy,
-    Policy,
-    load_policy,
-    load_tokenizer,
-)
+from mdmrl.policies import Policy, load_policy, load_tokenizer
+from mdmrl.policies.families import FAMILIES
 from mdmrl.provenance import environment
-from mdmrl.runs import Run, generator_for, read_rows, write_atomically
+from mdmrl.runs import Run, generator_for, kept_random_state, read_rows, write_atomically
 from mdmrl.tasks import load_task
-from mdmrl.training.supervised import Batch, collate
+from mdmrl.training.supervised import Batch, collate, encode_pairs
 from mdmrl.zoo import tokenizer_corpus
 from mdmrl.zoo.tokenizer_training import train_tokenizer
 
-FAMILIES = {"ar": AutoregressivePolicy, "mdm": MaskedDiffusionPolicy, "bd": BlockDiffusionPolicy}
+SHAPE = (
+    "hidden_size",
+    "num_hidden_layers",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+)
 PROMPT_SHARE = 0.1
 POOL = 8  # batches
 VOCABULARY = 4096
@@ -99,46 +100,49 @@ RECIPES = {
 def make_policy(config: PretrainConfig, tokenizer) -> Policy:
     """A tiny model of the family with the weights of `config.start`, or with fresh ones that derive
     from the seed."""
-    architecture = Qwen2Config(
-        vocab_size=len(tokenizer),
-        hidden_size=config.hidden_size,
-        num_hidden_layers=config.num_hidden_layers,
-        intermediate_size=config.intermediate_size,
-        num_attention_heads=config.num_attention_heads,
-        num_key_value_heads=config.num_attention_heads,
-        max_position_embeddings=config.max_position_embeddings,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    architecture.is_causal = config.family == "ar"
-    if config.family == "bd":
-        architecture.block_length = config.block_length
-    with torch.random.fork_rng([]):
-        torch.manual_seed(config.seed)
-        model = Qwen2ForCausalLM(architecture)
+    own = [getattr(config, name) for name in SHAPE[:4]]
+    shape = (*own, config.num_attention_heads, len(tokenizer))
+    settings = (config.max_position_embeddings, config.block_length, config.seed)
+    model = fresh_model(config.family, tokenizer, shape, *settings)
     if config.start:
         model.load_state_dict(load_policy(config.start).model.state_dict())
     return FAMILIES[config.family](model, tokenizer)
 
 
-def batches(policy: Policy, stream, config: PretrainConfig, first: int = 0) -> Iterator[Batch]:
-    """Batches number `first`, `first` + 1, ... without end.
+def fresh_model(
+    family: str, tokenizer, shape, context: int, block_length: int, seed: int, device: str = "cpu"
+) -> Qwen2ForCausalLM:
+    """A Qwen2 with random weights, of the numbers that `SHAPE` names."""
+    architecture = Qwen2Config(
+        **dict(zip(SHAPE, shape, strict=True)),
+        max_position_embeddings=context,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    architecture.is_causal = family == "ar"
+    if family == "bd":
+        architecture.block_length = block_length
+    device = torch.device(device)
+    with kept_random_state(device), device:
+        torch.manual_seed(seed)
+        return Qwen2ForCausalLM(architecture)
 
-    Documents are drawn `POOL` batches at a time and sorted by prompt length, to spare padding.
-    """
-    end = policy.tokenizer.eos_token_id
-    skipped = first % POOL
+
+def shipped_tokenizer():
+    """The one that all tiny models share."""
+    return load_tokenizer(resources.files("mdmrl.zoo") / "tokenizer")
+
+
+def batches(policy: Policy, stream, config: PretrainConfig, first: int = 0) -> Iterator[Batch]:
+    """Batches number `first`, `first` + 1, ... without end; documents are drawn `POOL` batches at a
+    time and sorted by prompt length, to spare padding."""
+    end, skipped = policy.tokenizer.eos_token_id, first % POOL
     documents = stream(config.seed, (first - skipped) * config.batch_size)
     while True:
-        pool = [
-            (
-                policy.tokenizer(f"<|user|>{document['prompt']}<|assistant|>").input_ids,
-                [*policy.tokenizer(document["completion"]).input_ids, end],
-            )
-            for document in itertools.islice(documents, POOL * config.batch_size)
-        ]
+        drawn = list(itertools.islice(documents, POOL * config.batch_size))
+        pool = encode_pairs(policy, drawn, config.canvas)
         pool.sort(key=lambda pair: len(pair[0]))
         for start in range(skipped * config.batch_size, len(pool), config.batch_size):
             yield collate(pool[start : start + config.batch_size], config.canvas, end)
@@ -147,9 +151,9 @@ def batches(policy: Policy, stream, config: PretrainConfig, first: int = 0) -> I
 
 def optimizers(policy: Policy, config: PretrainConfig) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside the layers, AdamW for embeddings, head, norms and biases."""
-    named = policy.trainable_parameters()
-    inner = [p for n, p in named.items() if p.ndim == 2 and ".layers." in n]
-    outer = [p for n, p in named.items() if not (p.ndim == 2 and ".layers." in n)]
+    inner, outer = [], []
+    for name, weight in policy.trainable_parameters().items():
+        (inner if weight.ndim == 2 and ".layers." in name else outer).append(weight)
     return [
         torch.optim.AdamW(outer, lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0),
         torch.optim.Muon(inner, lr=config.muon_learning_rate, weight_decay=0.01),
@@ -163,11 +167,8 @@ def learning_rate_factor(progress: float, config: PretrainConfig) -> float:
 
 
 def pretrain(config: PretrainConfig, tokenizer, stream, folder: str | Path) -> Policy:
-    """Train a tiny model from scratch and save it in `folder/model`; resumes where it stopped.
-
-    Args:
-        stream: `stream(seed, start)` yields documents with `prompt` and `completion`.
-    """
+    """Train a tiny model on `stream(seed, start)` of documents with `prompt` and `completion`, and
+    save it in `folder/model`; resumes where it stopped."""
     run = Run(folder, config.to_dict())
     policy = make_policy(config, tokenizer)
     optims = optimizers(policy, config)
@@ -176,16 +177,16 @@ def pretrain(config: PretrainConfig, tokenizer, stream, folder: str | Path) -> P
     if latest := run.latest_checkpoint():
         step, checkpoint = latest
         policy.model.load_state_dict(load_file(checkpoint / "model.safetensors"))
-        for optim, name in zip(optims, ("adamw", "muon"), strict=True):
-            optim.load_state_dict(torch.load(checkpoint / f"{name}.pt"))
-        seen = json.loads((checkpoint / "progress.json").read_text())["seen"]
+        state = torch.load(checkpoint / "state.pt")
+        for optim, held in zip(optims, state["optimizers"], strict=True):
+            optim.load_state_dict(held)
+        seen = state["seen"]
     run.rewind(step + 1)
 
     def write(checkpoint: Path) -> None:
         save_file(policy.model.state_dict(), checkpoint / "model.safetensors")
-        for optim, name in zip(optims, ("adamw", "muon"), strict=True):
-            torch.save(optim.state_dict(), checkpoint / f"{name}.pt")
-        (checkpoint / "progress.json").write_text(json.dumps({"seen": seen}))
+        state = {"optimizers": [optim.state_dict() for optim in optims], "seen": seen}
+        torch.save(state, checkpoint / "state.pt")
 
     policy.model.train()
     clock, losses = time.perf_counter(), []
@@ -199,24 +200,19 @@ def pretrain(config: PretrainConfig, tokenizer, stream, folder: str | Path) -> P
         with torch.autocast("cpu", torch.bfloat16, enabled=config.bf16):
             total, count = resolve(policy.loss)(policy, batch, learn_prompt, draw)
             loss = total / count
+        if not loss.isfinite():
+            raise FloatingPointError(f"loss={loss.item()} at step {step}: training diverged")
         loss.backward()
         torch.nn.utils.clip_grad_norm_(policy.model.parameters(), config.max_grad_norm)
         for optim in optims:
             optim.step()
             optim.zero_grad()
-        require(bool(loss.isfinite()), f"loss={loss.item()} at step {step}: training diverged")
         step, seen = step + 1, seen + batch.document_tokens
         losses.append(loss.item())
         if step % config.logging_steps == 0:
-            seconds = time.perf_counter() - clock
-            run.log(
-                {
-                    "step": step,
-                    "tokens": seen,
-                    "loss": sum(losses) / len(losses),
-                    "seconds_per_step": seconds / len(losses),
-                }
-            )
+            pace = (time.perf_counter() - clock) / len(losses)
+            row = {"step": step, "tokens": seen, "loss": sum(losses) / len(losses)}
+            run.log({**row, "seconds_per_step": pace})
             clock, losses = time.perf_counter(), []
         if step % config.save_steps == 0:
             run.save_checkpoint(step, write)
@@ -225,27 +221,20 @@ def pretrain(config: PretrainConfig, tokenizer, stream, folder: str | Path) -> P
     return load_policy(run.folder / "model", device="cpu")
 
 
-def pretrain_by_name(
-    name: str, folder: str | Path, tokens: float | None = None, seed: int = 0
-) -> Path:
+def pretrain_by_name(name: str, folder: Path, tokens: float | None = None, seed: int = 0) -> Path:
     """Train what `name` says, `tokenizer` or a recipe; returns the folder of the saved model.
 
     Beside the weights lie the recipe with seed and data hash (`recipe.json`), the training log
     (`log.csv`) and a model card (`README.md`).
     """
-    folder = Path(folder)
     if name == "tokenizer":
         train_tokenizer(tokenizer_corpus.texts(seed), VOCABULARY).save_pretrained(folder)
         return folder
     if name not in RECIPES:
         raise unknown("recipe", name, ["tokenizer", *RECIPES])
-    config = RECIPES[name].replace(seed=seed)
-    if tokens is not None:
-        config = config.replace(tokens=tokens)
-    stream = load_task(config.task).stream
-    tokenizer = load_tokenizer(resources.files("mdmrl.zoo") / "tokenizer")
-    policy = pretrain(config, tokenizer, stream, folder)
-    model = folder / "model"
+    config = RECIPES[name].replace(seed=seed, **({} if tokens is None else {"tokens": tokens}))
+    stream, model = load_task(config.task).stream, folder / "model"
+    policy = pretrain(config, shipped_tokenizer(), stream, folder)
     log = pd.DataFrame(read_rows(folder / "metrics.jsonl"))
     log.to_csv(model / "log.csv", index=False, float_format="%.6g")
     documents = "".join(map(str, itertools.islice(stream(seed, 0), HASHED_DOCUMENTS)))

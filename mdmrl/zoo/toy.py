@@ -7,8 +7,9 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from mdmrl.policies import Policy
+from mdmrl.policies.families import FAMILIES
 from mdmrl.runs import generator_for
-from mdmrl.zoo.pretrain import PretrainConfig, make_policy
+from mdmrl.zoo.pretrain import fresh_model
 
 
 def toy_policy(letters: str, family: str = "mdm", seed: int = 0, block_length: int = 1) -> Policy:
@@ -23,20 +24,11 @@ def toy_policy(letters: str, family: str = "mdm", seed: int = 0, block_length: i
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=words, eos_token="<|end|>", mask_token="<|mask|>"
     )
-    config = PretrainConfig(
-        family=family,
-        seed=seed,
-        hidden_size=32,
-        num_hidden_layers=2,
-        intermediate_size=64,
-        num_attention_heads=2,
-        canvas=block_length,
-        block_length=block_length,
-    )
-    policy = make_policy(config, tokenizer)
+    shape = (32, 2, 64, 2, 2, len(tokenizer))
+    model = fresh_model(family, tokenizer, shape, 512, block_length, seed)
     generator = generator_for(seed, "toy")
     with torch.no_grad():
-        for name, weight in policy.model.named_parameters():
+        for name, weight in model.named_parameters():
             noise = torch.randn(weight.shape, generator=generator)
             weight.copy_(1 + 0.2 * noise if "norm" in name else 0.3 * noise)
-    return policy
+    return FAMILIES[family](model, tokenizer)

@@ -5,6 +5,10 @@ A rule is a function of plain numbers (most of them from `mdmrl.study.quantities
 in every column where nothing else is said, the same seed at the same place. Intervals are 95 %
 t-intervals over seeds. With fewer than five seeds the verdict is always "inconclusive", and an
 interval of seeds of which one gave no finite number fulfils no condition.
+
+Where a rule says no more than that quantities are above bounds (below 0), it is reproduced iff the
+lower (upper) end of every interval is, contradicted iff the other end of one lies on the other
+side, and the interval given is that of the first.
 """
 
 from mdmrl.study.verdicts.curves import (
@@ -33,24 +37,3 @@ from mdmrl.study.verdicts.speed import (
     fig44_crossing,
     fig44_less_accurate,
 )
-
-__all__ = [
-    "Verdict",
-    "appc_failures",
-    "block_rl_cures_kl",
-    "cold_start_helps",
-    "diffusion_samples_faster",
-    "few_steps_pay",
-    "fig41_ar_rises",
-    "fig41_mdm_does_not_converge",
-    "fig42_kl_is_the_cause",
-    "fig43_longer_is_steadier",
-    "fig44_crossing",
-    "fig44_less_accurate",
-    "hierarchy_is_faster",
-    "kl_is_cured",
-    "kl_law_predicts",
-    "stability_needs_steps",
-    "value_guides",
-    "value_judges",
-]

@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-from mdmrl.study.verdicts.rules import Seeds, Verdict, columns_of, interval_of, judged, shown
+from mdmrl.study.verdicts.rules import (
+    Finding,
+    Seeds,
+    Verdict,
+    above,
+    columns_of,
+    interval_of,
+    judged,
+    rule,
+)
 
 
-def value_judges(auroc_value: Seeds, auroc_logprob: Seeds) -> Verdict:
-    """A value function judges half-denoised text.
-
-    Args: areas under the ROC curve within prompts, of states at half the steps: of V, and of the
-    mean log-probability of what is revealed.
-
-    Reproduced iff the lower end of V's is above 0.6 and that of the difference above 0;
-    contradicted iff either upper end is below. The interval given is V's.
-    """
-    value, logprob = columns_of(auroc_value=auroc_value, auroc_logprob=auroc_logprob)
-    area, more = interval_of(value), interval_of(value - logprob)
-    return judged(
-        area,
-        len(value),
-        reproduced=area.low > 0.6 and more.low > 0,
-        contradicted=area.high < 0.6 or more.high < 0,
-        measured=f"V's area is {shown(area)}, {shown(more)} above that of the mean log-probability",
-    )
+@rule
+def value_judges(auroc_value, auroc_logprob) -> Finding:
+    """A value function judges half-denoised text: its area under the ROC curve within prompts, of
+    states at half the steps, is above 0.6, and above that of the mean log-probability of what is
+    revealed."""
+    area, more = interval_of(auroc_value), interval_of(auroc_value - auroc_logprob)
+    measured = f"V's area is {area}, {more} above that of the mean log-probability"
+    return above(measured, (area, 0.6), (more, 0))
 
 
 def value_guides(guided: Seeds, best_of_n: Seeds, by_prompt: Seeds, texts: float) -> Verdict:
@@ -40,60 +39,46 @@ def value_guides(guided: Seeds, best_of_n: Seeds, by_prompt: Seeds, texts: float
     guided, best_of_n = columns_of(guided=guided, best_of_n=best_of_n)
     (by_prompt,) = columns_of(by_prompt=by_prompt)
     seeds, prompts = interval_of(guided - best_of_n), interval_of(by_prompt)
-    return judged(
+    found = Finding(
         seeds,
-        len(guided),
         reproduced=min(seeds.low, prompts.low) > 0,
         contradicted=max(seeds.high, prompts.high) < 0,
-        measured=f"the reward less that of best of n is {shown(seeds)}, over prompts "
-        f"{shown(prompts)}, each for the cost of {texts:.3g} plain completions",
+        measured=f"the reward less that of best of n is {seeds}, over prompts "
+        f"{prompts}, each for the cost of {texts:.3g} plain completions",
     )
+    return judged(found, len(guided))
 
 
-def few_steps_pay(tuned_few: Seeds, base: Seeds, tuned_many: Seeds) -> Verdict:
+@rule
+def few_steps_pay(tuned_few, base, tuned_many) -> Finding:
     """RL at few denoising steps still pays when the steps are raised at inference.
 
-    Args: mean rewards, or shares of exact answers, with many steps, of the model tuned with few, of
-    the base, and of the model tuned with many.
-
-    Reproduced iff the lower end of tuned_few - base is above 0; contradicted iff its upper end is
-    below. How it compares with tuned_many is said beside.
+    Of mean rewards, or shares of exact answers, with many steps, that of the model tuned with few
+    less that of the base is above 0; how it compares with the model tuned with many is said beside.
     """
-    few, base, many = columns_of(tuned_few=tuned_few, base=base, tuned_many=tuned_many)
-    gained, ahead = interval_of(few - base), interval_of(few - many)
-    return judged(
-        gained,
-        len(few),
-        reproduced=gained.low > 0,
-        contradicted=gained.high < 0,
-        measured=f"with many steps, RL with few has gained {shown(gained)}, and is "
-        f"{shown(ahead)} ahead of RL with many",
+    gained, ahead = interval_of(tuned_few - base), interval_of(tuned_few - tuned_many)
+    measured = (
+        f"with many steps, RL with few has gained {gained}, and is {ahead} ahead of RL with many"
     )
+    return above(measured, (gained, 0))
 
 
-def hierarchy_is_faster(
-    nfe_ratio: Seeds, reward_difference: Seeds, headroom_flat: Seeds
-) -> Verdict:
+@rule
+def hierarchy_is_faster(nfe_ratio, reward_difference, headroom_flat) -> Finding:
     """The hierarchy needs fewer sequential forward passes than flat text, and is not worse.
 
-    Args:
-        nfe_ratio: forward passes on the critical path, hierarchy / flat.
-        reward_difference: hierarchy minus flat, of the part of the reward that the hierarchy is
-            not given; headroom_flat: the ceiling of that part minus flat.
-
-    Reproduced iff the upper end of the ratio is at most 1/2 and the lower end of the difference
-    over the headroom above -0.05; contradicted iff the ratio's lower end is above 1/2 or the
-    difference's upper end below -0.05. The interval given is the ratio's.
+    `nfe_ratio` counts forward passes on the critical path, hierarchy / flat; `reward_difference` is
+    hierarchy minus flat, of the part of the reward that the hierarchy is not given, and the
+    headroom the ceiling of that part minus flat. Reproduced iff the upper end of the ratio is at
+    most 1/2 and the lower end of the difference over the headroom above -0.05; contradicted iff the
+    ratio's lower end is above 1/2 or the difference's upper end below -0.05. The interval given is
+    the ratio's.
     """
-    ratio, difference, room = columns_of(
-        nfe_ratio=nfe_ratio, reward_difference=reward_difference, headroom_flat=headroom_flat
-    )
-    passes, worse = interval_of(ratio), interval_of(difference / room)
-    return judged(
+    passes, worse = interval_of(nfe_ratio), interval_of(reward_difference / headroom_flat)
+    return Finding(
         passes,
-        len(ratio),
         reproduced=passes.high <= 0.5 and worse.low > -0.05,
         contradicted=passes.low > 0.5 or worse.high < -0.05,
-        measured=f"its critical path has {shown(passes)} of flat's forward passes; what it is not "
-        f"given of the reward is {shown(worse)} of the headroom higher",
+        measured=f"its critical path has {passes} of flat's forward passes; what it is not "
+        f"given of the reward is {worse} of the headroom higher",
     )

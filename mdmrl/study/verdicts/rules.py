@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import wraps
+from typing import NamedTuple
 
 import numpy as np
 
@@ -33,51 +36,63 @@ class Verdict:
     measured: str
 
 
-def judged(
-    interval: Interval,
-    seeds: int,
-    reproduced: bool,
-    contradicted: bool,
-    measured: str,
-    unit: str = "seed",
-) -> Verdict:
-    """The verdict of a rule whose conditions hold or not, on so many seeds."""
-    enough = seeds >= MINIMUM_SEEDS
+class Finding(NamedTuple):
+    """What a rule found: the interval of what it names first, whether its conditions hold, and a
+    sentence with the numbers."""
+
+    interval: Interval
+    reproduced: bool
+    contradicted: bool
+    measured: str
+
+
+def above(measured: str, *bounds: tuple[Interval, float]) -> Finding:
+    """Reproduced iff every interval's lower end is above its bound; contradicted iff an upper end
+    is below."""
+    reproduced = all(interval.low > bound for interval, bound in bounds)
+    contradicted = any(interval.high < bound for interval, bound in bounds)
+    return Finding(bounds[0][0], reproduced, contradicted, measured)
+
+
+def below_zero(measured: str, *intervals: Interval) -> Finding:
+    """Reproduced iff every upper end is below 0; contradicted iff a lower end is above."""
+    reproduced = all(interval.high < 0 for interval in intervals)
+    contradicted = any(interval.low > 0 for interval in intervals)
+    return Finding(intervals[0], reproduced, contradicted, measured)
+
+
+def judged(found: Finding, count: int, unit: str = "seed") -> Verdict:
+    """The verdict of what was found with so many seeds."""
+    interval, reproduced, contradicted, measured = found
     word = "reproduced" if reproduced else "contradicted" if contradicted else "inconclusive"
-    count = f"{seeds} {unit}{'s' if seeds > 1 else ''}"
-    if not enough:
-        count += f", needs {MINIMUM_SEEDS} {unit}s"
-    return Verdict(
-        word if enough else "inconclusive",
-        *(value if math.isfinite(value) else None for value in interval),
-        f"{measured} ({count})",
-    )
+    said = f"{count} {unit}{'s' if count > 1 else ''}"
+    if count < MINIMUM_SEEDS:
+        word, said = "inconclusive", f"{said}, needs {MINIMUM_SEEDS} {unit}s"
+    ends = (value if math.isfinite(value) else None for value in interval)
+    return Verdict(word, *ends, f"{measured} ({said})")
 
 
-def negative(values: Seeds, what: str) -> Verdict:
-    """Reproduced iff the mean's upper end is below 0; contradicted iff its lower end is above."""
-    (values,) = columns_of(values=values)
-    interval = interval_of(values)
-    return judged(
-        interval,
-        len(values),
-        reproduced=interval.high < 0,
-        contradicted=interval.low > 0,
-        measured=f"{what} is {shown(interval)}",
-    )
+def rule(find: Callable[..., Finding], unit: str = "seed") -> Callable[..., Verdict]:
+    """A rule, all of whose arguments are `Seeds`: what `find` finds in them, given as arrays."""
+
+    @wraps(find)
+    def judge(*columns: Seeds, **named: Seeds) -> Verdict:
+        arrays = columns_of(**inspect.signature(find).bind(*columns, **named).arguments)
+        return judged(find(*arrays), len(arrays[0]), unit)
+
+    return judge
 
 
 def columns_of(**columns: Seeds) -> list[np.ndarray]:
     """The columns as arrays, each with one value a seed; a headroom must be positive."""
     arrays = {name: np.asarray(values, dtype=float) for name, values in columns.items()}
     counts = {name: array.size for name, array in arrays.items()}
-    require(
-        min(counts.values()) > 0 and len(set(counts.values())) == 1,
-        f"values given: {counts}: expected one a seed in every column, the same seeds in each",
-    )
+    fit = min(counts.values()) > 0 and len(set(counts.values())) == 1
+    wanted = "expected one a seed in every column, the same seeds in each"
+    require(fit, f"values given: {counts}: {wanted}")
     for name, array in arrays.items():
-        if name.startswith("headroom"):
-            require(bool((array > 0).all()), f"{name}={array.tolist()}: expected positive values")
+        fit = not name.startswith("headroom") or (array > 0).all()
+        require(fit, f"{name}={array.tolist()}: expected positive values")
     return list(arrays.values())
 
 
@@ -96,14 +111,3 @@ def interval_of(
     if per is None:
         return t_interval(values, confidence)
     return ratio_interval(values, per, confidence)
-
-
-def geometric(ratios: np.ndarray) -> Interval:
-    """The interval of the geometric mean of ratios, each clipped to [0.001, 1000]."""
-    return Interval(*np.exp(interval_of(np.log(np.clip(ratios, 1e-3, 1e3)))).tolist())
-
-
-def shown(interval: Interval) -> str:
-    """Estimate and, where there are any, ends."""
-    estimate, low, high = interval
-    return f"{estimate:.3g}" if math.isnan(low) else f"{estimate:.3g} [{low:.3g}, {high:.3g}]"

@@ -1,0 +1,33 @@
+"""Make the small pictures of the README from the committed figures: `make thumbnails`."""
+
+from pathlib import Path
+
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+SIZE = (320, 200)  # pixels
+# Of each notebook the figure that tells most, and the part that is shown: left, top, right and
+# bottom edge as shares of the whole.
+FIGURES = {
+    "00_tour": ("tour_order_of_reveal", (0.0, 0.0, 1.0, 1.0)),
+    "01_masked_diffusion": ("diffusion_paths", (0.5, 0.0, 1.0, 1.0)),
+    "02_rewards": ("rewards_gamed", (0.0, 0.0, 1.0, 1.0)),
+    "03_reward_curves": ("fig_4_1_reward_curves", (0.5, 0.045, 1.0, 0.47)),
+    "04_kl_instability": ("kl_cured", (0.0, 0.075, 0.5, 0.49)),
+    "05_estimator_lab": ("estimator_error", (0.0, 0.48, 0.5, 0.86)),
+    "07_speed_vs_steps": ("fig_4_4_speed_vs_steps", (0.0, 0.07, 0.5, 0.86)),
+    "08_block_rl": ("block_rl", (0.5, 0.045, 1.0, 0.47)),
+    "09_value_guided": ("few_steps", (0.5, 0.06, 1.0, 0.775)),
+    "10_hierarchy": ("hierarchy", (0.0, 0.0, 0.5, 0.46)),
+}
+
+if __name__ == "__main__":
+    for notebook, (figure, part) in FIGURES.items():
+        whole = Image.open(ROOT / "figures" / f"{figure}.png").convert("RGB")
+        shown = whole.crop([round(s * e) for s, e in zip(part, 2 * whole.size, strict=True)])
+        shown.thumbnail(SIZE, Image.Resampling.LANCZOS)
+        picture = Image.new("RGB", SIZE, "white")
+        picture.paste(shown, [(s - e) // 2 for s, e in zip(SIZE, shown.size, strict=True)])
+        target = ROOT / "docs" / "thumbnails" / f"{notebook}.png"
+        picture.quantize(128).save(target, optimize=True)
+        print(f"{target.relative_to(ROOT)}: {target.stat().st_size / 1000:.0f} KB")

@@ -1,0 +1,167 @@
+"""README and docs: every block of code runs, every link leads somewhere, every finding is measured.
+
+The blocks of a page run in order, in a folder with the files below. Python blocks share their
+names. A block that begins with a file's name, as in "# my_rewards.py", is that file too. Of shell
+blocks `mdmrl` runs in this process; `make` and `jupyter` are looked up. What stands behind
+`<!-- not executed: why -->` is only parsed: the options of `mdmrl` must exist.
+"""
+
+import json
+import math
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import typer
+from PIL import Image
+
+from mdmrl.cli import app
+from mdmrl.evaluation.stats import t_interval
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(
+    r"(?:<!-- not executed: (?P<why>[^>]+) -->\n)?```(?P<language>\w+)\n(?P<code>.*?)```", re.S
+)
+SLOW = ("papermill", "torchrun", "accelerate")
+SHORT = "def short(completions, **columns): return [-len(text) / 100 for text in completions]\n"
+FILES = {
+    "prompts.jsonl": [{"prompt": "Which test is decisive for gout?"}, {"prompt": "What is fever?"}],
+    "mine.jsonl": [{"prompt": "What is fever?", "completion": "A raised temperature."}] * 2,
+}
+
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+COMMAND = typer.main.get_command(app)
+
+
+@each_page
+@pytest.mark.parametrize("slow", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_code_runs(page, slow, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("MDMRL_ROOT", str(tmp_path))  # where notebooks write
+    for name, rows in FILES.items():
+        Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "notebooks").symlink_to(ROOT / "notebooks")
+    Path("my_rewards.py").write_text(SHORT)
+    known = {"__name__": page.stem}
+    for block in BLOCK.finditer(page.read_text()):
+        code = block["code"]
+        if named := re.match(r"# (\S+\.\w+)", code):
+            Path(named[1]).write_text(code)
+        if block["language"] == "python":
+            program = compile(code, f"{page.name}: {code[:40]!r}", "exec")
+            if not block["why"]:
+                exec(program, known)
+        elif block["language"] == "bash":
+            for line in code.replace("\\\n", " ").splitlines():
+                run(shlex.split(line, comments=True), slow, block["why"] is None)
+        else:
+            assert block["language"] in ("yaml", "json", "text"), block["language"]
+
+
+def run(words, slow, executed):
+    """Run a line of the shell as far as it can be run here."""
+    if not words:
+        return
+    words[0] = words[0].removeprefix(".venv/bin/")
+    if words[0] == "make":
+        assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.M), words
+    elif words[0] == "mdmrl" and executed:
+        assert COMMAND.main(words[1:], standalone_mode=False) in (0, None), words
+    elif words[0] == "mdmrl" or words[:1] == ["mdmrl"]:
+        with COMMAND.make_context("mdmrl", words[1:]) as context:
+            name, command, rest = COMMAND.resolve_command(
+                context, [*context._protected_args, *context.args]
+            )
+            command.make_context(name, rest, parent=context)
+    elif words[0] in SLOW and slow and executed:
+        program = Path(sys.executable).with_name(words[0])
+        done = subprocess.run([program, *words[1:]], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+    else:
+        assert words[0] in SLOW or shutil.which(words[0], path=os.path.dirname(sys.executable))
+
+
+# ------------------------------------------------------------------ links and pictures
+
+
+@each_page
+def test_links_lead_somewhere(page):
+    text = page.read_text()
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if target.startswith("http"):
+            continue
+        path, _, heading = target.partition("#")
+        file = page.parent / path if path else page
+        assert file.exists(), f"{page.name} links to {target}"
+        if heading:
+            titles = re.findall(r"^#+ (.*)$", file.read_text(), re.M)
+            assert heading in {re.sub(r"[^\w -]", "", t).lower().replace(" ", "-") for t in titles}
+
+
+def test_every_page_is_linked_from_the_front_page():
+    front = (ROOT / "README.md").read_text()
+    assert len(front.splitlines()) <= 150
+    for page in PAGES[1:]:
+        assert f"(docs/{page.name})" in front
+    for notebook in (ROOT / "notebooks").glob("*.ipynb"):
+        assert f"(notebooks/{notebook.name})" in front
+        thumbnail = ROOT / "docs" / "thumbnails" / f"{notebook.stem}.png"
+        assert f"(docs/thumbnails/{thumbnail.name})" in front
+        assert Image.open(thumbnail).size == (320, 200)
+        assert thumbnail.stat().st_size < 40_000
+
+
+# ------------------------------------------------------------------ findings
+
+
+def closed(table, **chosen):
+    """The share of the headroom that an arm closes, with its interval, as the README says it."""
+    rows = pd.read_csv(ROOT / "figures" / "data" / table)
+    for column, value in chosen.items():
+        rows = rows[rows[column] == value]
+    return said(*t_interval(rows.closed))
+
+
+def claim(identity, change=lambda x: x, digits=2):
+    found = json.loads((ROOT / "figures" / "claims.json").read_text())
+    (row,) = [row for row in found if row["id"] == identity]
+    ends = [change(row[end]) for end in ("estimate", "low", "high")]
+    return said(ends[0], *sorted(ends[1:]), digits)
+
+
+def said(estimate, low, high, digits=2):
+    return f"{estimate:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def test_findings_are_what_the_files_say():
+    front = " ".join((ROOT / "README.md").read_text().split())
+    masks, clean = "MDM one_step, 16 steps", "MDM ar_style, 16 steps"
+    for measured in (
+        closed("kl_cured.csv", arm="recommended, 64 steps"),
+        closed("kl_cured.csv", arm="MDM ar_style, 64 steps"),
+        claim("kl_is_cured"),
+        closed("kl_grid.csv", arm=masks),
+        closed("kl_grid.csv", arm=f"{masks}, k3, β = 0.05"),
+        closed("kl_grid.csv", arm=clean),
+        closed("kl_grid.csv", arm=f"{clean}, k3, β = 0.05"),
+        claim("fig_4_4_crossing", digits=1),
+        claim("sampling_seconds", math.exp, digits=1),
+        claim("few_steps_pay_few_steps_equal_updates_reward"),
+        claim("few_steps_pay_few_steps_equal_cost_reward", digits=1),
+        claim("few_steps_pay_few_steps_equal_cost_accuracy", lambda x: -x),
+        claim("value_judges"),
+        claim("value_guides", lambda x: -x, digits=3),
+    ):
+        assert measured in front, measured
+    rows = pd.read_csv(ROOT / "figures" / "data" / "kl_cured.csv")
+    gains = rows[rows.arm == "recommended, 64 steps"].mean(numeric_only=True)
+    for part, what in (("gain/depth", "are paragraph breaks"), ("gain/format", "tags")):
+        assert f"{gains[part] / gains.gain:.0%} {what}".replace("%", " %") in front
