@@ -164,10 +164,10 @@ def discrete_terms(masked_nll: MaskedNLL, schedule: Schedule, steps: int) -> Ten
     """The terms of minus the ELBO of `steps` steps, (..., T), in float64.
 
     The first is the reconstruction term E[-log p_theta(x_0 | x_{t(1)})], the others are the KL
-    divergences that sum to L_T. All of them make the bound; the prior's term is 0, since
-    alpha(1) = 0. The reconstruction term *is* the KL divergence of i = 1, where s = 0: a sum that
-    starts there counts it twice. Averaged over the data, the total falls to `limit_loss` as `steps`
-    doubles if the model's conditionals are those of the data; for other models it need not.
+    divergences that sum to L_T; the prior's term is 0, since alpha(1) = 0. The reconstruction term
+    *is* the KL divergence of i = 1: a sum from there counts it twice. Averaged over the data, the
+    total falls to `limit_loss` as `steps` doubles if the model's conditionals are those of the
+    data; for other models it need not.
     """
     alpha = schedule.alpha(torch.linspace(0, 1, steps + 1, dtype=torch.float64))
     alpha_s, alpha_t = alpha[:-1], alpha[1:]

@@ -89,9 +89,13 @@ def any_set(step: Choice) -> Tensor:
     for turn in (~step.last, step.last):
         open_ = step.table(turn, False)
         size, taken = (m.sum(-1) for m in (open_, open_ & step.by_block(step.chosen)))
-        ways = (size + 1).lgamma() - (taken + 1).lgamma() - (size - taken + 1).lgamma()
-        total = total - ways.sum(1)
+        total = total - log_binomial(size, taken).sum(1)
     return total
+
+
+def log_binomial(n: Tensor, k: Tensor) -> Tensor:
+    """Logarithm of n over k."""
+    return (n + 1).lgamma() - (k + 1).lgamma() - (n - k + 1).lgamma()
 
 
 def others_less_probable(step: Choice) -> Tensor:

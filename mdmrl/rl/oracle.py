@@ -28,6 +28,7 @@ from torch import Tensor
 from mdmrl.config import require, unknown
 from mdmrl.diffusion_exact import Denoiser, canvases, sets
 from mdmrl.policies import Policy, Prompt
+from mdmrl.rl.choice import log_binomial
 from mdmrl.rl.estimators import gauss_legendre
 from mdmrl.sampling.denoise import evenly
 
@@ -123,7 +124,7 @@ class Oracle:
         if rule is None:
             choice = torch.zeros((), dtype=torch.float64)
         elif rule == "random":
-            choice = -log_binomial(before.sum(-1), count)
+            choice = -log_binomial(before.sum(-1).double(), count.double())
         elif rule in ("sequential", "state_confidence"):
             score = (
                 self.best[where] if rule == "state_confidence" else -torch.arange(self.n).double()
@@ -166,7 +167,7 @@ class Oracle:
     def _shares(self) -> Tensor:
         """The share of orders in which a set is what is still masked when the turn of a given one
         of its tokens comes, 1 / (n over |S|) / |S|, (2^n,)."""
-        size = self.size.clamp(min=1)
+        size = self.size.clamp(min=1).double()
         return (-log_binomial(torch.tensor(self.n), size)).exp() / size * (self.size > 0)
 
     def _over_time(self, times: list[float], weights: list[float]) -> Tensor:
@@ -178,12 +179,6 @@ class Oracle:
     def _sum(self, values: Tensor) -> Tensor:
         """Over blocks, sets and their masked tokens."""
         return torch.where(self.masked, values, 0).sum((0, -2, -1))
-
-
-def log_binomial(n: Tensor, k: Tensor) -> Tensor:
-    """Logarithm of n over k, in float64."""
-    n, k = n.double(), k.double()
-    return (n + 1).lgamma() - (k + 1).lgamma() - (n - k + 1).lgamma()
 
 
 def denoiser_of(

@@ -51,7 +51,7 @@ class Rollout:
 
     @classmethod
     def of(
-        cls, output: SamplerOutput, advantages: Tensor, counted: Tensor, sampler: SamplerConfig
+        cls, output: SamplerOutput, advantages: Tensor, counted: Tensor, sampler, rewards=None
     ) -> Rollout:
         """What `sampler` drew; a recorded trajectory that masks tokens again is an InputError."""
         width = output.sequences.shape[1] - output.completion_ids.shape[1]
@@ -70,7 +70,7 @@ class Rollout:
         prompts = output.sequences[:, :width], output.prompt_mask
         completions = output.completion_ids, output.completion_mask
         steps = {"logprobs": output.logprobs, "revealed_at": revealed_at, "place": place}
-        return cls(*prompts, *completions, advantages, counted, sampler, **steps)
+        return cls(*prompts, *completions, advantages, counted, sampler, rewards, **steps)
 
     @property
     def temperature(self) -> float:
@@ -178,5 +178,4 @@ def collect(
         **{name: column[:num_generations] for name, column in log.extras.items()},
     }
     advantages, counted, total = (x.to(policy.device) for x in (advantages, counted, total.float()))
-    rollout = replace(Rollout.of(output, advantages, counted, sampler), rewards=total)
-    return rollout, metrics, sample
+    return Rollout.of(output, advantages, counted, sampler, total), metrics, sample

@@ -242,8 +242,5 @@ def explained_variance(values: Tensor, returns: Tensor) -> float:
     """1 - Var(G - V) / Var(G): 1 for the best V, 0 for a constant; nan where the returns G do not
     vary."""
 
-    def variance(x: Tensor) -> Tensor:
-        return (x - x.mean()).square().mean()
-
-    spread = variance(returns)
-    return (1 - variance(returns - values) / spread).item() if spread > 1e-9 else math.nan
+    rest, spread = ((x - x.mean()).square().mean() for x in (returns - values, returns))
+    return (1 - rest / spread).item() if spread > 1e-9 else math.nan
