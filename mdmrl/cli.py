@@ -59,6 +59,10 @@ Family = Annotated[Name, Option(metavar="FILE.py:NAME", help="The policy's class
 Device = Annotated[str, Option(help="auto (a card if there is one), cpu, cuda, cuda:1 ...")]
 Dtype = Annotated[str, Option(help="Of the policy's body: float32 or bfloat16.")]
 TaskName = Annotated[Name, Option(metavar="NAME|FILE.py:NAME", help="Medcot without --data.")]
+Rewards = Annotated[
+    Words, Option(metavar="FILE.py:NAME", help="A reward instead of the task's; repeatable.")
+]
+Draw = Annotated[Name, Option(metavar="FILE.py:NAME", help="What completes prompts (not ppo).")]
 Rank = Annotated[int, Option(help="LoRA rank; 0 trains every weight.")]
 Settings = Annotated[
     Words,
@@ -135,6 +139,8 @@ def evaluate(
     limit: Annotated[int, Option(help="How many prompts.")] = 300,
     steps: Annotated[Counts, Option(help="Denoising steps (half the tokens); repeatable.")] = None,
     sampler: Sampler = None,
+    reward: Rewards = None,
+    draw: Draw = None,
     family: Family = None,
     device: Device = "auto",
     dtype: Dtype = "float32",
@@ -144,7 +150,9 @@ def evaluate(
     from mdmrl.evaluation.tables import append_rows, evaluation_table, print_table
 
     loaded = mdmrl.load_policy(policy, device=device, dtype=dtype, family=family)
-    frame = evaluation_table(loaded, task, split, limit, _sampler(sampler), steps or [])
+    own = {"rewards": [load_object(name) for name in reward]} if reward else {}
+    own |= {"draw": load_object(draw)} if draw else {}
+    frame = evaluation_table(loaded, task, split, limit, _sampler(sampler), steps or [], **own)
     frame = frame.assign(policy=policy)
     print_table(frame)
     if csv is not None:
@@ -205,10 +213,8 @@ def train(
     policy: PolicyName = "tiny-mdm",
     task: TaskName = None,
     data: Annotated[File, Option(help="JSONL with a prompt in each line.")] = None,
-    reward: Annotated[
-        Words, Option(metavar="FILE.py:NAME", help="A reward instead of the task's; repeatable.")
-    ] = None,
-    draw: Annotated[Name, Option(metavar="FILE.py:NAME", help="Completes prompts (grpo).")] = None,
+    reward: Rewards = None,
+    draw: Draw = None,
     lora_r: Rank = 0,
     family: Family = None,
     device: Device = "auto",

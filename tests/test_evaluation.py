@@ -3,7 +3,6 @@
 import math
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 
@@ -246,17 +245,17 @@ def test_an_autoregressive_policy_has_no_steps(ar):
         evaluation_table(ar, TOY, "test", 2, SHORT, [2])
 
 
-def test_a_named_policy_is_loaded_as_asked(monkeypatch, mdm):
-    asked = {}
+def test_a_named_policy_is_loaded_and_ones_own_parts_are_used(monkeypatch, mdm):
+    seen = []
 
-    def load(name, **options):
-        asked.update(options, name=name)
-        return mdm
+    def drawn(policy, prompts, config, generator=None, record=False):
+        seen.append(len(prompts))
+        return generate(policy, prompts, config, generator, record)
 
-    monkeypatch.setattr("mdmrl.evaluation.tables.load_policy", load)
-    frame = evaluation_table("tiny-mdm", TOY, "test", 1, SHORT, device="cuda:0", dtype="bfloat16")
-    assert asked == {"name": "tiny-mdm", "device": "cuda:0", "dtype": "bfloat16"}
+    def three(prompts, **columns):
+        return [3.0] * len(prompts)
+
+    monkeypatch.setattr("mdmrl.evaluation.tables.load_policy", lambda name: mdm)
+    frame = evaluation_table("tiny-mdm", TOY, "test", 2, SHORT, rewards=[three], draw=drawn)
     assert frame.policy.tolist() == ["tiny-mdm"]
-    evaluation_table("tiny-mdm", TOY, "test", 1, SHORT)
-    assert asked["device"] == "auto"
-    assert isinstance(frame, pd.DataFrame)
+    assert frame.reward.tolist() == [3.0] and seen == [2]

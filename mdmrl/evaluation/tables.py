@@ -15,7 +15,7 @@ from mdmrl.evaluation.accuracy import evaluate
 from mdmrl.evaluation.stats import wilson_interval
 from mdmrl.policies import Policy, load_policy
 from mdmrl.runs import write_atomically
-from mdmrl.sampling import SamplerConfig
+from mdmrl.sampling import SamplerConfig, generate
 from mdmrl.tasks import Task, load_task
 
 FIRST = ("steps", "accuracy", "low", "high", "reward")
@@ -30,8 +30,8 @@ def evaluation_table(
     limit: int | None,
     sampler: SamplerConfig,
     steps: Sequence[int] = (),
-    device: str = "auto",
-    dtype: str = "float32",
+    rewards: Sequence[Callable] | None = None,
+    draw: Callable = generate,
 ) -> pd.DataFrame:
     """Accuracy with its 95 % Wilson interval (`low`, `high`), rewards and monitors.
 
@@ -40,11 +40,11 @@ def evaluation_table(
     those that are not the defaults. For `task` see `load_task`.
 
     Args:
-        policy: a policy, or the name of one to load on `device` in `dtype`.
+        policy: a policy, or the name of one; rewards: instead of the task's; draw: what completes.
     """
     named = not isinstance(policy, Policy)
-    loaded = load_policy(policy, device=device, dtype=dtype) if named else policy
-    judged = load_task(task)
+    loaded, judged = load_policy(policy) if named else policy, load_task(task)
+    rewards = judged.rewards if rewards is None else rewards
     require(
         loaded.denoises or not steps,
         f"steps={list(steps)}: an autoregressive policy has no denoising steps; leave them out",
@@ -59,7 +59,8 @@ def evaluation_table(
             return verdict
 
         asked = judged.metric and metric
-        found = evaluate(loaded, rows, config, judged.rewards, asked, watch=judged.watch)
+        judging = {"watch": judged.watch, "draw": draw}
+        found = evaluate(loaded, rows, config, rewards, asked, **judging)
         count = config.denoising_steps if loaded.denoises else config.max_new_tokens
         line = {"policy": str(policy) if named else loaded.kind, "kind": loaded.kind}
         line |= {"task": judged.name, "split": split, "prompts": len(rows)}

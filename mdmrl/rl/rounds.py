@@ -81,11 +81,12 @@ class Rounds:
         asked = [row["prompt"] for row in batch]
         return self.optimizer.step(loss, f"step {step} on prompts {asked}")
 
-    def held_out(self) -> Metrics:
+    def held_out(self, step: int) -> Metrics:
         """Of greedy completions of the held-out prompts, and of the probe."""
         policy, metric = self.policy, self.parts["metric"]
         asked = self.eval_rows, self.config.sampler_for(policy, greedy=True), self.rewards, metric
-        found = evaluate(policy, *asked, "eval/", reward_weights=self.weights, **self.drawing)
+        judging = {"reward_weights": self.weights, "log": RewardLog(step, self.config.max_steps)}
+        found = evaluate(policy, *asked, "eval/", **judging, **self.drawing)
         measured = self.probe(policy) if self.probe else {}
         return found | {f"eval/{name}": value for name, value in measured.items()}
 

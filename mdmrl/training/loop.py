@@ -112,14 +112,15 @@ def train(
     config: TrainingConfig,
     optimizer: Optimizer,
     update: Callable[[int], tuple[Metrics, dict | None]],
-    held_out: Callable[[], Metrics] | None = None,
+    held_out: Callable[[int], Metrics] | None = None,
     values: torch.nn.Module | None = None,
 ) -> None:
     """Make the updates of a run that are left, from its newest whole checkpoint on.
 
     Args:
         update: makes the update of that number; returns its metrics, and what to look at of it.
-        held_out: measures the policy before every `eval_steps`-th update, and at the end.
+        held_out: measures the policy before every `eval_steps`-th update, and at the end; takes the
+            number of updates made.
         values: a value head that is trained and kept beside the policy.
     """
     accelerator, last = optimizer.accelerator, config.max_steps
@@ -133,7 +134,7 @@ def train(
         run.rewind(first)
     with Progress(run.folder.name, first, last, shown=writes) as progress:
         for step in range(first, last):
-            looked = held_out() if held_out and step % config.eval_steps == 0 else {}
+            looked = held_out(step) if held_out and step % config.eval_steps == 0 else {}
             start = time.perf_counter()
             found, sample = update(step)
             metrics = averaged(looked | found | {"step_time": time.perf_counter() - start})
@@ -144,7 +145,7 @@ def train(
                 if (step + 1) % config.save_steps == 0 or step + 1 == last:
                     save(*kept, step + 1)
             progress.update(step + 1, metrics)
-        looked = held_out() if held_out else {}
+        looked = held_out(last) if held_out else {}
         if writes:
             run.log({"step": last, **looked})
 

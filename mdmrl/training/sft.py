@@ -75,7 +75,7 @@ def train_sft(
     parameters = [*policy.trainable_parameters().values()]
     groups = [{"params": parameters, "weight_decay": config.weight_decay}]
 
-    def held_out() -> Metrics:
+    def held_out(step: int) -> Metrics:
         found = {"eval/loss": held_out_loss(policy, held_out_pairs, config)}
         if metric is not None:
             sampler = config.sampler_for(policy)
