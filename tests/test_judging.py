@@ -137,7 +137,7 @@ def test_v_explains_what_it_said_it_explains(policy):
     prompts = [row["prompt"] for row in SPLITS["validation"]]
     output = generate(policy, prompts, sampler, generator_for(0, "held-out"), record=True)
     outcome = torch.tensor([float(odd(ids)) for ids in output.token_lists()])
-    rollout = Rollout.of(output, outcome, outcome.isfinite(), sampler, outcome)
+    rollout = Rollout.of(output, outcome, outcome.isfinite(), sampler)
     features = score_episodes(policy, rollout, 8, reference=False).features
     for batches in (2, 4):
         config = CONFIG.replace(value_batches=batches)
