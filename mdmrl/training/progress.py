@@ -42,9 +42,14 @@ class Progress:
             left = (now - self.start) / (done - self.first) * (self.last - done)
             what = ", ".join(f"{name} {value}" for name, value in found.items())
             # A notebook shows what goes to stderr as an error, a shell's pipe wants results alone.
-            where = sys.stdout if "ipykernel" in sys.modules else sys.stderr
+            where = sys.stdout if in_a_notebook() else sys.stderr
             said = f"{self.name}: update {done} of {self.last}, {what}, {duration(left)} left"
             print(said, file=where)
+
+
+def in_a_notebook() -> bool:
+    """Whether this process is IPython's, as a notebook's kernel is."""
+    return "IPython" in sys.modules and sys.modules["IPython"].get_ipython() is not None
 
 
 def duration(seconds: float) -> str:
