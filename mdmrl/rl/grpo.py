@@ -102,8 +102,8 @@ def train_grpo(
         nonlocal unchecked
         batch, rollout, metrics, sample = rounds.collect(step, sampler, scorer.records)
         if config.mask_truncated_completions:
-            ends = rollout.completion_ids.new_tensor(policy.end_token_ids)
-            rollout = replace(rollout, truncated=~torch.isin(rollout.completion_ids, ends).any(1))
+            ended = policy.is_end(rollout.completion_ids).any(1)
+            rollout = replace(rollout, truncated=~ended)
         if scorer.records:
             rollout = rollout.whole()
         noises = [noise_for(rollout, "noise", step, i) for i in range(config.num_iterations)]
