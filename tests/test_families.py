@@ -32,7 +32,10 @@ from mdmrl.policies import (
     MaskedDiffusionPolicy,
     add_lora,
 )
-from mdmrl.rl.logprobs import ESTIMATORS
+from mdmrl.policies.patterns import positions_of
+from mdmrl.rl.logprobs import ESTIMATORS, draw_noise, estimator
+from mdmrl.rl.rollout import Rollout
+from mdmrl.runs import generator_for
 from mdmrl.zoo.tokenizer_training import train_tokenizer
 
 CHAT = (
@@ -728,3 +731,27 @@ def test_an_end_that_a_base_tokenizer_appends_is_left_out(mdm, marks):
         plain = tokenizer(text, add_special_tokens=False).input_ids
         assert ids[real].tolist() == front + plain
     assert (batch.input_ids[:, -1] != tokenizer.eos_token_id).all()
+
+
+class Near(MaskedDiffusionPolicy):
+    """Every position sees few neighbours: a pattern that no room of the library knows of."""
+
+    def hidden_states(self, input_ids, attention_mask=None, cache=None, position_ids=None):
+        at = torch.arange(input_ids.shape[1])
+        sees = ((at[:, None] - at).abs() <= 3) & attention_mask.bool()[:, None, None]
+        return super().hidden_states(input_ids, sees, position_ids=positions_of(attention_mask))
+
+
+def test_sampler_and_estimator_ask_the_same_network_of_a_family_of_ones_own(mdm):
+    near = Near(mdm.model, mdm.tokenizer)
+    config = SamplerConfig(max_new_tokens=8, steps=4, temperature=1.0, remasking="state_confidence")
+    prompts = ["What is fever?", "And pain? Where?"]
+    output = generate(near, prompts, config, generator_for(0, "near"), record=True)
+    everyone = torch.ones(2, dtype=torch.bool)
+    rollout = Rollout.of(output, torch.zeros(2), everyone, config)
+    noise = draw_noise(rollout, 0.0, generator_for(0, "noise"))
+    found = estimator("trajectory", near)(near, rollout, noise)
+    shown = rollout.revealed_at >= 0
+    torch.testing.assert_close(found[shown], output.logprobs[shown], atol=1e-5, rtol=1e-5)
+    plain = estimator("trajectory", mdm)(mdm, rollout, noise)
+    assert not torch.allclose(plain[shown], output.logprobs[shown], atol=1e-2)
