@@ -34,6 +34,31 @@ def nested(changes):
     return own | {"sampler": {name: changes[name] for name in changes if name in NESTED}}
 
 
+def parity(prompts, completions, completion_ids, **columns):
+    """A reward: the share of odd token ids, which varies within a group."""
+    return [sum(i % 2 for i in ids) / len(ids) for ids in completion_ids]
+
+
+class Interrupted(Exception):
+    pass
+
+
+class Cut:
+    """`parity` that breaks the run off at its n-th call, and is the same reward whatever n is."""
+
+    __name__ = "parity"
+    fingerprint = staticmethod(lambda: "parity")
+
+    def __init__(self, call=None, by=Interrupted):
+        self.calls, self.call, self.by = 0, call, by
+
+    def __call__(self, prompts, completions, completion_ids, **columns):
+        self.calls += 1
+        if self.calls == self.call:
+            raise self.by
+        return parity(prompts, completions, completion_ids)
+
+
 def random_policy(family, tokenizer, seed=0, **shapes):
     """A tiny policy whose weights are large enough that logits are spread and attention matters."""
     shapes = {

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import nested
+from conftest import Cut, Interrupted, nested, parity
 
 import mdmrl.rl.grpo as grpo
 import mdmrl.rl.rounds as rounds
@@ -32,11 +32,6 @@ ROWS = [{"prompt": f"A patient has {x}. Which test is decisive?"} for x in ("fev
 def length(prompts, completions, completion_ids, **columns):
     """The shorter the better."""
     return [-len(ids) / 10 for ids in completion_ids]
-
-
-def parity(prompts, completions, completion_ids, **columns):
-    """The share of odd token ids: it varies within a group."""
-    return [sum(i % 2 for i in ids) / len(ids) for ids in completion_ids]
 
 
 def settings(folder="unused", policy=None, **changes):
@@ -559,26 +554,6 @@ def test_the_reference_follows_every_so_many_updates(policy, tmp_path, lora):
 def final_state(policy):
     state = {n: p.detach().clone() for n, p in policy.model.named_parameters()}
     return state | {f"reference/{n}": p.clone() for n, p in policy.reference_state().items()}
-
-
-class Interrupted(Exception):
-    pass
-
-
-class Cut:
-    """A reward that breaks the run off at its n-th call, and is the same reward whatever n is."""
-
-    __name__ = "parity"
-    fingerprint = staticmethod(lambda: "parity")
-
-    def __init__(self, call=None):
-        self.calls, self.call = 0, call
-
-    def __call__(self, prompts, completions, completion_ids, **columns):
-        self.calls += 1
-        if self.calls == self.call:
-            raise Interrupted
-        return parity(prompts, completions, completion_ids)
 
 
 RESUMED = {

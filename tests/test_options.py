@@ -10,7 +10,7 @@ import weakref
 
 import pytest
 import torch
-from conftest import nested
+from conftest import Cut, nested, parity
 
 import mdmrl.training.loop as loop
 from mdmrl.config import InputError
@@ -25,11 +25,6 @@ from mdmrl.sampling import SamplerConfig
 
 ROWS = [{"prompt": f"A patient has {x}. Which test is decisive?"} for x in ("fever", "a rash", "x")]
 NAN = math.nan
-
-
-def parity(prompts, completions, completion_ids, **columns):
-    """The share of odd token ids."""
-    return [sum(i % 2 for i in ids) / len(ids) for ids in completion_ids]
 
 
 def length(prompts, completions, completion_ids, **columns):
@@ -259,22 +254,6 @@ def test_gradient_norms_of_the_parts_change_nothing_else(mdm, tmp_path):
 # -- how a run ends, and goes on -------------------------------------------------------------------
 
 
-class Pressed:
-    """A reward during whose n-th call a key is pressed; the same reward whatever n is."""
-
-    __name__ = "parity"
-    fingerprint = staticmethod(lambda: "parity")
-
-    def __init__(self, call=None):
-        self.calls, self.call = 0, call
-
-    def __call__(self, prompts, completions, completion_ids, **columns):
-        self.calls += 1
-        if self.calls == self.call:
-            raise KeyboardInterrupt
-        return parity(prompts, completions, completion_ids)
-
-
 def run_of(train, policy, folder, steps, reward, lora=False):
     """A run of so many updates, evaluated every second and kept every fifth."""
     policy = fresh(policy)
@@ -292,10 +271,10 @@ def run_of(train, policy, folder, steps, reward, lora=False):
 @pytest.mark.parametrize("train", [train_grpo, train_ppo])
 @pytest.mark.parametrize("lora", [False, True])
 def test_a_run_that_is_extended_is_the_one_made_at_once(mdm, tmp_path, train, lora):
-    whole = run_of(train, mdm, tmp_path / "whole", 5, Pressed(), lora)
-    run_of(train, mdm, tmp_path / "run", 3, Pressed(), lora)
+    whole = run_of(train, mdm, tmp_path / "whole", 5, Cut(), lora)
+    run_of(train, mdm, tmp_path / "run", 3, Cut(), lora)
     assert rows_of(tmp_path / "run")[-1].keys() >= {"step", "eval/reward"}
-    extended = run_of(train, mdm, tmp_path / "run", 5, Pressed(), lora)
+    extended = run_of(train, mdm, tmp_path / "run", 5, Cut(), lora)
     assert same(bits(extended), bits(whole))
     assert timeless(tmp_path / "run") == timeless(tmp_path / "whole")
     assert rows_of(tmp_path / "run", "samples") == rows_of(tmp_path / "whole", "samples")
@@ -304,13 +283,13 @@ def test_a_run_that_is_extended_is_the_one_made_at_once(mdm, tmp_path, train, lo
 
 
 def test_a_key_press_leaves_a_run_that_goes_on(mdm, tmp_path):
-    whole = run_of(train_grpo, mdm, tmp_path / "whole", 7, Pressed())
+    whole = run_of(train_grpo, mdm, tmp_path / "whole", 7, Cut())
     for call in (1, 9, 2):  # before the first update; in the middle; in what is made again
         with pytest.raises(KeyboardInterrupt):
-            run_of(train_grpo, mdm, tmp_path / "run", 7, Pressed(call))
+            run_of(train_grpo, mdm, tmp_path / "run", 7, Cut(call, by=KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):  # in the same process: nothing holds the folder
-            run_of(train_grpo, mdm, tmp_path / "run", 7, Pressed(1))
-    again = run_of(train_grpo, mdm, tmp_path / "run", 7, Pressed())
+            run_of(train_grpo, mdm, tmp_path / "run", 7, Cut(1, by=KeyboardInterrupt))
+    again = run_of(train_grpo, mdm, tmp_path / "run", 7, Cut())
     assert same(bits(again), bits(whole))
     assert timeless(tmp_path / "run") == timeless(tmp_path / "whole")
 

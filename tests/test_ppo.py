@@ -12,7 +12,7 @@ import sys
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import nested
+from conftest import Cut, Interrupted, nested, parity
 from scipy import stats
 from test_sampling import ender
 
@@ -39,11 +39,6 @@ from mdmrl.training.data import rows_of_step
 
 ROWS = [{"prompt": f"A patient has {x}. Which test is decisive?"} for x in ("fever", "a rash", "x")]
 FAMILIES = ("mdm", "shifted", "bd")
-
-
-def parity(prompts, completions, completion_ids, **columns):
-    """The share of odd token ids."""
-    return [sum(i % 2 for i in ids) / len(ids) for ids in completion_ids]
 
 
 def settings(folder="unused", **changes):
@@ -804,26 +799,6 @@ def final_state(policy, folder):
     (checkpoint,) = (folder / "checkpoints").iterdir()
     values = ValueHead.from_pretrained(checkpoint / "values")
     return state | {f"values/{n}": p for n, p in values.state_dict().items()}
-
-
-class Interrupted(Exception):
-    pass
-
-
-class Cut:
-    """A reward that breaks the run off at its n-th call, and is the same reward whatever n is."""
-
-    __name__ = "parity"
-    fingerprint = staticmethod(lambda: "parity")
-
-    def __init__(self, call=None):
-        self.calls, self.call = 0, call
-
-    def __call__(self, prompts, completions, completion_ids, **columns):
-        self.calls += 1
-        if self.calls == self.call:
-            raise Interrupted
-        return parity(prompts, completions, completion_ids)
 
 
 @pytest.fixture(scope="module", params=["mdm-lora", "bd"])
