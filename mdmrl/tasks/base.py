@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 Reward = Callable[..., Sequence[float | None]]
 Rows = Sequence[dict]
 
+SPLITS = {"pretrain": 0.70, "rl": 0.15, "validation": 0.05, "test": 0.10}
 MASKED = -1  # stands for a leftover [MASK] in the token ids that `Task.watch` gets
 
 
@@ -55,6 +57,18 @@ class Task:
         if system is not None:
             rows = [{**row, "prompt": with_system(system, row["prompt"])} for row in rows]
         return rows
+
+
+def split_of(*parts: str, shares: Mapping[str, float] = SPLITS) -> str:
+    """The split that an item falls into: a hash of what makes it itself, so that it never changes
+    with the order or the number of items. The `shares` of the splits sum to 1."""
+    digest = hashlib.sha256("|".join(("split", *parts)).encode()).digest()
+    share = int.from_bytes(digest[:6], "big") / 2**48
+    for name, width in shares.items():
+        share -= width
+        if share < 0:
+            return name
+    return "test"  # the widths sum to one up to rounding
 
 
 def with_system(system: str, prompt: str) -> list[dict]:

@@ -12,7 +12,6 @@ about a held-out combination is held out with it, and so are the prompts of RL.
 from __future__ import annotations
 
 import csv
-import hashlib
 import itertools
 import random
 from collections.abc import Iterator, Sequence
@@ -24,9 +23,8 @@ from pathlib import Path
 from mdmrl.config import InputError
 from mdmrl.rewards.medical import medical_rewards
 from mdmrl.rewards.text import TAGS, exact_answer, repetition
-from mdmrl.tasks.base import MASKED, Task, load_rows
+from mdmrl.tasks.base import MASKED, SPLITS, Task, load_rows, split_of
 
-SPLITS = {"pretrain": 0.70, "rl": 0.15, "validation": 0.05, "test": 0.10}
 FINDINGS_SHOWN = 3
 REPETITIVE = 0.2
 
@@ -96,17 +94,6 @@ class Combination:
 
     condition: Condition
     findings: tuple[str, ...]
-
-
-def split_of(*parts: str) -> str:
-    """The split that `parts` fall into: a hash, so that it never changes with the table's order."""
-    digest = hashlib.sha256("|".join(("split", *parts)).encode()).digest()
-    share = int.from_bytes(digest[:6], "big") / 2**48
-    for name, width in SPLITS.items():
-        share -= width
-        if share < 0:
-            return name
-    return "test"  # the widths sum to one up to rounding
 
 
 @lru_cache(maxsize=1)

@@ -47,7 +47,21 @@ SHAPE = (
 PROMPT_SHARE = 0.1
 POOL = 8  # batches
 VOCABULARY = 4096
+BYTES = 256 + 5  # with the special tokens
 HASHED_DOCUMENTS = 10_000
+
+
+def shipped_tokenizer():
+    """The one that the tiny models of prose share."""
+    return load_tokenizer(resources.files("mdmrl.zoo") / "tokenizer")
+
+
+def byte_tokenizer():
+    """A token a byte, and the special ones: for tasks without words."""
+    return train_tokenizer((), BYTES)
+
+
+TOKENIZERS = {"words": shipped_tokenizer, "bytes": byte_tokenizer}
 
 
 @dataclass
@@ -56,6 +70,7 @@ class PretrainConfig(Config):
 
     family: str = "mdm"
     task: str = "medcot"
+    tokenizer: str = "words"  # of 4,096 pieces, or "bytes"
     start: str | None = None  # a policy of the same shape whose weights to begin with
     tokens: float = 6e6  # document tokens to see
     hidden_size: int = 128
@@ -63,7 +78,7 @@ class PretrainConfig(Config):
     intermediate_size: int = 384
     num_attention_heads: int = 4
     max_position_embeddings: int = 512
-    canvas: int = 128  # completion positions of the diffusion models
+    canvas: int = 128  # completion positions of the diffusion models, where the row names none
     block_length: int = 16  # of the block diffusion model
     batch_size: int = 48
     learning_rate: float = 3e-3
@@ -74,17 +89,30 @@ class PretrainConfig(Config):
     logging_steps: int = 50
     save_steps: int = 200
     bf16: bool = True
+    attn_implementation: str = "sdpa"  # "eager" is faster in bf16 where sequences are short
     seed: int = 0
 
     def validate(self) -> None:
         if self.family not in FAMILIES:
             raise unknown("family", self.family, FAMILIES)
+        if self.tokenizer not in TOKENIZERS:
+            raise unknown("tokenizer", self.tokenizer, TOKENIZERS)
         require(self.tokens > 0, f"tokens={self.tokens}: expected a positive budget")
         require(
             self.block_length >= 1 and self.canvas % self.block_length == 0,
             f"block_length={self.block_length}: expected a divisor of canvas={self.canvas}",
         )
 
+
+COUNTDOWN = PretrainConfig(
+    task="countdown",
+    tokenizer="bytes",
+    canvas=12,
+    block_length=4,
+    max_position_embeddings=64,
+    batch_size=128,
+    attn_implementation="eager",
+)
 
 # What `mdmrl pretrain NAME` trains, beside the tokenizer. The autoregressive twin is at its plateau
 # after a fraction of the tokens; `tiny-mdm-equal` is the masked diffusion model at that budget. The
@@ -94,6 +122,8 @@ RECIPES = {
     "tiny-mdm": PretrainConfig(family="mdm", tokens=42e6, warmup_share=6e4 / 42e6),
     "tiny-bd": PretrainConfig(family="bd", start="tiny-mdm", tokens=2.4e6, bf16=False),
     "tiny-mdm-equal": PretrainConfig(family="mdm", tokens=4e6, warmup_share=0.015),
+    "tiny-mdm-countdown": COUNTDOWN.replace(family="mdm", tokens=16e6),
+    "tiny-ar-countdown": COUNTDOWN.replace(family="ar", tokens=8e6),
 }
 
 
@@ -106,6 +136,7 @@ def make_policy(config: PretrainConfig, tokenizer) -> Policy:
     model = fresh_model(config.family, tokenizer, shape, *settings)
     if config.start:
         model.load_state_dict(load_policy(config.start).model.state_dict())
+    model.set_attn_implementation(config.attn_implementation)
     return FAMILIES[config.family](model, tokenizer)
 
 
@@ -128,11 +159,6 @@ def fresh_model(
     with kept_random_state(device), device:
         torch.manual_seed(seed)
         return Qwen2ForCausalLM(architecture)
-
-
-def shipped_tokenizer():
-    """The one that all tiny models share."""
-    return load_tokenizer(resources.files("mdmrl.zoo") / "tokenizer")
 
 
 def batches(policy: Policy, stream, config: PretrainConfig, first: int = 0) -> Iterator[Batch]:
@@ -234,7 +260,7 @@ def pretrain_by_name(name: str, folder: Path, tokens: float | None = None, seed:
         raise unknown("recipe", name, ["tokenizer", *RECIPES])
     config = RECIPES[name].replace(seed=seed, **({} if tokens is None else {"tokens": tokens}))
     stream, model = load_task(config.task).stream, folder / "model"
-    policy = pretrain(config, shipped_tokenizer(), stream, folder)
+    policy = pretrain(config, TOKENIZERS[config.tokenizer](), stream, folder)
     log = pd.DataFrame(read_rows(folder / "metrics.jsonl"))
     log.to_csv(model / "log.csv", index=False, float_format="%.6g")
     documents = "".join(map(str, itertools.islice(stream(seed, 0), HASHED_DOCUMENTS)))
