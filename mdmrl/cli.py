@@ -43,7 +43,7 @@ def pretrain(
     name: Annotated[str, Argument(help="tokenizer, or a recipe: tiny-ar, tiny-mdm, ...")],
     output_dir: Annotated[File, Option(help="Default: runs/pretrain/NAME.")] = None,
     tokens: Annotated[float | None, Option(help="Another budget of document tokens.")] = None,
-    seed: Annotated[int, Option(help="Of weights, data and noise.")] = 0,
+    seed: Annotated[int | None, Option(help="Instead of the recipe's.")] = None,
 ) -> None:
     """Train the tokenizer or a tiny model from scratch; goes on where it was stopped."""
     from mdmrl.zoo.pretrain import pretrain_by_name
