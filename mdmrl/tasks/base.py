@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mdmrl.config import InputError, require, unknown
 
@@ -18,6 +21,10 @@ Reward = Callable[..., Sequence[float | None]]
 Rows = Sequence[dict]
 
 SPLITS = {"pretrain": 0.70, "rl": 0.15, "validation": 0.05, "test": 0.10}
+# Of items that a program draws: `GENERATED` is the share of each split, and `ROWS` its rows.
+GENERATED = {"pretrain": 0.65, "rl": 0.15, "validation": 0.05, "test": 0.15}
+ROWS = {"pretrain": 5000, "rl": 2000, "validation": 500, "test": 2000}
+DRAWS = 100  # a row, after which a split is all the items that it has
 MASKED = -1  # stands for a leftover [MASK] in the token ids that `Task.watch` gets
 
 
@@ -36,6 +43,9 @@ class Task:
         stream: `stream(seed, start)`, the endless supply for pre-training, or None.
         units: what the hierarchy writes a completion in, none where it is written whole.
         watch: `watch(texts, token_ids)`, what else to log of completions, a number by name.
+        sampler: fields of `SamplerConfig` that the task is completed with where nothing else is
+            said.
+        extract: the answer that a completion gives, as text, or None.
     """
 
     name: str
@@ -45,6 +55,8 @@ class Task:
     stream: Callable | None = None
     units: Sequence[Unit] = ()
     watch: Callable[[list[str], list[list[int]]], Mapping[str, float]] | None = None
+    sampler: Mapping[str, Any] = field(default_factory=dict)
+    extract: Callable[[str], str | None] | None = None
 
     def rows(self, split: str, limit: int | None = None, system: str | None = None) -> list[dict]:
         """Rows of a split, the first `limit`; `system` puts a system message before each prompt,
@@ -57,6 +69,45 @@ class Task:
         if system is not None:
             rows = [{**row, "prompt": with_system(system, row["prompt"])} for row in rows]
         return rows
+
+
+@dataclass(frozen=True)
+class Generator:
+    """Items that a program draws, shared out to splits by a hash of what makes each itself.
+
+    Attributes:
+        draw: `draw(rng) -> (key, row)`. The key says what the item is, whatever its wording, the
+            names in it or the order of its options.
+    """
+
+    name: str
+    draw: Callable[[random.Random], tuple[str, dict]]
+
+    def split_of(self, key: str) -> str:
+        """The split of an item."""
+        return split_of(self.name, key, shares=GENERATED)
+
+    def rows(self, split: str) -> list[dict]:
+        """Distinct items of a split in a fixed order, `ROWS` of them or as many as there are."""
+        rng, found = random.Random(f"{self.name}/{split}"), {}
+        for _ in range(DRAWS * ROWS[split]):
+            key, row = self.draw(rng)
+            if self.split_of(key) == split:
+                found.setdefault(key, row)
+            if len(found) == ROWS[split]:
+                break
+        return list(found.values())
+
+    def stream(self, seed: int, start: int = 0) -> Iterator[dict]:
+        """An endless supply of pre-training items; item i depends on (seed, i) alone."""
+        for index in itertools.count(start):
+            rng = random.Random(f"{self.name}/stream/{seed}/{index}")
+            drawn = (self.draw(rng) for _ in itertools.count())
+            yield next(row for key, row in drawn if self.split_of(key) == "pretrain")
+
+    @property
+    def splits(self) -> dict[str, Callable[[], list[dict]]]:
+        return {split: partial(self.rows, split) for split in ROWS}
 
 
 def split_of(*parts: str, shares: Mapping[str, float] = SPLITS) -> str:
@@ -111,8 +162,8 @@ def load_rows(path: str | Path, required: Sequence[str] = ("prompt",)) -> list[d
         require(isinstance(row, dict), f"{path}:{number}: expected an object, got {row!r:.80}")
         found = f"missing or empty (fields found: {', '.join(row) or 'none'})"
         wanted = 'expected a string or a list of messages like {"role": "user", "content": "..."}'
-        for field in required:
-            value, said = row.get(field), f"{path}:{number}: field {field!r} is"
+        for name in required:
+            value, said = row.get(name), f"{path}:{number}: field {name!r} is"
             require(isinstance(value, str | list) and len(value) > 0, f"{said} {found}")
             fit = isinstance(value, str) or all(map(_is_message, value))
             require(fit, f"{said} {value!r:.80}: {wanted}")

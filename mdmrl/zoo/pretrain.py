@@ -44,6 +44,7 @@ SHAPE = (
     "vocab_size",
 )
 PROMPT_SHARE = 0.1
+WHOLE_SHARE = 0.25
 POOL = 8  # batches
 HASHED_DOCUMENTS = 10_000
 
@@ -92,15 +93,23 @@ def fresh_model(
 
 def batches(policy: Policy, stream, config: PretrainConfig, first: int = 0) -> Iterator[Batch]:
     """Batches number `first`, `first` + 1, ... without end; documents are drawn `POOL` batches at a
-    time and sorted by prompt length, to spare padding."""
+    time and sorted by canvas and prompt length, to spare padding. A row's `canvas` stands for the
+    config's, but for a share of the batches, `WHOLE_SHARE`: so each task is known at its own length
+    and at the one that they have in common when RL mixes them."""
     end, skipped = policy.tokenizer.eos_token_id, first % POOL
     documents = stream(config.seed, (first - skipped) * config.batch_size)
     while True:
         drawn = list(itertools.islice(documents, POOL * config.batch_size))
-        pool = encode_pairs(policy, drawn, config.canvas)
-        pool.sort(key=lambda pair: len(pair[0]))
+        pool = []
+        for canvas in sorted({row.get("canvas", config.canvas) for row in drawn}):
+            rows = [row for row in drawn if row.get("canvas", config.canvas) == canvas]
+            pairs = encode_pairs(policy, rows, canvas)
+            pool += [(canvas, pair) for pair in sorted(pairs, key=lambda pair: len(pair[0]))]
         for start in range(skipped * config.batch_size, len(pool), config.batch_size):
-            yield collate(pool[start : start + config.batch_size], config.canvas, end)
+            canvases, pairs = zip(*pool[start : start + config.batch_size], strict=True)
+            whole = torch.rand((), generator=generator_for(config.seed, "canvas", first)).item()
+            yield collate(pairs, config.canvas if whole < WHOLE_SHARE else max(canvases), end)
+            first += 1
         skipped = 0
 
 

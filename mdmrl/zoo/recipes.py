@@ -89,6 +89,14 @@ COUNTDOWN = PretrainConfig(
     batch_size=128,
     attn_implementation="eager",
 )
+REASONING = PretrainConfig(
+    task="reasoning",
+    canvas=48,
+    block_length=4,
+    max_position_embeddings=256,
+    batch_size=96,
+    attn_implementation="eager",
+)
 MATCHED_TOKENS = (1.5e6,)  # of each pair's autoregressive model
 
 RECIPES = {
@@ -97,6 +105,15 @@ RECIPES = {
     "tiny-bd": MEDCOT.replace(family="bd", start="tiny-mdm", tokens=2.4e6, bf16=False),
     "tiny-mdm-equal": MEDCOT.replace(tokens=4e6, warmup_share=0.015),
     "tiny-ar-countdown": COUNTDOWN.replace(family="ar", tokens=8e6),
+    "tiny-ar-reasoning": REASONING.replace(family="ar", tokens=8e6),
+    "tiny-mdm-reasoning": REASONING.replace(tokens=20e6),
+    "tiny-bd-reasoning": REASONING.replace(
+        family="bd",
+        start="tiny-mdm-reasoning",
+        tokens=3e6,
+        bf16=False,
+        attn_implementation="sdpa",
+    ),
 }
 for pair, matched in enumerate(MATCHED_TOKENS):
     suffix = f"-s{pair}" if pair else ""
