@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mdmrl.config import InputError, require, unknown
 
@@ -36,6 +36,9 @@ class Task:
         stream: `stream(seed, start)`, the endless supply for pre-training, or None.
         units: what the hierarchy writes a completion in, none where it is written whole.
         watch: `watch(texts, token_ids)`, what else to log of completions, a number by name.
+        sampler: fields of `SamplerConfig` that the task is completed with where nothing else is
+            said.
+        extract: the answer that a completion gives, as text, or None.
     """
 
     name: str
@@ -45,6 +48,8 @@ class Task:
     stream: Callable | None = None
     units: Sequence[Unit] = ()
     watch: Callable[[list[str], list[list[int]]], Mapping[str, float]] | None = None
+    sampler: Mapping[str, Any] = field(default_factory=dict)
+    extract: Callable[[str], str | None] | None = None
 
     def rows(self, split: str, limit: int | None = None, system: str | None = None) -> list[dict]:
         """Rows of a split, the first `limit`; `system` puts a system message before each prompt,
@@ -83,6 +88,21 @@ def load_rows(path: str | Path, required: Sequence[str] = ("prompt",)) -> list[d
         InputError: naming file:line, for a line that is no JSON object, is not UTF-8, or lacks a
             `required` field (present, a non-empty string or message list).
     """
+    numbered = numbered_rows(path)
+    for where, row in numbered:
+        found = f"missing or empty (fields found: {', '.join(row) or 'none'})"
+        wanted = 'expected a string or a list of messages like {"role": "user", "content": "..."}'
+        for name in required:
+            value, said = row.get(name), f"{where}: field {name!r} is"
+            require(isinstance(value, str | list) and len(value) > 0, f"{said} {found}")
+            fit = isinstance(value, str) or all(map(_is_message, value))
+            require(fit, f"{said} {value!r:.80}: {wanted}")
+    return [row for _, row in numbered]
+
+
+def numbered_rows(path: str | Path) -> list[tuple[str, dict]]:
+    """The objects of a JSONL file (or a JSON list), whatever they hold, each behind its place,
+    "file:line"; errors as of `load_rows`."""
     path = Path(path)
     require(path.is_file(), f"{path}: there is no such file of rows")
     raw = path.read_bytes()
@@ -109,14 +129,7 @@ def load_rows(path: str | Path, required: Sequence[str] = ("prompt",)) -> list[d
     require(len(numbered) > 0, f"{path}: no rows")
     for number, row in numbered:
         require(isinstance(row, dict), f"{path}:{number}: expected an object, got {row!r:.80}")
-        found = f"missing or empty (fields found: {', '.join(row) or 'none'})"
-        wanted = 'expected a string or a list of messages like {"role": "user", "content": "..."}'
-        for field in required:
-            value, said = row.get(field), f"{path}:{number}: field {field!r} is"
-            require(isinstance(value, str | list) and len(value) > 0, f"{said} {found}")
-            fit = isinstance(value, str) or all(map(_is_message, value))
-            require(fit, f"{said} {value!r:.80}: {wanted}")
-    return [row for _, row in numbered]
+    return [(f"{path}:{number}", row) for number, row in numbered]
 
 
 def _is_message(value) -> bool:
