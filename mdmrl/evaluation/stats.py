@@ -85,7 +85,8 @@ def clustered_interval(shares: Values, each: int, confidence: float = 0.95) -> I
     Completions of one item are alike, so that they count as fewer: as the number of independent
     ones that would spread the items' shares as much (the effective sample size of Korn and Graubard
     1998, put into Wilson's interval as in Franco et al. 2019), which is never below the number of
-    items nor above that of completions. With one completion an item it is `wilson_interval`.
+    items nor above that of completions. It is the number of items where all are right or all wrong,
+    and with one completion an item, which is `wilson_interval`.
     """
     shares = _checked(shares, at_least=1)
     require(each >= 1, f"each={each}: expected at least one completion an item")
@@ -94,8 +95,8 @@ def clustered_interval(shares: Values, each: int, confidence: float = 0.95) -> I
     n, right = len(shares), float(shares.sum())
     share = right / n
     spread = float(((shares - share) ** 2).mean())
-    independent = share * (1 - share) / spread if spread else math.inf
-    times = min(max(independent, 1.0), each)
+    chance = share * (1 - share)  # the spread of one completion an item
+    times = min(max(chance / spread if spread else math.inf, 1.0), each) if chance else 1.0
     return wilson_interval(right * times, n * times, confidence)
 
 
