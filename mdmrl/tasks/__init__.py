@@ -10,7 +10,7 @@ from pathlib import Path
 from mdmrl.config import load_object, require, unknown
 from mdmrl.tasks.base import Task, load_rows
 
-TASKS = ("medcot", "medcot-sections", "countdown")
+TASKS = ("medcot", "medcot-sections", "countdown", "gsm", "math", "choice", "reasoning")
 
 
 def load_task(

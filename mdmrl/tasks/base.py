@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from mdmrl.config import InputError, require, unknown
 
 if TYPE_CHECKING:
+    from mdmrl.policies import Policy
     from mdmrl.sampling.hierarchy import Unit
 
 Reward = Callable[..., Sequence[float | None]]
@@ -63,6 +64,14 @@ class Task:
             rows = [{**row, "prompt": with_system(system, row["prompt"])} for row in rows]
         return rows
 
+    def sampler_for(self, policy: Policy, **said) -> dict:
+        """The fields of `SamplerConfig` that are `said`, and the task's own for length and steps
+        where these say nothing of them."""
+        own = dict(self.sampler)
+        if not policy.denoises or said.keys() & {"max_new_tokens", "threshold", "entropy_bound"}:
+            own.pop("steps", None)
+        return own | said
+
 
 def split_of(*parts: str, shares: Mapping[str, float] = SPLITS) -> str:
     """The split that an item falls into: a hash of what makes it itself, so that it never changes
@@ -101,8 +110,11 @@ def load_rows(path: str | Path, required: Sequence[str] = ("prompt",)) -> list[d
 
 
 def numbered_rows(path: str | Path) -> list[tuple[str, dict]]:
-    """The objects of a JSONL file (or a JSON list), whatever they hold, each behind its place,
-    "file:line"; errors as of `load_rows`."""
+    """The objects of a JSONL file (or a JSON list), each behind its "file:line".
+
+    Raises:
+        InputError: as `load_rows`, whatever fields there are.
+    """
     path = Path(path)
     require(path.is_file(), f"{path}: there is no such file of rows")
     raw = path.read_bytes()
@@ -130,6 +142,16 @@ def numbered_rows(path: str | Path) -> list[tuple[str, dict]]:
     for number, row in numbered:
         require(isinstance(row, dict), f"{path}:{number}: expected an object, got {row!r:.80}")
     return [(f"{path}:{number}", row) for number, row in numbered]
+
+
+def hub_rows(name: str, config: str | None, split: str) -> list[dict]:
+    """A split of a data set on the hub, through `datasets` (the extra `hub`)."""
+    try:
+        import datasets
+    except ImportError:
+        raise InputError(f"{name} is no file; the hub needs pip install datasets") from None
+
+    return list(datasets.load_dataset(name, config, split=split))
 
 
 def _is_message(value) -> bool:

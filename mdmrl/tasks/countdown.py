@@ -9,14 +9,18 @@ an item falls into is decided by the numbers and the target alone.
 
 from __future__ import annotations
 
-import itertools
 import random
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from functools import partial
 
-from mdmrl.tasks.base import Task, split_of
+from mdmrl.config import require
+from mdmrl.rewards.countdown import countdown_expression, countdown_reward, countdown_right
+from mdmrl.tasks.base import Task
+from mdmrl.tasks.items import Generator, Gym, Original, task_of, text_of
 
+WHOLE = re.compile(r"-?[0-9]+")
 LARGEST_NUMBER = 20
 LARGEST_RESULT = 99
 OPERATORS: dict[str, Callable] = {
@@ -25,30 +29,22 @@ OPERATORS: dict[str, Callable] = {
     "*": Fraction.__mul__,
     "/": Fraction.__truediv__,
 }
-# Of three numbers there are 16,000 items; 2,000 are tested.
-SHARES = {"pretrain": 0.65, "rl": 0.15, "validation": 0.05, "test": 0.15}
-ROWS = {"pretrain": 5000, "rl": 2000, "validation": 500, "test": 2000}
 
 
 def prompt(nums: Sequence[int], target: int) -> str:
     return f"{','.join(map(str, sorted(nums)))}:{target}"
 
 
-def item_split(nums: Sequence[int], target: int) -> str:
-    """The split of an item, whatever the order of its numbers."""
-    return split_of("countdown", prompt(nums, target), shares=SHARES)
-
-
-def draw(rng: random.Random, numbers: int = 3) -> dict:
-    """A row with a solution: `prompt`, `nums`, `target`, `completion`."""
+def draw(rng: random.Random, numbers: int = 3) -> tuple[str, dict]:
+    """An item and a solution of it."""
     while True:
         nums = [rng.randint(1, LARGEST_NUMBER) for _ in range(numbers)]
         drawn = _tree(nums, rng)
         if drawn is not None:
             value, text = drawn
-            nums = sorted(nums)
-            question = {"prompt": prompt(nums, value), "nums": nums, "target": value}
-            return question | {"completion": text}
+            question = prompt(nums, value)
+            row = {"prompt": question, "nums": sorted(nums), "target": value, "completion": text}
+            return question, row
 
 
 def _tree(nums: Sequence[int], rng: random.Random, outermost: bool = True):
@@ -69,27 +65,57 @@ def _tree(nums: Sequence[int], rng: random.Random, outermost: bool = True):
     return int(value), text if outermost else f"({text})"
 
 
-def rows(split: str, numbers: int = 3, seed: int = 0) -> list[dict]:
-    """Distinct items of a split, with a solution each, in a fixed order."""
-    rng, found = random.Random(f"countdown/{numbers}/{split}/{seed}"), {}
-    while len(found) < ROWS[split]:
-        row = draw(rng, numbers)
-        if item_split(row["nums"], row["target"]) == split:
-            found.setdefault(row["prompt"], row)
-    return list(found.values())
+def read(fields: dict) -> dict:
+    """The row of an item from elsewhere: `nums` and `target`, or `input` and `output`. Of these, a
+    whole output is the target of all numbers of the input; any other is a solution, and the input's
+    last number the target."""
+    if "input" in fields and "nums" not in fields:
+        nums, output = _numbers(fields, "input"), text_of(fields, "output")
+        if WHOLE.fullmatch(output):
+            return _row(nums, int(output))
+        return _row(nums[:-1], nums[-1], output)
+    target = text_of(fields, "target")
+    require(bool(WHOLE.fullmatch(target)), f"field 'target' is {target!r:.80}: expected an integer")
+    return _row(_numbers(fields, "nums"), int(target), fields.get("completion"))
 
 
-def stream(seed: int, start: int = 0, numbers: int = 3) -> Iterator[dict]:
-    """An endless supply of pre-training items; item i depends on (seed, i) alone."""
-    for index in itertools.count(start):
-        rng = random.Random(f"countdown/stream/{seed}/{index}")
-        while True:
-            row = draw(rng, numbers)
-            if item_split(row["nums"], row["target"]) == "pretrain":
-                yield row
-                break
+def _numbers(fields: dict, name: str) -> list[int]:
+    value = fields.get(name)
+    given = [n for n in re.split(r"[,\s]+", value) if n] if isinstance(value, str) else value
+    fit = isinstance(given, list) and given and all(WHOLE.fullmatch(str(n)) for n in given)
+    wanted = 'expected whole numbers, as in [8, 13, 14] or "8,13,14"'
+    require(bool(fit), f"field {name!r} is {value!r:.80}: {wanted}")
+    return [int(n) for n in given]
 
 
-def task(data=None, numbers: int = 3) -> Task:
-    splits = {split: partial(rows, split, numbers) for split in ROWS}
-    return Task("countdown", splits, stream=partial(stream, numbers=numbers))
+def _row(nums: Sequence[int], target: int, solution: str | None = None) -> dict:
+    require(len(nums) > 0, "field 'input' holds the target alone: expected numbers before it")
+    row = {"prompt": prompt(nums, target), "nums": sorted(nums), "target": target}
+    return row if solution is None else row | {"completion": solution}
+
+
+def _of_gym(item: dict) -> dict:
+    facts = item["metadata"]
+    return {"nums": facts["numbers"], "target": facts["target"], "completion": item["answer"]}
+
+
+def metric(completion: str, row: dict) -> bool:
+    return countdown_right(completion, row["nums"], row["target"])
+
+
+def task(data=None, numbers: int = 3, n_shot: int = 0) -> Task:
+    """Countdown with so many numbers an item; for the other arguments see `items.task_of`."""
+    length, most = 4 * numbers, {"max_value": LARGEST_NUMBER, "max_target": LARGEST_RESULT}
+    size = {"min_numbers": numbers, "max_numbers": numbers, "min_value": 1, "min_target": 1}
+    return task_of(
+        Generator("countdown", partial(draw, numbers=numbers)),
+        data,
+        n_shot,
+        read,
+        sampler={"max_new_tokens": length, "steps": length},
+        original=Original(None, "train", max_new_tokens=None),
+        gym=Gym("countdown", _of_gym, size | most),
+        rewards=[countdown_reward],
+        metric=metric,
+        extract=countdown_expression,
+    )

@@ -114,6 +114,15 @@ COUNTDOWN = PretrainConfig(
     attn_implementation="eager",
 )
 
+REASONING = PretrainConfig(
+    task="reasoning",
+    canvas=48,
+    block_length=4,
+    max_position_embeddings=256,
+    batch_size=96,
+    attn_implementation="eager",
+)
+
 # What `mdmrl pretrain NAME` trains, beside the tokenizer. The autoregressive twin is at its plateau
 # after a fraction of the tokens; `tiny-mdm-equal` is the masked diffusion model at that budget. The
 # tokens of `tiny-bd` come on top of those of `tiny-mdm`.
@@ -124,6 +133,15 @@ RECIPES = {
     "tiny-mdm-equal": PretrainConfig(family="mdm", tokens=4e6, warmup_share=0.015),
     "tiny-mdm-countdown": COUNTDOWN.replace(family="mdm", tokens=16e6),
     "tiny-ar-countdown": COUNTDOWN.replace(family="ar", tokens=8e6),
+    "tiny-ar-reasoning": REASONING.replace(family="ar", tokens=8e6),
+    "tiny-mdm-reasoning": REASONING.replace(family="mdm", tokens=30e6),
+    "tiny-bd-reasoning": REASONING.replace(
+        family="bd",
+        start="tiny-mdm-reasoning",
+        tokens=4e6,
+        bf16=False,
+        attn_implementation="sdpa",
+    ),
 }
 
 
@@ -163,15 +181,20 @@ def fresh_model(
 
 def batches(policy: Policy, stream, config: PretrainConfig, first: int = 0) -> Iterator[Batch]:
     """Batches number `first`, `first` + 1, ... without end; documents are drawn `POOL` batches at a
-    time and sorted by prompt length, to spare padding."""
+    time and sorted by canvas and prompt length, to spare padding. A row's `canvas` stands for the
+    config's."""
     end, skipped = policy.tokenizer.eos_token_id, first % POOL
     documents = stream(config.seed, (first - skipped) * config.batch_size)
     while True:
         drawn = list(itertools.islice(documents, POOL * config.batch_size))
-        pool = encode_pairs(policy, drawn, config.canvas)
-        pool.sort(key=lambda pair: len(pair[0]))
+        pool = []
+        for canvas in sorted({row.get("canvas", config.canvas) for row in drawn}):
+            rows = [row for row in drawn if row.get("canvas", config.canvas) == canvas]
+            pairs = encode_pairs(policy, rows, canvas)
+            pool += [(canvas, pair) for pair in sorted(pairs, key=lambda pair: len(pair[0]))]
         for start in range(skipped * config.batch_size, len(pool), config.batch_size):
-            yield collate(pool[start : start + config.batch_size], config.canvas, end)
+            canvases, pairs = zip(*pool[start : start + config.batch_size], strict=True)
+            yield collate(pairs, max(canvases), end)
         skipped = 0
 
 
