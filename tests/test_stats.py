@@ -87,7 +87,7 @@ def test_clustered_intervals_cover():
     naive = np.array([wilson_interval(row.sum() * 4, 240) for row in shares])
 
     def covered(found):
-        return ((found[:, 1] <= 0.5) & (0.5 <= found[:, 2])).mean()
+        return ((found[:, 1] <= 0.5) & (found[:, 2] >= 0.5)).mean()
 
     assert 0.93 < covered(ends) < 0.97
     assert covered(naive) < 0.85

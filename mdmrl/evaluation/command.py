@@ -12,7 +12,6 @@ import pandas as pd
 from mdmrl.evaluation.examples import (
     evaluate_examples,
     evaluation_identity,
-    sampler_for,
     summary,
 )
 from mdmrl.evaluation.generations import compare, score_generations
@@ -22,7 +21,7 @@ from mdmrl.identity import described, digest
 from mdmrl.policies import Policy
 from mdmrl.provenance import environment
 from mdmrl.runs import as_json, write_atomically
-from mdmrl.sampling import generate
+from mdmrl.sampling import SamplerConfig, generate
 from mdmrl.tasks import Task
 
 FOLDER = Path("runs") / "eval"
@@ -53,7 +52,8 @@ def evaluate_policy(
     how = {"seeds": seeds, "samples": samples, "batch_size": batch_size, "draw": draw}
     how |= {"rewards": task.rewards if rewards is None else rewards}
     ks = ks or ([1, samples * len(seeds)] if samples > 1 else [])
-    for sampler in samplers_of(policy, sampler_for(policy, task, **given), steps):
+    asked = SamplerConfig.from_dict(task.sampler_for(policy, **given))
+    for sampler in samplers_of(policy, asked, steps):
         if output_dir is None:
             known = digest(described(evaluation_identity(policy, task, rows, sampler, **how)))
             words = f"{Path(name).name} {task.name} {sampler.described()}"

@@ -38,11 +38,9 @@ from mdmrl.progress import Progress
 from mdmrl.rewards import RewardLog
 from mdmrl.runs import Run
 from mdmrl.sampling import SamplerConfig, generate
-from mdmrl.sampling.config import FOR_EVERY_FAMILY
 from mdmrl.tasks import Task
 
 ALGORITHM = "evaluate-1"  # part of a run's identity: raise it when results change
-LENGTHS = {"max_new_tokens", "steps", "threshold", "entropy_bound"}  # what a task's steps go with
 
 
 class Evaluation(NamedTuple):
@@ -72,7 +70,7 @@ def evaluate_examples(
     a run that was cut off goes on with the same bits (on one machine, seconds apart).
 
     Args:
-        sampler: the task's own where it is None, see `sampler_for`.
+        sampler: the task's own where it is None.
         rewards: to compute too; draw: what completes the prompts, called as `generate` is.
         output_dir: a run folder, which gets `examples.jsonl`, `metrics.jsonl` (monitors of every
             batch), `config.json` (what the run is known by) and `environment.json`; a run that it
@@ -83,7 +81,7 @@ def evaluate_examples(
         InputError: several completions of a prompt from a sampler that always draws the same.
         RunFolderError: see `Run`.
     """
-    sampler = sampler or sampler_for(policy, task)
+    sampler = sampler or SamplerConfig.from_dict(task.sampler_for(policy))
     _require_chance(sampler, seeds, samples, draw)
     how = {"seeds": seeds, "samples": samples, "rewards": rewards, "draw": draw}
     items = [row for row in rows for _ in range(samples)]
@@ -119,20 +117,6 @@ def evaluate_examples(
     numbers = [name for name in frame if name == "score" or name.startswith("reward")]
     frame = frame.astype(dict.fromkeys(numbers, float))
     return Evaluation(frame, _averages(frame, batches, task.metric is not None))
-
-
-def sampler_for(policy: Policy, task: Task, **given) -> SamplerConfig:
-    """The sampler that `task` asks for where nothing is `given`, in fields of `SamplerConfig`.
-
-    Of an autoregressive policy only what it can have is the task's; and the task's number of steps
-    goes with the task's length alone.
-    """
-    own = dict(task.sampler)
-    if not policy.denoises:
-        own = {name: value for name, value in own.items() if name in FOR_EVERY_FAMILY}
-    if LENGTHS & given.keys():
-        own.pop("steps", None)
-    return SamplerConfig.from_dict({**own, **given})
 
 
 def evaluation_identity(
