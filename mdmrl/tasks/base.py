@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
-import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mdmrl.config import InputError, require, unknown
 
 if TYPE_CHECKING:
+    from mdmrl.policies import Policy
     from mdmrl.sampling.hierarchy import Unit
 
 Reward = Callable[..., Sequence[float | None]]
 Rows = Sequence[dict]
 
 SPLITS = {"pretrain": 0.70, "rl": 0.15, "validation": 0.05, "test": 0.10}
-# Of items that a program draws: `GENERATED` is the share of each split, and `ROWS` its rows.
-GENERATED = {"pretrain": 0.65, "rl": 0.15, "validation": 0.05, "test": 0.15}
-ROWS = {"pretrain": 5000, "rl": 2000, "validation": 500, "test": 2000}
-DRAWS = 100  # a row, after which a split is all the items that it has
 MASKED = -1  # stands for a leftover [MASK] in the token ids that `Task.watch` gets
 
 
@@ -70,44 +64,13 @@ class Task:
             rows = [{**row, "prompt": with_system(system, row["prompt"])} for row in rows]
         return rows
 
-
-@dataclass(frozen=True)
-class Generator:
-    """Items that a program draws, shared out to splits by a hash of what makes each itself.
-
-    Attributes:
-        draw: `draw(rng) -> (key, row)`. The key says what the item is, whatever its wording, the
-            names in it or the order of its options.
-    """
-
-    name: str
-    draw: Callable[[random.Random], tuple[str, dict]]
-
-    def split_of(self, key: str) -> str:
-        """The split of an item."""
-        return split_of(self.name, key, shares=GENERATED)
-
-    def rows(self, split: str) -> list[dict]:
-        """Distinct items of a split in a fixed order, `ROWS` of them or as many as there are."""
-        rng, found = random.Random(f"{self.name}/{split}"), {}
-        for _ in range(DRAWS * ROWS[split]):
-            key, row = self.draw(rng)
-            if self.split_of(key) == split:
-                found.setdefault(key, row)
-            if len(found) == ROWS[split]:
-                break
-        return list(found.values())
-
-    def stream(self, seed: int, start: int = 0) -> Iterator[dict]:
-        """An endless supply of pre-training items; item i depends on (seed, i) alone."""
-        for index in itertools.count(start):
-            rng = random.Random(f"{self.name}/stream/{seed}/{index}")
-            drawn = (self.draw(rng) for _ in itertools.count())
-            yield next(row for key, row in drawn if self.split_of(key) == "pretrain")
-
-    @property
-    def splits(self) -> dict[str, Callable[[], list[dict]]]:
-        return {split: partial(self.rows, split) for split in ROWS}
+    def sampler_for(self, policy: Policy, **said) -> dict:
+        """The fields of `SamplerConfig` that are `said`, and the task's own for length and steps
+        where these say nothing of them."""
+        own = dict(self.sampler)
+        if not policy.denoises or said.keys() & {"max_new_tokens", "threshold", "entropy_bound"}:
+            own.pop("steps", None)
+        return own | said
 
 
 def split_of(*parts: str, shares: Mapping[str, float] = SPLITS) -> str:
@@ -133,6 +96,24 @@ def load_rows(path: str | Path, required: Sequence[str] = ("prompt",)) -> list[d
     Raises:
         InputError: naming file:line, for a line that is no JSON object, is not UTF-8, or lacks a
             `required` field (present, a non-empty string or message list).
+    """
+    numbered = numbered_rows(path)
+    for where, row in numbered:
+        found = f"missing or empty (fields found: {', '.join(row) or 'none'})"
+        wanted = 'expected a string or a list of messages like {"role": "user", "content": "..."}'
+        for name in required:
+            value, said = row.get(name), f"{where}: field {name!r} is"
+            require(isinstance(value, str | list) and len(value) > 0, f"{said} {found}")
+            fit = isinstance(value, str) or all(map(_is_message, value))
+            require(fit, f"{said} {value!r:.80}: {wanted}")
+    return [row for _, row in numbered]
+
+
+def numbered_rows(path: str | Path) -> list[tuple[str, dict]]:
+    """The objects of a JSONL file (or a JSON list), each behind its "file:line".
+
+    Raises:
+        InputError: as `load_rows`, whatever fields there are.
     """
     path = Path(path)
     require(path.is_file(), f"{path}: there is no such file of rows")
@@ -160,14 +141,17 @@ def load_rows(path: str | Path, required: Sequence[str] = ("prompt",)) -> list[d
     require(len(numbered) > 0, f"{path}: no rows")
     for number, row in numbered:
         require(isinstance(row, dict), f"{path}:{number}: expected an object, got {row!r:.80}")
-        found = f"missing or empty (fields found: {', '.join(row) or 'none'})"
-        wanted = 'expected a string or a list of messages like {"role": "user", "content": "..."}'
-        for name in required:
-            value, said = row.get(name), f"{path}:{number}: field {name!r} is"
-            require(isinstance(value, str | list) and len(value) > 0, f"{said} {found}")
-            fit = isinstance(value, str) or all(map(_is_message, value))
-            require(fit, f"{said} {value!r:.80}: {wanted}")
-    return [row for _, row in numbered]
+    return [(f"{path}:{number}", row) for number, row in numbered]
+
+
+def hub_rows(name: str, config: str | None, split: str) -> list[dict]:
+    """A split of a data set on the hub, through `datasets` (the extra `hub`)."""
+    try:
+        import datasets
+    except ImportError:
+        raise InputError(f"{name} is no file; the hub needs pip install datasets") from None
+
+    return list(datasets.load_dataset(name, config, split=split))
 
 
 def _is_message(value) -> bool:

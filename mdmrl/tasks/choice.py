@@ -15,7 +15,10 @@ from collections.abc import Sequence
 from fractions import Fraction
 from functools import partial
 
-from mdmrl.tasks.base import Generator, Task
+from mdmrl.config import require
+from mdmrl.rewards.answers import choice_reward, choice_right, extract_choice
+from mdmrl.tasks.base import Task
+from mdmrl.tasks.items import Generator, Original, task_of, text_of
 from mdmrl.tasks.medcot import conditions
 
 LETTERS = "ABCD"
@@ -76,7 +79,34 @@ def finding(rng: random.Random) -> tuple[str, str, str, list[str]]:
     return key, f"Which is seen in {facts.condition}?", right, wrong
 
 
-def task(data=None, seed: int = 0) -> Task:
-    items = Generator("choice", partial(draw, seed=seed))
-    sampler = {"max_new_tokens": 8, "steps": 8}
-    return Task("choice", items.splits, stream=items.stream, sampler=sampler)
+def read(fields: dict, seed: int = 0) -> dict:
+    """The row of an item from elsewhere: GPQA's `Question`, `Correct Answer` and `Incorrect Answer
+    1` to `3`, or a `prompt` with its options and the right letter as `answer`."""
+    if "prompt" in fields:
+        answer = text_of(fields, "answer")
+        wanted = f"expected a letter, {' or '.join(LETTERS)}"
+        require(answer in (*LETTERS,), f"field 'answer' is {answer!r:.80}: {wanted}")
+        question = {"prompt": text_of(fields, "prompt"), "answer": answer}
+        return question | {"completion": f"<answer>{answer}</answer>"}
+    question, right = text_of(fields, "Question"), text_of(fields, "Correct Answer")
+    wrong = [text_of(fields, f"Incorrect Answer {number}") for number in (1, 2, 3)]
+    return row(question, right, wrong, random.Random(f"choice/order/{seed}/{question}"))
+
+
+def metric(completion: str, row: dict) -> bool:
+    return choice_right(completion, row["answer"])
+
+
+def task(data=None, n_shot: int = 0, seed: int = 0) -> Task:
+    """With another `seed` options stand in another order; for the rest see `items.task_of`."""
+    return task_of(
+        Generator("choice", partial(draw, seed=seed)),
+        data,
+        n_shot,
+        partial(read, seed=seed),
+        sampler={"max_new_tokens": 8, "steps": 8},
+        original=Original("gpqa_diamond", "train"),
+        rewards=[choice_reward],
+        metric=metric,
+        extract=extract_choice,
+    )

@@ -10,12 +10,17 @@ an item falls into is decided by the numbers and the target alone.
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from functools import partial
 
-from mdmrl.tasks.base import Generator, Task
+from mdmrl.config import require
+from mdmrl.rewards.countdown import countdown_expression, countdown_reward, countdown_right
+from mdmrl.tasks.base import Task
+from mdmrl.tasks.items import Generator, Gym, Original, task_of, text_of
 
+WHOLE = re.compile(r"-?[0-9]+")
 LARGEST_NUMBER = 20
 LARGEST_RESULT = 99
 OPERATORS: dict[str, Callable] = {
@@ -60,8 +65,57 @@ def _tree(nums: Sequence[int], rng: random.Random, outermost: bool = True):
     return int(value), text if outermost else f"({text})"
 
 
-def task(data=None, numbers: int = 3) -> Task:
-    items = Generator("countdown", partial(draw, numbers=numbers))
-    length = 4 * numbers
-    sampler = {"max_new_tokens": length, "steps": length}
-    return Task("countdown", items.splits, stream=items.stream, sampler=sampler)
+def read(fields: dict) -> dict:
+    """The row of an item from elsewhere: `nums` and `target`, or `input` and `output`. Of these, a
+    whole output is the target of all numbers of the input; any other is a solution, and the input's
+    last number the target."""
+    if "input" in fields and "nums" not in fields:
+        nums, output = _numbers(fields, "input"), text_of(fields, "output")
+        if WHOLE.fullmatch(output):
+            return _row(nums, int(output))
+        return _row(nums[:-1], nums[-1], output)
+    target = text_of(fields, "target")
+    require(bool(WHOLE.fullmatch(target)), f"field 'target' is {target!r:.80}: expected an integer")
+    return _row(_numbers(fields, "nums"), int(target), fields.get("completion"))
+
+
+def _numbers(fields: dict, name: str) -> list[int]:
+    value = fields.get(name)
+    given = [n for n in re.split(r"[,\s]+", value) if n] if isinstance(value, str) else value
+    fit = isinstance(given, list) and given and all(WHOLE.fullmatch(str(n)) for n in given)
+    wanted = 'expected whole numbers, as in [8, 13, 14] or "8,13,14"'
+    require(bool(fit), f"field {name!r} is {value!r:.80}: {wanted}")
+    return [int(n) for n in given]
+
+
+def _row(nums: Sequence[int], target: int, solution: str | None = None) -> dict:
+    require(len(nums) > 0, "field 'input' holds the target alone: expected numbers before it")
+    row = {"prompt": prompt(nums, target), "nums": sorted(nums), "target": target}
+    return row if solution is None else row | {"completion": solution}
+
+
+def _of_gym(item: dict) -> dict:
+    facts = item["metadata"]
+    return {"nums": facts["numbers"], "target": facts["target"], "completion": item["answer"]}
+
+
+def metric(completion: str, row: dict) -> bool:
+    return countdown_right(completion, row["nums"], row["target"])
+
+
+def task(data=None, numbers: int = 3, n_shot: int = 0) -> Task:
+    """Countdown with so many numbers an item; for the other arguments see `items.task_of`."""
+    length, most = 4 * numbers, {"max_value": LARGEST_NUMBER, "max_target": LARGEST_RESULT}
+    size = {"min_numbers": numbers, "max_numbers": numbers, "min_value": 1, "min_target": 1}
+    return task_of(
+        Generator("countdown", partial(draw, numbers=numbers)),
+        data,
+        n_shot,
+        read,
+        sampler={"max_new_tokens": length, "steps": length},
+        original=Original(None, "train", max_new_tokens=None),
+        gym=Gym("countdown", _of_gym, size | most),
+        rewards=[countdown_reward],
+        metric=metric,
+        extract=countdown_expression,
+    )

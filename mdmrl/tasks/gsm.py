@@ -11,7 +11,10 @@ from __future__ import annotations
 import operator
 import random
 
-from mdmrl.tasks.base import Generator, Task
+from mdmrl.config import require
+from mdmrl.rewards.answers import extract_number, number_reward, number_right
+from mdmrl.tasks.base import Task
+from mdmrl.tasks.items import Generator, Gym, Original, task_of, text_of
 
 LARGEST = 99
 STEPS = (2, 3, 4)
@@ -74,7 +77,43 @@ def _chain(rng: random.Random) -> tuple[list[tuple], list[tuple]]:
     return events, lines if len(lines) == wanted else []
 
 
-def task(data=None) -> Task:
-    items = Generator("gsm", draw)
-    sampler = {"max_new_tokens": 48, "steps": 48}
-    return Task("gsm", items.splits, stream=items.stream, sampler=sampler)
+def read(fields: dict) -> dict:
+    """The row of an item from elsewhere: `question` (or `prompt`) and `answer`, a number or, as in
+    GSM8K, a solution that ends with "#### 18"."""
+    question, solution = text_of(fields, "prompt", "question"), text_of(fields, "answer")
+    *work, answer = solution.rpartition("####")
+    wanted = "expected a number, alone or behind '####'"
+    require(extract_number(answer) is not None, f"field 'answer' is {solution!r:.80}: {wanted}")
+    row = {"prompt": question, "answer": answer.strip()}
+    completion = solution if any(work) else fields.get("completion")
+    return row if completion is None else row | {"completion": completion}
+
+
+def _of_gym(item: dict) -> dict:
+    question, _, _ = item["question"].partition(" Give the result as your final answer.")
+    return {"question": question, "answer": item["metadata"]["answer_cot"]}
+
+
+def metric(completion: str, row: dict) -> bool:
+    return number_right(completion, row["answer"])
+
+
+def extract(completion: str) -> str | None:
+    number = extract_number(completion)
+    return None if number is None else str(number)
+
+
+def task(data=None, n_shot: int = 0) -> Task:
+    """For the arguments see `items.task_of`."""
+    return task_of(
+        Generator("gsm", draw),
+        data,
+        n_shot,
+        read,
+        sampler={"max_new_tokens": 48, "steps": 48},
+        original=Original("main", "test", "train"),
+        gym=Gym("gsm_symbolic", _of_gym),
+        rewards=[number_reward],
+        metric=metric,
+        extract=extract,
+    )

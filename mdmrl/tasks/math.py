@@ -11,7 +11,10 @@ import random
 from fractions import Fraction
 from math import gcd
 
-from mdmrl.tasks.base import Generator, Task
+from mdmrl.rewards.answers import marked_answer
+from mdmrl.rewards.maths import maths_reward, maths_right
+from mdmrl.tasks.base import Task
+from mdmrl.tasks.items import Generator, Gym, Original, task_of, text_of
 
 LARGEST_DENOMINATOR = 12
 LARGEST_SHARED = 24
@@ -69,7 +72,40 @@ def remainder(rng: random.Random) -> tuple[str, str, str, str]:
     return text, f"What is {text}?", work, str(rest)
 
 
-def task(data=None) -> Task:
-    items = Generator("math", draw)
-    sampler = {"max_new_tokens": 28, "steps": 28}
-    return Task("math", items.splits, stream=items.stream, sampler=sampler)
+def read(fields: dict) -> dict:
+    """The row of an item from elsewhere: `problem` (or `prompt`), `answer` in LaTeX, and as in
+    MATH-500 perhaps `solution`."""
+    row = {"prompt": text_of(fields, "prompt", "problem"), "answer": text_of(fields, "answer")}
+    completion = fields.get("solution", fields.get("completion"))
+    return row if completion is None else row | {"completion": completion}
+
+
+def _of_gym(item: dict) -> dict:
+    facts = item["metadata"]
+    text = facts["equation"].replace("*" + facts["variable"], "x").replace(facts["variable"], "x")
+    answer = item["answer"]
+    return {
+        "problem": f"Solve for x: {text}.",
+        "answer": answer,
+        "solution": f"\\boxed{{{answer}}}",
+    }
+
+
+def metric(completion: str, row: dict) -> bool:
+    return maths_right(completion, row["answer"])
+
+
+def task(data=None, n_shot: int = 0) -> Task:
+    """For the arguments see `items.task_of`."""
+    return task_of(
+        Generator("math", draw),
+        data,
+        n_shot,
+        read,
+        sampler={"max_new_tokens": 28, "steps": 28},
+        original=Original(None, "test"),
+        gym=Gym("simple_equations", _of_gym),
+        rewards=[maths_reward],
+        metric=metric,
+        extract=marked_answer,
+    )

@@ -20,10 +20,9 @@ from functools import lru_cache, partial
 from importlib import resources
 from pathlib import Path
 
-from mdmrl.config import InputError
 from mdmrl.rewards.medical import medical_rewards
 from mdmrl.rewards.text import TAGS, exact_answer, repetition
-from mdmrl.tasks.base import MASKED, SPLITS, Task, load_rows, split_of
+from mdmrl.tasks.base import MASKED, SPLITS, Task, hub_rows, load_rows, split_of
 
 FINDINGS_SHOWN = 3
 REPETITIVE = 0.2
@@ -158,12 +157,7 @@ def load_real(source: str | Path) -> list[dict]:
     if Path(source).suffix in (".json", ".jsonl"):
         found = load_rows(source, required=("Question", "Complex_CoT", "Response"))
     else:
-        try:
-            import datasets
-        except ImportError:
-            raise InputError(f"{source} is no file; the hub needs pip install datasets") from None
-
-        found = list(datasets.load_dataset(str(source), "en", split="train"))
+        found = hub_rows(str(source), "en", "train")
     return [{"prompt": row["Question"], **row, "Answer": row.get("Answer") or ""} for row in found]
 
 

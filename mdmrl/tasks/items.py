@@ -1,0 +1,179 @@
+"""Where the items of a task come from: its generator, a file, the hub or reasoning-gym."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from mdmrl.config import InputError, require
+from mdmrl.tasks.base import Task, hub_rows, numbered_rows, split_of
+
+# Of generated items: the share that each split has, and how many of them are its rows.
+SHARES = {"pretrain": 0.65, "rl": 0.15, "validation": 0.05, "test": 0.15}
+ROWS = {"pretrain": 5000, "rl": 2000, "validation": 500, "test": 2000}
+DRAWS = 100  # for each row, before a split is taken to have no more
+GYM, GYM_ITEMS = "reasoning-gym", 500
+
+
+@dataclass(frozen=True)
+class Generator:
+    """Items that a program draws, shared out to splits by a hash of what makes each itself.
+
+    Attributes:
+        draw: `draw(rng) -> (key, row)`. The key says what the item is, whatever its wording, the
+            names in it or the order of its options. The row has a `prompt`, the columns that the
+            scorer reads, and a right `completion`.
+    """
+
+    name: str
+    draw: Callable[[random.Random], tuple[str, dict]]
+
+    def split_of(self, key: str) -> str:
+        """The split of an item."""
+        return split_of(self.name, key, shares=SHARES)
+
+    def rows(self, split: str, limit: int | None = None) -> list[dict]:
+        """The first `limit` items of a split, distinct and in a fixed order: `ROWS` of them, or as
+        many as there are."""
+        rng, found = random.Random(f"{self.name}/{split}"), {}
+        wanted = ROWS[split] if limit is None else limit
+        for _ in range(DRAWS * wanted):
+            key, row = self.draw(rng)
+            if self.split_of(key) == split:
+                found.setdefault(key, row)
+            if len(found) == wanted:
+                break
+        return list(found.values())
+
+    def stream(self, seed: int, start: int = 0) -> Iterator[dict]:
+        """An endless supply of pre-training items; item i depends on (seed, i) alone."""
+        for index in itertools.count(start):
+            rng = random.Random(f"{self.name}/stream/{seed}/{index}")
+            drawn = (self.draw(rng) for _ in itertools.count())
+            yield next(row for key, row in drawn if self.split_of(key) == "pretrain")
+
+
+@dataclass(frozen=True)
+class Original:
+    """A task's data set on the hub.
+
+    Attributes:
+        config, split: what is evaluated.
+        examples: the split that worked examples are from, or None where there is no other.
+        max_new_tokens: which its prompts need (also where they lie in a file); None: the task's.
+    """
+
+    config: str | None
+    split: str
+    examples: str | None = None
+    max_new_tokens: int | None = 256
+
+
+@dataclass(frozen=True)
+class Gym:
+    """A task of reasoning-gym: its name and settings there, and `fields(item)`, an item's fields as
+    the task reads them."""
+
+    name: str
+    fields: Callable[[dict], dict]
+    settings: Mapping[str, int] = field(default_factory=dict)
+
+
+def task_of(
+    items: Generator,
+    data: str | Path | None,
+    n_shot: int,
+    read: Callable[[dict], dict],
+    sampler: Mapping[str, int],
+    original: Original | None = None,
+    gym: Gym | None = None,
+    **judged,
+) -> Task:
+    """A task of generated items, or of those that `data` names.
+
+    Args:
+        data: a JSON or JSONL file, a name on the hub or "reasoning-gym"; all its rows are both
+            split `rl` and split `test`.
+        n_shot: so many worked examples stand before a prompt, each as question, solution and an
+            empty line, as base models are asked. They are the first rows of the file, which are
+            then not scored, or of the hub's other split; of the generator's `pretrain` split where
+            `data` gives no solutions, or is None.
+        read: `read(fields) -> row`, or an InputError, to which file and line are added.
+        judged: the other attributes of the `Task`.
+    """
+    require(n_shot >= 0, f"n_shot={n_shot}: expected 0 or more worked examples")
+    judged["name"] = items.name
+    if data is None:
+        splits = {split: partial(_generated, items, split, n_shot) for split in ROWS}
+        return Task(splits=splits, stream=items.stream, sampler=sampler, **judged)
+    name, long = str(data), original and original.max_new_tokens
+    if name == GYM:
+        found, examples = _from_gym(items.name, gym), []
+    elif Path(name).suffix in (".json", ".jsonl") or Path(name).is_file():
+        found = examples = numbered_rows(name)
+        long = long if "prompt" not in found[0][1] else None
+    else:
+        wanted = f"expected FILE.jsonl, {GYM!r} or the name of a data set of {items.name}'s kind"
+        require(original is not None and "/" in name, f"data={name!r}: {wanted} on the hub")
+        found = examples = _from_hub(name, original.config, original.split)
+        if n_shot and original.examples:
+            examples = _from_hub(name, original.config, original.examples)
+    rows = _read(found, read)
+    shown = rows[:n_shot] if examples is found else _read(examples[:n_shot], read)
+    if not all("completion" in row for row in shown):
+        shown = []
+    elif examples is found:
+        require(len(rows) > n_shot, f"{name}: {len(rows)} rows, expected more than n_shot={n_shot}")
+        rows = rows[n_shot:]
+    rows = with_examples(rows, shown or items.rows("pretrain", n_shot))
+    sampler = {"max_new_tokens": long} if long else sampler
+    return Task(splits={"rl": rows, "test": rows}, sampler=sampler, **judged)
+
+
+def with_examples(rows: Sequence[dict], examples: Sequence[dict]) -> list[dict]:
+    """The rows with worked examples before each prompt."""
+    shown = "".join(f"{row['prompt']}\n{row['completion']}\n\n" for row in examples)
+    return [row | {"prompt": shown + row["prompt"]} for row in rows]
+
+
+def text_of(fields: Mapping, *names: str) -> str:
+    """What stands in the first of the fields `names` that there is, a text or a whole number."""
+    value = next((fields[name] for name in names if name in fields), None)
+    text = str(value).strip() if isinstance(value, str | int) else ""
+    said = " or ".join(map(repr, names))
+    found = "missing or empty" if value in (None, "") else f"{value!r:.80}, no text"
+    require(bool(text), f"field {said} is {found} (fields found: {', '.join(fields) or 'none'})")
+    return text
+
+
+def _generated(items: Generator, split: str, n_shot: int) -> list[dict]:
+    examples = [] if split == "pretrain" else items.rows("pretrain", n_shot)
+    return with_examples(items.rows(split), examples)
+
+
+def _read(found: Sequence[tuple[str, dict]], read: Callable[[dict], dict]) -> list[dict]:
+    rows = []
+    for where, fields in found:
+        try:
+            rows.append(read(fields))
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from None
+    return rows
+
+
+def _from_hub(name: str, config: str | None, split: str) -> list[tuple[str, dict]]:
+    return [(f"{name}, row {i}", row) for i, row in enumerate(hub_rows(name, config, split), 1)]
+
+
+def _from_gym(task: str, gym: Gym | None) -> list[tuple[str, dict]]:
+    require(gym is not None, f"{GYM} has no items of {task}: give a file of rows")
+    try:
+        import reasoning_gym
+    except ImportError:
+        raise InputError(f"data={GYM!r} needs its package: pip install 'mdmrl[gym]'") from None
+    items = reasoning_gym.create_dataset(gym.name, size=GYM_ITEMS, seed=0, **gym.settings)
+    return [(f"{GYM} {gym.name}, item {i}", gym.fields(item)) for i, item in enumerate(items)]
