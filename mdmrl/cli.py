@@ -22,6 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 File, Name, Words, Counts = Path | None, str | None, list[str] | None, list[int] | None
+Files, Pair = list[Path] | None, tuple[Path, Path] | None
 
 
 @app.command()
@@ -43,7 +44,7 @@ def pretrain(
     name: Annotated[str, Argument(help="tokenizer, or a recipe: tiny-ar, tiny-mdm, ...")],
     output_dir: Annotated[File, Option(help="Default: runs/pretrain/NAME.")] = None,
     tokens: Annotated[float | None, Option(help="Another budget of document tokens.")] = None,
-    seed: Annotated[int, Option(help="Of weights, data and noise.")] = 0,
+    seed: Annotated[int | None, Option(help="Instead of the recipe's.")] = None,
 ) -> None:
     """Train the tokenizer or a tiny model from scratch; goes on where it was stopped."""
     from mdmrl.zoo.pretrain import pretrain_by_name
@@ -106,11 +107,11 @@ def _yaml(text: str | bytes, where: object):
         raise InputError(f"{where}: {wanted} ({' '.join(str(error).split())})") from None
 
 
-def _sampler(pairs: Words) -> mdmrl.SamplerConfig:
-    """The SamplerConfig of `KEY=VALUE` pairs."""
-    for pair in pairs or []:
+def _pairs(given: Words) -> dict[str, str]:
+    """Fields of SamplerConfig by name, from `KEY=VALUE` pairs."""
+    for pair in given or []:
         require("=" in pair, f"--sampler {pair}: expected KEY=VALUE, as in block_length=32")
-    return mdmrl.SamplerConfig.from_dict(dict(pair.split("=", 1) for pair in pairs or []))
+    return dict(pair.split("=", 1) for pair in given or [])
 
 
 def _held_out(task: mdmrl.Task) -> Sequence[dict]:
@@ -134,7 +135,7 @@ def _resumable() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        print("mdmrl: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        print("mdmrl: stopped; the same command goes on from what it has kept", file=sys.stderr)
         raise typer.Exit(130) from None
 
 
@@ -143,30 +144,51 @@ def _resumable() -> Iterator[None]:
 
 @app.command("eval")
 def evaluate(
-    policy: Annotated[str, Argument(help="A name, or a folder.")],
+    policy: Annotated[Name, Argument(help="A name, or a folder; none to score files.")] = None,
     task: TaskName = "medcot",
+    data: Annotated[File, Option(help="Rows of your own instead of the task's.")] = None,
+    n_shot: Annotated[int | None, Option(help="Solved examples before each prompt.")] = None,
     split: Annotated[str, Option(help="validation or test.")] = "test",
     limit: Annotated[int, Option(help="How many prompts.")] = 300,
-    steps: Annotated[Counts, Option(help="Denoising steps (half the tokens); repeatable.")] = None,
+    steps: Annotated[Counts, Option(help="Denoising steps; repeatable.")] = None,
     sampler: Sampler = None,
+    seed: Annotated[Counts, Option(help="Of the sampler; repeatable.")] = None,
+    samples: Annotated[int, Option(help="Completions a prompt, for pass@k.")] = 1,
+    k: Annotated[Counts, Option("--k", help="Of pass@k (1 and all samples); repeatable.")] = None,
     reward: Rewards = None,
     draw: Draw = None,
+    adapter: Annotated[File, Option(help="An adapter's folder, to put on the policy.")] = None,
     family: Family = None,
     device: Device = "auto",
     dtype: Dtype = "float32",
+    batch_size: Annotated[int, Option(help="Completions drawn together.")] = 64,
+    output_dir: Annotated[File, Option(help="Default: a folder of its own in runs/eval.")] = None,
     csv: Annotated[File, Option(help="Append the rows to this file.")] = None,
+    json: Annotated[File, Option(help="Write the numbers to this file.")] = None,
+    generations: Annotated[Files, Option(help="Score this file's; repeatable, no policy.")] = None,
+    compare: Annotated[Pair, Option(metavar="A B", help="Files of examples, paired.")] = None,
 ) -> None:
-    """Exact answers and rewards on held-out prompts, greedy unless asked, with intervals."""
-    from mdmrl.evaluation.tables import append_rows, evaluation_table, print_table
+    """Exact answers and rewards on held-out prompts, greedy unless asked, with intervals: of a
+    policy, or of stored --generations; or --compare two evaluations of the same prompts."""
+    from mdmrl.evaluation import command
 
-    loaded = mdmrl.load_policy(policy, device=device, dtype=dtype, family=family)
+    asked = {"a policy": policy, "--generations": generations, "--compare": compare}
+    given = [name for name, value in asked.items() if value]
+    said = f"got {' and '.join(given) or 'none of them'}"
+    require(len(given) == 1, f"{said}: expected one of {', '.join(asked)}")
+    if compare:
+        return command.compare_evaluations(*compare, json)
+    options = {} if n_shot is None else {"n_shot": n_shot}
+    judged = mdmrl.load_task(task, data=data, **options)
+    if generations:
+        return command.evaluate_generations(judged, generations, json)
+    loaded = mdmrl.load_policy(policy, device=device, dtype=dtype, adapter=adapter, family=family)
     own = {"rewards": [load_object(name) for name in reward]} if reward else {}
     own |= {"draw": load_object(draw)} if draw else {}
-    frame = evaluation_table(loaded, task, split, limit, _sampler(sampler), steps or [], **own)
-    frame = frame.assign(policy=policy)
-    print_table(frame)
-    if csv is not None:
-        append_rows(frame, csv)
+    own |= {"output_dir": output_dir, "csv": csv, "json": json, "batch_size": batch_size}
+    own |= {"steps": steps or [], "seeds": seed or [0], "samples": samples, "ks": k or []}
+    with _resumable():
+        command.evaluate_policy(policy, loaded, judged, split, limit, _pairs(sampler), **own)
 
 
 @app.command()
@@ -184,7 +206,8 @@ def sample(
 
     loaded = mdmrl.load_policy(policy, device=device, dtype=dtype, family=family)
     generator = generator_for(seed, "sample", device=loaded.device)
-    print(mdmrl.generate(loaded, [prompt], _sampler(sampler), generator).completions[0])
+    config = mdmrl.SamplerConfig.from_dict(_pairs(sampler))
+    print(mdmrl.generate(loaded, [prompt], config, generator).completions[0])
 
 
 @app.command()

@@ -62,6 +62,16 @@ def described(data) -> str:
     return _Description({}).of(data)
 
 
+def known(part):
+    """A part of an identity in values that JSON can hold: settings as they are, functions and rows
+    by their fingerprints."""
+    if isinstance(part, dict):
+        return {name: known(value) for name, value in part.items()}
+    if isinstance(part, list | tuple) and part and isinstance(part[0], Mapping):
+        return digest(described(part))
+    return fingerprint(part) if callable(part) else part
+
+
 class _Description:
     """One reading of a thing and all that it holds. `seen` has containers by id, each with its text
     when it was first seen; it holds them, so that no id is taken twice."""

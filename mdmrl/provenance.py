@@ -59,7 +59,7 @@ def pick_device(asked: str | torch.device = "auto") -> str:
 def environment(device: str | torch.device) -> dict:
     """What a number was measured on, `device` being the policy's: versions, machine, threads,
     source revision."""
-    packages = ("torch", "transformers", "peft", "accelerate", "sentence-transformers")
+    packages = ("mdmrl", "torch", "transformers", "peft", "accelerate", "sentence-transformers")
     return {
         "python": platform.python_version(),
         **{name: metadata.version(name) for name in packages},

@@ -160,10 +160,11 @@ class Run:
         rows = self.logged()
         return bool(rows) and rows[-1]["step"] == max_steps
 
-    def rewind(self, step: int) -> None:
-        """Drop logged rows of steps at or after `step`: a resumed run writes them again."""
+    def rewind(self, step: int, by: str = "step") -> None:
+        """Drop logged rows of steps at or after `step`: a resumed run writes them again. `by` is
+        the column that has the step."""
         for name in (path.stem for path in self.folder.glob("*.jsonl")):
-            kept = [as_json(row) + "\n" for row in self.logged(name) if row["step"] < step]
+            kept = [as_json(row) + "\n" for row in self.logged(name) if row[by] < step]
             write_atomically(self.folder / f"{name}.jsonl", "".join(kept))
 
     def save_checkpoint(self, step: int, write: Callable[[Path], None]) -> Path:

@@ -12,7 +12,7 @@ MODULES = [*LIBRARY.rglob("*.py")]
 HANDED_ON = mdmrl._EXPORTS
 ROOMS = (
     {"config"},
-    {"runs", "identity", "provenance"},
+    {"runs", "identity", "provenance", "progress"},
     {"diffusion", "diffusion_exact"},
     {"policies"},
     {"sampling"},

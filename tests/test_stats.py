@@ -1,12 +1,21 @@
-"""Intervals against scipy.stats."""
+"""Intervals and tests against scipy.stats, closed forms and enumeration."""
+
+import itertools
+import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
-from scipy import stats
+from scipy import optimize, stats
 
 from mdmrl.evaluation.stats import (
     auroc,
     calibration,
+    clustered_interval,
+    holm,
+    mcnemar,
+    paired_interval,
+    pass_at_k,
     ratio_interval,
     t_interval,
     wilson_interval,
@@ -50,6 +59,110 @@ def test_wilson_equals_scipy():
             expected = test.proportion_ci(confidence, method="wilson")
             interval = wilson_interval(successes, n, confidence)
             assert interval == pytest.approx((successes / n, *expected), abs=1e-12)
+
+
+def test_one_completion_an_item_is_wilson():
+    for right, n in [(0, 7), (3, 10), (7, 7)]:
+        shares = [1] * right + [0] * (n - right)
+        assert clustered_interval(shares, 1) == wilson_interval(right, n)
+        # Whose completions are all alike tells no more than one of them.
+        assert clustered_interval(shares, 8) == pytest.approx(wilson_interval(right, n))
+
+
+def test_items_that_vary_as_independent_draws_count_as_these():
+    """Of two completions each: n/4 items have none right, n/2 one, n/4 both."""
+    shares = np.repeat([0, 0.5, 1], [10, 20, 10])
+    assert clustered_interval(shares, 2) == pytest.approx(wilson_interval(40, 80))
+    # Less spread than chance has is chance: items are never more than their completions.
+    assert clustered_interval([0.5] * 40, 2) == pytest.approx(wilson_interval(40, 80))
+
+
+def test_clustered_intervals_cover():
+    """Items whose chances are 0.2, 0.5 or 0.8, four completions each: that the items are drawn
+    again is in the interval, and the mean over all completions taken as independent is not."""
+    rng = np.random.default_rng(0)
+    chances = rng.choice([0.1, 0.5, 0.9], (1000, 60))
+    shares = rng.binomial(4, chances) / 4
+    ends = np.array([clustered_interval(row, 4) for row in shares])
+    naive = np.array([wilson_interval(row.sum() * 4, 240) for row in shares])
+
+    def covered(found):
+        return ((found[:, 1] <= 0.5) & (found[:, 2] >= 0.5)).mean()
+
+    assert 0.93 < covered(ends) < 0.97
+    assert covered(naive) < 0.85
+
+
+# -- pairs -----------------------------------------------------------------------------------------
+
+
+def test_mcnemar_is_the_binomial_test():
+    for b, c in itertools.product(range(9), repeat=2):
+        expected = stats.binomtest(b, b + c).pvalue if b + c else 1.0
+        assert mcnemar(b, c) == pytest.approx(expected)
+    # By counting: of the 2^6 ways in which six pairs differ, 14 are as lopsided as 1 to 5.
+    ways = [sum(signs) for signs in itertools.product((0, 1), repeat=6)]
+    assert mcnemar(1, 5) == sum(w in (0, 1, 5, 6) for w in ways) / 64 == 14 / 64
+
+
+def score_statistic(b, c, n, difference):
+    """(b - c - n d) over its standard deviation at the most likely q that has p - q = d, p being
+    the chance of a pair that counts in the first share alone: the likelihood is maximised."""
+
+    def loss(q):
+        terms = ((b, q + difference), (c, q), (n - b - c, 1 - 2 * q - difference))
+        return -sum(count * math.log(max(p, 1e-300)) for count, p in terms if count)
+
+    bounds = max(0.0, -difference), (1 - difference) / 2
+    q = optimize.minimize_scalar(loss, bounds=bounds, method="bounded", options={"xatol": 1e-12}).x
+    return (b - c - n * difference) / math.sqrt(n * (2 * q + difference - difference**2))
+
+
+@pytest.mark.parametrize(("b", "c", "n"), [(12, 2, 50), (0, 5, 30), (7, 7, 20), (40, 3, 60)])
+def test_the_ends_of_a_paired_interval_are_where_the_score_test_says_so(b, c, n):
+    estimate, low, high = paired_interval(b, c, n)
+    assert estimate == (b - c) / n
+    assert score_statistic(b, c, n, low) == pytest.approx(stats.norm.ppf(0.975), abs=1e-3)
+    assert score_statistic(b, c, n, high) == pytest.approx(-stats.norm.ppf(0.975), abs=1e-3)
+    assert paired_interval(c, b, n) == pytest.approx((-estimate, -high, -low))
+
+
+def test_paired_intervals_in_closed_form():
+    z2 = stats.norm.ppf(0.975) ** 2
+    for n in (1, 20, 500):
+        end = z2 / (n + z2)
+        assert paired_interval(0, 0, n) == pytest.approx((0, -end, end))
+        assert paired_interval(n, 0, n) == pytest.approx((1, (n - z2) / (n + z2), 1))
+
+
+def test_a_paired_interval_holds_0_where_mcnemar_without_correction_does_not_reject():
+    for b, c in itertools.product(range(12), repeat=2):
+        _, low, high = paired_interval(b, c, 40)
+        rejected = (b - c) ** 2 > stats.chi2.ppf(0.95, 1) * (b + c)
+        assert (low <= 0 <= high) == (not rejected)
+
+
+@pytest.mark.parametrize("p", [[0.01, 0.04, 0.03, 0.005], [0.5, 0.5, 0.02], [0.2], [1, 0, 0.4]])
+def test_holm_is_bonferroni_closed(p):
+    """The largest p-value, each Bonferroni's, of a set of hypotheses that holds this one."""
+    subsets = [s for k in range(1, len(p) + 1) for s in itertools.combinations(range(len(p)), k)]
+    values = {s: min(1.0, len(s) * min(p[i] for i in s)) for s in subsets}
+    expected = [max(v for s, v in values.items() if i in s) for i in range(len(p))]
+    assert holm(p) == pytest.approx(expected)
+
+
+def test_pass_at_k_counts_subsets():
+    for n, right in [(5, 0), (5, 2), (6, 6), (1, 1)]:
+        drawn = [1] * right + [0] * (n - right)
+        for k in range(1, n + 1):
+            sets = list(itertools.combinations(drawn, k))
+            assert pass_at_k(n, right, k) == pytest.approx(sum(map(max, sets)) / len(sets))
+    for n, right, k in [(1000, 3, 100), (2000, 1, 1), (500, 250, 3)]:
+        exact = 1 - Fraction(math.comb(n - right, k), math.comb(n, k))
+        assert pass_at_k(n, right, k) == pytest.approx(float(exact), rel=1e-12)
+
+
+# -- scores ----------------------------------------------------------------------------------------
 
 
 def some_scores(n, seed=0):
@@ -111,6 +224,13 @@ def test_calibration_by_hand():
         (lambda: calibration([1, 2], [1, 2], 0), "bins=0"),
         (lambda: wilson_interval(3, 2), "3 of 2"),
         (lambda: wilson_interval(0, 0), "0 of 0"),
+        (lambda: clustered_interval([0.5, 1.5], 2), "expected shares"),
+        (lambda: clustered_interval([0.5], 0), "each=0"),
+        (lambda: paired_interval(3, 2, 4), "3 and 2 of 4 items"),
+        (lambda: mcnemar(-1, 2), "-1 and 2 of 1 items"),
+        (lambda: holm([0.5, 1.5]), "expected p-values"),
+        (lambda: pass_at_k(4, 5, 1), "5 right of n=4"),
+        (lambda: pass_at_k(4, 1, 5), "k=5: expected 1 to n=4"),
     ],
 )
 def test_bad_values_are_refused(call, message):

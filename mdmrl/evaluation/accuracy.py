@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from mdmrl.evaluation.completions import completion_metrics
 from mdmrl.policies import Policy
 from mdmrl.rewards import RewardLog, check_rewards, complete_rows, reward_values, total_reward
 from mdmrl.runs import generator_for
-from mdmrl.sampling import SamplerConfig, generate
+from mdmrl.sampling import SamplerConfig, SamplerOutput, generate
 
 
 def evaluate(
@@ -41,35 +44,86 @@ def evaluate(
         and a mean of none is None.
     """
     log = log or RewardLog()
-    if rewards:
-        rows = complete_rows(rows)
-        names = check_rewards(rewards, reward_weights, rows)
-    means: dict[str, list[tuple[float, int]]] = defaultdict(list)  # of each batch, over how many
+    judge = Judge(policy, rows, config, rewards, metric, draw, watch, reward_weights)
+    means: dict[str, list[Mean]] = defaultdict(list)
     for start in range(0, len(rows), batch_size):
-        part = rows[start : start + batch_size]
-        prompts = [row["prompt"] for row in part]
-        generator = generator_for(seed, "evaluate", index=start, device=policy.device)
-        output = draw(policy, prompts, config, generator)
-        for name, value in completion_metrics(policy, output, watch).items():
-            means[name].append((value, len(part)))
-        written, columns = output.completions, {}
-        if rewards:
-            given = (prompts, written, output.token_lists(), part)
-            values = reward_values(rewards, *given, **log.offered)
-            columns = {f"rewards/{name}/mean": x for name, x in zip(names, values.T, strict=True)}
-            columns = {"reward": total_reward(values, reward_weights), **columns}
-        if metric is not None:
-            verdicts = map(metric, written, part)
-            right = [math.nan if verdict is None else verdict for verdict in verdicts]
-            columns["accuracy"] = torch.tensor(right, dtype=torch.float64)
-        for name, column in columns.items():
-            means[name].append((column.nanmean().item(), int((~column.isnan()).sum())))
-    averages = {name: _average(batches) for name, batches in means.items()}
+        for name, mean in judge(start, batch_size, seed, log).means().items():
+            means[name].append(mean)
+    averages = {name: average(batches) for name, batches in means.items()}
     return {prefix + name: value for name, value in (log.metrics() | averages).items()}
 
 
-def _average(batches: Sequence[tuple[float, int]]) -> float | None:
+Mean = tuple[float, int]  # of a batch, over how many
+
+
+def average(batches: Sequence[Mean]) -> float | None:
     """The mean over batches of what counts in each; None where nothing does."""
     counting = [(mean, count) for mean, count in batches if count and not math.isnan(mean)]
     total = sum(count for _, count in counting)
     return sum(mean * count / total for mean, count in counting) if total else None
+
+
+@dataclass
+class Batch:
+    """B completions and what is said of them.
+
+    Attributes:
+        rows: whose prompts were completed; seconds: what completing them took.
+        columns: `reward`, `rewards/<name>/mean` and `accuracy` of each, (B,) float64, NaN where
+            who judges abstains; monitors: of the batch as a whole.
+    """
+
+    rows: Sequence[dict]
+    output: SamplerOutput
+    seconds: float
+    columns: dict[str, Tensor]
+    monitors: dict[str, float]
+
+    def means(self) -> dict[str, Mean]:
+        """Of the monitors, then of the columns, each over what counts."""
+        of_all = {name: (value, len(self.rows)) for name, value in self.monitors.items()}
+        counts = {name: int((~column.isnan()).sum()) for name, column in self.columns.items()}
+        return of_all | {k: (v.nanmean().item(), counts[k]) for k, v in self.columns.items()}
+
+
+class Judge:
+    """Completes a batch of `rows` and judges it; for the arguments see `evaluate`."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        rows: Sequence[dict],
+        config: SamplerConfig,
+        rewards: Sequence[Callable] = (),
+        metric: Callable[[str, dict], bool | None] | None = None,
+        draw: Callable = generate,
+        watch: Callable | None = None,
+        reward_weights: Sequence[float] | None = None,
+    ):
+        self.policy, self.config, self.draw = policy, config, draw
+        self.rewards, self.metric, self.watch = rewards, metric, watch
+        self.reward_weights = reward_weights
+        self.rows = complete_rows(rows) if rewards else rows
+        self.names = check_rewards(rewards, reward_weights, self.rows) if rewards else []
+
+    def __call__(self, start: int, size: int, seed: int, log: RewardLog) -> Batch:
+        """The batch of the rows from `start` on, drawn with a generator of (seed, start)."""
+        rows = self.rows[start : start + size]
+        prompts = [row["prompt"] for row in rows]
+        generator = generator_for(seed, "evaluate", index=start, device=self.policy.device)
+        began = time.perf_counter()
+        output = self.draw(self.policy, prompts, self.config, generator)
+        seconds = time.perf_counter() - began
+        written, columns = output.completions, {}
+        if self.rewards:
+            given = (prompts, written, output.token_lists(), rows)
+            values = reward_values(self.rewards, *given, **log.offered)
+            each = zip(self.names, values.T, strict=True)
+            columns = {"reward": total_reward(values, self.reward_weights)}
+            columns |= {f"rewards/{name}/mean": column for name, column in each}
+        if self.metric is not None:
+            verdicts = map(self.metric, written, rows)
+            right = [math.nan if verdict is None else verdict for verdict in verdicts]
+            columns["accuracy"] = torch.tensor(right, dtype=torch.float64)
+        monitors = completion_metrics(self.policy, output, self.watch)
+        return Batch(rows, output, seconds, columns, monitors)

@@ -1,4 +1,5 @@
-"""Intervals for a handful of seeds or many samples, and how well a score tells right from wrong.
+"""Intervals for a handful of seeds or many samples, tests of pairs, pass@k, and how well a score
+tells right from wrong.
 
 Values of another shape, number or length than expected, or not finite, are an `InputError`.
 """
@@ -10,8 +11,9 @@ from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from scipy.optimize import brentq
 from scipy.special import ndtri, stdtrit
-from scipy.stats import rankdata
+from scipy.stats import binom, rankdata
 
 from mdmrl.config import require
 
@@ -64,7 +66,7 @@ def ratio_interval(a: Values, b: Values, confidence: float = 0.95) -> Interval:
     return Interval(estimate, float((middle - half) / square), float((middle + half) / square))
 
 
-def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> Interval:
+def wilson_interval(successes: float, n: float, confidence: float = 0.95) -> Interval:
     """Wilson's score interval of a share; the estimate is successes / n."""
     require(0 <= successes <= n and n > 0, f"{successes} of {n}: expected 0 <= successes <= n > 0")
     share = successes / n
@@ -75,6 +77,78 @@ def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> Interva
     low = 0.0 if successes == 0 else centre - half
     high = 1.0 if successes == n else centre + half
     return Interval(share, low, high)
+
+
+def clustered_interval(shares: Values, each: int, confidence: float = 0.95) -> Interval:
+    """Wilson's interval of the mean of `shares`, one an item, each a share over `each` completions.
+
+    Completions of one item are alike, so that they count as fewer: as the number of independent
+    ones that would spread the items' shares as much (the effective sample size of Korn and Graubard
+    1998, put into Wilson's interval as in Franco et al. 2019), which is never below the number of
+    items nor above that of completions. It is the number of items where all are right or all wrong,
+    and with one completion an item, which is `wilson_interval`.
+    """
+    shares = _checked(shares, at_least=1)
+    require(each >= 1, f"each={each}: expected at least one completion an item")
+    inside = bool(((shares >= 0) & (shares <= 1)).all())
+    require(inside, f"{shares.tolist()}: expected shares, of 0 to 1")
+    n, right = len(shares), float(shares.sum())
+    share = right / n
+    spread = float(((shares - share) ** 2).mean())
+    chance = share * (1 - share)  # the spread of one completion an item
+    times = min(max(chance / spread if spread else math.inf, 1.0), each) if chance else 1.0
+    return wilson_interval(right * times, n * times, confidence)
+
+
+def paired_interval(only_a: int, only_b: int, n: int, confidence: float = 0.95) -> Interval:
+    """Tango's score interval (1998) of the difference of two shares over the same n items, of which
+    `only_a` count in the first share alone and `only_b` in the second alone.
+
+    The differences that a score test does not reject: at 0 it is McNemar's without a correction.
+    """
+    _require_pairs(only_a, only_b, n)
+    z = float(ndtri((1 + confidence) / 2))
+
+    def excess(difference: float, side: float) -> float:
+        # q is the most likely share of `only_b` if the true difference is this one.
+        linear = only_a + only_b + (only_a - only_b - 2 * n) * difference
+        constant = only_b * difference * (1 - difference)
+        q = (linear + math.sqrt(linear**2 + 8 * n * constant)) / (4 * n)
+        variance = n * (2 * q + difference * (1 - difference))
+        return only_a - only_b - n * difference - side * z * math.sqrt(max(variance, 0.0))
+
+    # Beside the estimate, where the variance may vanish and with it the excess.
+    estimate, aside = (only_a - only_b) / n, 1e-12
+    low = brentq(excess, -1.0, estimate - aside, args=(1,)) if estimate > -1 else -1.0
+    high = brentq(excess, estimate + aside, 1.0, args=(-1,)) if estimate < 1 else 1.0
+    return Interval(estimate, low, high)
+
+
+def mcnemar(only_a: int, only_b: int) -> float:
+    """McNemar's exact test of two shares over the same items: the two-sided binomial p-value of
+    `only_a` against `only_b`, the items that count in one of them alone; 1 without any."""
+    _require_pairs(only_a, only_b, only_a + only_b)
+    return min(1.0, 2 * float(binom.cdf(min(only_a, only_b), only_a + only_b, 0.5)))
+
+
+def holm(p_values: Values) -> np.ndarray:
+    """p-values adjusted for being as many (Holm 1979), in their order: who rejects those of at most
+    alpha errs once or more with a probability of at most alpha, whatever depends on what."""
+    p = _checked(p_values, at_least=1)
+    require(bool(((p >= 0) & (p <= 1)).all()), f"{p.tolist()}: expected p-values, of 0 to 1")
+    order = p.argsort(kind="stable")
+    adjusted = np.empty_like(p)
+    adjusted[order] = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)).clip(max=1.0)
+    return adjusted
+
+
+def pass_at_k(n: int, right: int, k: int) -> float:
+    """The chance that k of n completions, drawn without replacement, hold one of the `right` ones:
+    1 - C(n - right, k) / C(n, k), without bias for k fresh completions (Chen et al. 2021)."""
+    require(0 <= right <= n, f"{right} right of n={n}: expected 0 to n")
+    require(1 <= k <= n, f"k={k}: expected 1 to n={n}, the completions of a prompt")
+    wrong = np.arange(n - right + 1, n + 1)
+    return float(1 - np.prod(1 - k / wrong)) if n - right >= k else 1.0
 
 
 def auroc(scores: Values, positive: Sequence[bool]) -> float:
@@ -126,6 +200,11 @@ def calibration(
 
 def _require_as_many(a: Sequence, b: Sequence) -> None:
     require(len(a) == len(b), f"{len(a)} and {len(b)} values: expected as many")
+
+
+def _require_pairs(only_a: int, only_b: int, n: int) -> None:
+    fit = min(only_a, only_b) >= 0 and only_a + only_b <= n
+    require(fit, f"{only_a} and {only_b} of {n} items: expected counts of at most all of them")
 
 
 def _t(n: int, confidence: float) -> float:

@@ -11,8 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mdmrl.config import require
-from mdmrl.evaluation.accuracy import evaluate
-from mdmrl.evaluation.stats import wilson_interval
+from mdmrl.evaluation.examples import Evaluation, evaluate_examples, summary
 from mdmrl.policies import Policy, load_policy
 from mdmrl.runs import write_atomically
 from mdmrl.sampling import SamplerConfig, generate
@@ -33,7 +32,7 @@ def evaluation_table(
     rewards: Sequence[Callable] | None = None,
     draw: Callable = generate,
 ) -> pd.DataFrame:
-    """Accuracy with its 95 % Wilson interval (`low`, `high`), rewards and monitors.
+    """Accuracy with its 95 % interval (`low`, `high`), rewards and monitors.
 
     One row a number of denoising `steps` (which an autoregressive policy has not), one of the
     sampler's own where none is given, with the other settings of `sampler`; column `sampler` names
@@ -45,32 +44,38 @@ def evaluation_table(
     named = not isinstance(policy, Policy)
     loaded, judged = load_policy(policy) if named else policy, load_task(task)
     rewards = judged.rewards if rewards is None else rewards
+    rows, table = judged.rows(split, limit), []
+    for config in samplers_of(loaded, sampler, steps):
+        found = evaluate_examples(loaded, judged, rows, config, rewards=rewards, draw=draw)
+        name = str(policy) if named else loaded.kind
+        table.append(table_row(name, loaded, judged, split, config, found))
+    return pd.DataFrame(table)
+
+
+def samplers_of(
+    policy: Policy, sampler: SamplerConfig, steps: Sequence[int]
+) -> list[SamplerConfig]:
+    """The sampler with each number of `steps`, or as it is where there are none."""
     require(
-        loaded.denoises or not steps,
+        policy.denoises or not steps,
         f"steps={list(steps)}: an autoregressive policy has no denoising steps; leave them out",
     )
-    rows, table = judged.rows(split, limit), []
-    for config in [sampler.replace(steps=count) for count in steps] or [sampler]:
-        verdicts: list[bool] = []
+    return [sampler.replace(steps=count) for count in steps] or [sampler]
 
-        def metric(text: str, row: dict, verdicts=verdicts) -> bool | None:
-            verdict = judged.metric(text, row)
-            verdicts.extend([] if verdict is None else [bool(verdict)])
-            return verdict
 
-        asked = judged.metric and metric
-        judging = {"watch": judged.watch, "draw": draw}
-        found = evaluate(loaded, rows, config, rewards, asked, **judging)
-        count = config.denoising_steps if loaded.denoises else config.max_new_tokens
-        line = {"policy": str(policy) if named else loaded.kind, "kind": loaded.kind}
-        line |= {"task": judged.name, "split": split, "prompts": len(rows)}
-        line |= {"sampler": config.described(but=("steps", "temperature"))}
-        line |= {"steps": count, "temperature": config.temperature}
-        if verdicts:
-            interval = wilson_interval(sum(verdicts), len(verdicts))
-            line |= {"low": interval.low, "high": interval.high}
-        table.append(line | found)
-    return pd.DataFrame(table)
+def table_row(
+    name: str, policy: Policy, task: Task, split: str, sampler: SamplerConfig, found: Evaluation
+) -> dict:
+    """One row of `evaluation_table`."""
+    count = sampler.denoising_steps if policy.denoises else sampler.max_new_tokens
+    row = {"policy": name, "kind": policy.kind, "task": task.name, "split": split}
+    row |= {"prompts": int(found.examples["index"].nunique())}
+    row |= {"sampler": sampler.described(but=("steps", "temperature"))}
+    row |= {"steps": count, "temperature": sampler.temperature}
+    interval = summary(found.examples)["interval"]
+    if interval is not None:
+        row |= dict(zip(("low", "high"), interval, strict=True))
+    return row | found.averages
 
 
 def print_table(frame: pd.DataFrame) -> None:

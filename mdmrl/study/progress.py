@@ -13,9 +13,9 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from mdmrl.progress import duration
 from mdmrl.runs import write_atomically
 from mdmrl.study.outputs import project_root
-from mdmrl.training.progress import duration
 
 EVERY = 8.0  # seconds between lines where there is no terminal
 UNKNOWN = 60.0  # seconds of a notebook that nobody has timed

@@ -12,12 +12,12 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from mdmrl.config import resolve
+from mdmrl.progress import duration
 from mdmrl.runs import write_atomically
 from mdmrl.study import ledger
 from mdmrl.study.notebooks import code_cells, fingerprint, package_digest, plan, run_notebook
 from mdmrl.study.outputs import figures_folder, figures_of, project_root
 from mdmrl.study.progress import Progress, expected_seconds, record_seconds
-from mdmrl.training.progress import duration
 
 
 def reproduce(profile: str = "cpu", only: Iterable[str] = (), force: bool = False) -> int:

@@ -19,7 +19,7 @@ import pandas as pd
 
 from mdmrl.config import Config, require, unknown
 from mdmrl.evaluation.accuracy import evaluate
-from mdmrl.identity import described, digest
+from mdmrl.identity import described, digest, known
 from mdmrl.policies import Policy, add_lora, load_policy
 from mdmrl.rewards.text import TAGS
 from mdmrl.rl import grpo, ppo
@@ -33,7 +33,6 @@ from mdmrl.study.pieces import cached_table, facts
 from mdmrl.tasks import load_task
 from mdmrl.tasks.medcot import SYSTEM_PROMPT
 from mdmrl.training.config import SFTConfig
-from mdmrl.training.loop import known
 from mdmrl.training.sft import train_sft
 
 REWARD_CEILING = 2.8  # the thesis's count: accuracy 2, depth 0.2, format 0.6

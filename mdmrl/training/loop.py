@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from accelerate import Accelerator
@@ -16,12 +16,12 @@ from accelerate.state import is_initialized
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from mdmrl.identity import described, digest, fingerprint, named
+from mdmrl.identity import known, named
 from mdmrl.policies import Policy
+from mdmrl.progress import Progress
 from mdmrl.runs import Run
 from mdmrl.training.checkpoints import restore, save
 from mdmrl.training.config import TrainingConfig
-from mdmrl.training.progress import Progress
 
 MAX_SKIPPED = 5
 Metrics = dict[str, float | None]
@@ -53,15 +53,6 @@ def open_run(
     since = known(type(config)().settings_for(policy))
     with accelerator.main_process_first():
         return Run(config.output_dir, identity, since, accelerator.is_main_process, policy.device)
-
-
-def known(part):
-    """Settings as they are, functions and rows by their fingerprints."""
-    if isinstance(part, dict):
-        return {name: known(value) for name, value in part.items()}
-    if isinstance(part, list | tuple) and part and isinstance(part[0], Mapping):
-        return digest(described(part))
-    return fingerprint(part) if callable(part) else part
 
 
 class Optimizer:

@@ -8,20 +8,21 @@ import time
 from tqdm import tqdm
 
 SILENT = 8.0  # most seconds between two lines, updates permitting
-SHOWN = ("reward", "loss", "kl", "eval/accuracy")
+SHOWN = ("reward", "loss", "kl", "eval/accuracy", "accuracy")
 
 
 class Progress:
-    """Shows the updates of the run `name` as they finish, `first` being done before and `last` in
-    all; nothing unless `shown`."""
+    """Shows the updates of the run `name` as they finish, or what else is its `unit`, `first` being
+    done before and `last` in all; nothing unless `shown`."""
 
-    def __init__(self, name: str, first: int, last: int, shown: bool = True):
-        self.name, self.first, self.last, self.shown = name, first, last, shown
+    def __init__(self, name: str, first: int, last: int, shown: bool = True, unit: str = "update"):
+        self.name, self.first, self.last = name, first, last
+        self.shown, self.unit = shown, unit
         self.start = time.monotonic()
         self.said = self.start - SILENT
         self.bar = None
         if shown and sys.stderr.isatty():
-            self.bar = tqdm(total=last, initial=first, desc=name, unit="update")
+            self.bar = tqdm(total=last, initial=first, desc=name, unit=unit)
 
     def __enter__(self) -> Progress:
         return self
@@ -31,20 +32,20 @@ class Progress:
             self.bar.close()
 
     def update(self, done: int, metrics: dict) -> None:
-        """`done` updates are finished, the last with these metrics."""
+        """`done` of them are finished, the last with these metrics."""
         found = {k: f"{metrics[k]:.4g}" for k in SHOWN if metrics.get(k) is not None}
         now = time.monotonic()
         if self.bar is not None:
             self.bar.set_postfix(found, refresh=False)
-            self.bar.update(1)
+            self.bar.update(done - self.bar.n)
         elif self.shown and (now - self.said >= SILENT or done == self.last):
             self.said = now
             left = (now - self.start) / (done - self.first) * (self.last - done)
-            what = ", ".join(f"{name} {value}" for name, value in found.items())
+            what = [f"{name} {value}" for name, value in found.items()]
             # A notebook shows what goes to stderr as an error, a shell's pipe wants results alone.
             where = sys.stdout if in_a_notebook() else sys.stderr
-            said = f"{self.name}: update {done} of {self.last}, {what}, {duration(left)} left"
-            print(said, file=where)
+            said = [f"{self.name}: {self.unit} {done} of {self.last}", *what]
+            print(", ".join([*said, f"{duration(left)} left"]), file=where)
 
 
 def in_a_notebook() -> bool:
