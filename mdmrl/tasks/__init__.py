@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import replace
 from importlib import import_module
@@ -33,7 +34,12 @@ def load_task(
             for `medcot` those of its rewards (`faithful`, `encoder`, ...).
     """
     if task in TASKS:
-        return import_module(f"mdmrl.tasks.{task.replace('-', '_')}").task(data, **options)
+        make = import_module(f"mdmrl.tasks.{task.replace('-', '_')}").task
+        _, *known = inspect.signature(make).parameters
+        for name in options:
+            if name not in known:
+                raise unknown(f"option of {task}", name, known)
+        return make(data, **options)
     given = task
     if isinstance(task, str):
         if ".py" not in task:
