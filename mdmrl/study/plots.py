@@ -142,7 +142,6 @@ def against_steps(table: DataFrame, reference: Series, equally_fast: float | Non
     for axis in (fast, right):
         axis.set_xscale("log", base=2)
         axis.set_xticks(table.setting, [f"{steps:g}" for steps in table.setting])
-        axis.minorticks_off()
         axis.set_xlabel("denoising steps")
         sns.despine(ax=axis)
     shared_legend(figure, fast)
