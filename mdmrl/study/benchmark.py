@@ -147,7 +147,7 @@ def tuned_on(
     profile: str,
 ) -> pd.DataFrame:
     """The scores of a policy on the `rows` of all tasks after GRPO (`TUNING`) on the `rl` items of
-    one of them: columns `row`, `index` and `score`. The tuned weights stay in `runs/`.
+    one of them: columns `row`, `index`, `score` and `run`. The tuned weights stay in `runs/`.
 
     Args:
         name: of the policy; one: which row of the table to tune on.
@@ -160,7 +160,6 @@ def tuned_on(
     looks = {row: (tasks[row], rows[row], samplers[row]) for row in tasks}
     identity = {
         "piece": "tuned on one task",
-        "policy": policy.fingerprint(),
         "settings": known(config.settings_for(policy)),
         "rewards": [known(reward) for reward in task.rewards],
         "rows": known(learnt),
@@ -171,13 +170,13 @@ def tuned_on(
     def compute(piece: str) -> tuple[pd.DataFrame, dict]:
         folder = project_root() / "runs" / profile / "grpo" / piece
         grpo.train_grpo(policy, task.rewards, learnt, config.replace(output_dir=str(folder)))
-        found = [
-            evaluate_examples(policy, *look).examples.assign(row=row) for row, look in looks.items()
-        ]
-        return pd.concat(found)[["row", "index", "score"]], {}
+        found = {row: evaluate_examples(policy, *look).examples for row, look in looks.items()}
+        right = {row: frame.set_index("index").score for row, frame in found.items()}
+        return pd.DataFrame(right).reset_index(), {}
 
     slug = f"{Path(name).name}-tuned-on-{task.name}-s{config.seed}"
-    return cached_table(profile, slug, identity, compute)
+    table = cached_table(profile, slug, identity, compute)
+    return table.melt(["index", "run"], var_name="row", value_name="score").dropna()
 
 
 def planning_tasks() -> dict[str, Task]:
