@@ -239,7 +239,9 @@ def test_a_published_policy_fails_only_at_its_download(run_notebook, monkeypatch
     assert not pieces.pieces_folder("quick").exists()
 
 
-def test_what_tuning_on_one_task_changes_is_drawn(run_notebook):
+def test_what_tuning_on_one_task_changes_is_drawn(run_notebook, monkeypatch):
+    small = {"per_device_train_batch_size": 8, "num_generations": 4}
+    monkeypatch.setattr(benchmark, "TUNING", benchmark.TUNING.replace(**small))
     space = run_notebook(tuned_on=["choice"])
     changes = pd.read_csv(space["outputs"].folder / "data" / "forgetting.csv")
     assert changes.column.unique().tolist() == ["all four", "choice"]
