@@ -143,7 +143,11 @@ def _predict(
 
 
 def _decoded_greedily(policy: Policy, pairs: Sequence[Pair]) -> Tensor:
-    """Whether each continuation is what a denoiser decodes, (B,) bool; see above."""
+    """Whether each continuation is what a denoiser decodes, (B,) bool; see above.
+
+    The surest of all blocks is the surest of its own, and a block's tokens depend on how far that
+    block is alone, the ones before it being in sight as they are written.
+    """
     open_ = [torch.ones(len(continuation), dtype=torch.bool) for _, continuation in pairs]
     greedy = torch.ones(len(pairs), dtype=torch.bool)
     while rows := [i for i, todo in enumerate(open_) if greedy[i] and todo.any()]:
@@ -153,8 +157,6 @@ def _decoded_greedily(policy: Policy, pairs: Sequence[Pair]) -> Tensor:
         surest, best = logits.log_softmax(1).max(1)
         found = zip(surest.split(counts), (best == tokens).split(counts), strict=True)
         for i, (logps, right) in zip(rows, found, strict=True):
-            columns = open_[i].nonzero()[:, 0]
-            block = columns // (policy.block_length or len(open_[i]))
-            chosen = int(logps[: int((block == block[0]).sum())].argmax())
-            open_[i][columns[chosen]], greedy[i] = False, bool(right[chosen])
+            chosen = int(logps.argmax())
+            open_[i][open_[i].nonzero()[chosen]], greedy[i] = False, bool(right[chosen])
     return greedy
