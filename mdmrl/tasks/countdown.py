@@ -9,10 +9,11 @@ an item falls into is decided by the numbers and the target alone.
 
 from __future__ import annotations
 
+import operator
 import random
 import re
 from collections.abc import Callable, Sequence
-from fractions import Fraction
+from dataclasses import replace
 from functools import partial
 
 from mdmrl.config import require
@@ -24,10 +25,10 @@ WHOLE = re.compile(r"-?[0-9]+")
 LARGEST_NUMBER = 20
 LARGEST_RESULT = 99
 OPERATORS: dict[str, Callable] = {
-    "+": Fraction.__add__,
-    "-": Fraction.__sub__,
-    "*": Fraction.__mul__,
-    "/": Fraction.__truediv__,
+    "+": operator.add,
+    "-": operator.sub,
+    "*": operator.mul,
+    "/": operator.floordiv,
 }
 
 
@@ -58,11 +59,11 @@ def _tree(nums: Sequence[int], rng: random.Random, outermost: bool = True):
     if None in sides:
         return None
     (a, left), (b, right) = sides
-    value = OPERATORS[name](Fraction(a), Fraction(b))
-    if value.denominator != 1 or not 1 <= value <= LARGEST_RESULT:
+    value = OPERATORS[name](a, b)
+    if not 1 <= value <= LARGEST_RESULT or (name == "/" and a % b):
         return None
     text = f"{left}{name}{right}"
-    return int(value), text if outermost else f"({text})"
+    return value, text if outermost else f"({text})"
 
 
 def read(fields: dict) -> dict:
@@ -104,18 +105,21 @@ def metric(completion: str, row: dict) -> bool:
 
 
 def task(data=None, numbers: int = 3, n_shot: int = 0) -> Task:
-    """Countdown with so many numbers an item; for the other arguments see `items.task_of`."""
-    length, most = 4 * numbers, {"max_value": LARGEST_NUMBER, "max_target": LARGEST_RESULT}
+    """Countdown with so many `numbers` an item; for the other arguments see `items.task_of`. The
+    length that it is completed with goes with the most numbers of an item."""
+    most = {"max_value": LARGEST_NUMBER, "max_target": LARGEST_RESULT}
     size = {"min_numbers": numbers, "max_numbers": numbers, "min_value": 1, "min_target": 1}
-    return task_of(
+    made = task_of(
         Generator("countdown", partial(draw, numbers=numbers)),
         data,
         n_shot,
         read,
-        sampler={"max_new_tokens": length, "steps": length},
         original=Original(None, "train", max_new_tokens=None),
-        gym=Gym("countdown", _of_gym, size | most),
+        gym=Gym("countdown", _of_gym, size | most, shared=True),
         rewards=[countdown_reward],
         metric=metric,
         extract=countdown_expression,
     )
+    if data is not None:
+        numbers = max(len(row["nums"]) for row in made.rows("test"))
+    return replace(made, sampler={"max_new_tokens": 4 * numbers, "steps": 4 * numbers})
