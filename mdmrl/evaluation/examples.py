@@ -22,6 +22,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -30,7 +31,7 @@ from typing import NamedTuple
 import pandas as pd
 
 from mdmrl.config import require
-from mdmrl.evaluation.accuracy import Batch, Judge, average
+from mdmrl.evaluation.accuracy import Batch, Judge, Mean, average
 from mdmrl.evaluation.stats import clustered_interval, pass_at_k
 from mdmrl.identity import known, named
 from mdmrl.policies import Policy
@@ -105,7 +106,8 @@ def evaluate_examples(
             log = RewardLog()
             batch = judge(start, batch_size, seed, log)
             made = _examples(batch, task, rows, number, seed, start, samples)
-            monitors = {"batch": number, "rows": len(made), **log.metrics(), **batch.monitors}
+            monitors = {"batch": number, "rows": len(made)}
+            monitors |= {"monitors": log.metrics() | batch.monitors}
             if run:
                 for example in made:
                     run.log(example, "examples")
@@ -237,12 +239,10 @@ def _examples(
 
 
 def _averages(frame: pd.DataFrame, batches: Sequence[dict], judged: bool) -> dict:
-    names = dict.fromkeys(name for batch in batches for name in batch)
-    of = {
-        name: [(b[name], b["rows"]) for b in batches if b.get(name) is not None]
-        for name in names
-        if name not in ("batch", "rows")
-    }
+    of: dict[str, list[Mean]] = defaultdict(list)
+    for batch in batches:
+        for name, value in batch["monitors"].items():
+            of[name] += [] if value is None else [(value, batch["rows"])]
     averages = {name: average(means) for name, means in of.items()}
     for name in frame:
         if name == "reward" or name.startswith("rewards/"):
