@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from mdmrl.config import require
 from mdmrl.evaluation.examples import (
     evaluate_examples,
     evaluation_identity,
@@ -51,7 +52,10 @@ def evaluate_policy(
     rows, table, reports = task.rows(split, limit), [], []
     how = {"seeds": seeds, "samples": samples, "batch_size": batch_size, "draw": draw}
     how |= {"rewards": task.rewards if rewards is None else rewards}
-    ks = ks or ([1, samples * len(seeds)] if samples > 1 else [])
+    drawn = samples * len(seeds)
+    for k in ks:
+        require(1 <= k <= drawn, f"k={k}: expected 1 to {drawn}, the completions of a prompt")
+    ks = ks or ([1, drawn] if samples > 1 else [])
     asked = SamplerConfig.from_dict(task.sampler_for(policy, **given))
     for sampler in samplers_of(policy, asked, steps):
         if output_dir is None:
@@ -89,7 +93,7 @@ def evaluate_generations(task: Task, paths: Sequence[Path], json: Path | None = 
     """Score stored generations; print the accuracy and write it to `json`."""
     examples = score_generations(task, paths)
     found = summary(examples)
-    found |= {"items": int(examples.prompt_hash.nunique()), "task": task.name}
+    found |= {"prompts": int(examples.prompt_hash.nunique()), "task": task.name}
     found |= {"files": list(map(str, paths)), "environment": environment("cpu")}
     if json is not None:
         _write(json, found)
