@@ -87,6 +87,7 @@ def test_a_policy_is_evaluated_as_the_task_says(call, saved):
         assert config["sampler"]["steps"] == (3 if policy == "mdm" else None)
         assert config["policy"]["weights"]
         assert (folder / "environment.json").exists()
+        assert written(folder / "summary.json") == found
 
 
 def test_what_is_said_takes_the_place_of_what_the_task_says(call, saved):
@@ -334,6 +335,14 @@ def test_policies_are_compared_by_their_folders(call, saved):
     call("ar", "--task", "tasks.py:drawn", "--limit", 4, "--output-dir", "four")
     with pytest.raises(InputError, match=r"mdm-run has 6 items and four has 4, of which 4 are in"):
         compare("mdm-run", "four")
+
+
+def test_stored_generations_are_compared_too(call):
+    for name, answers in (("one", "189"), ("other", "188")):
+        entries = [["a", f"#### {answers[0]}", 1], ["b", f"#### {answers[1:]}", 88]]
+        call("--task", "gsm", "--generations", d1(name, *entries), "--output-dir", f"{name}-run")
+    found = compare("one-run", "other-run")
+    assert (found["n"], found["both"], found["only_b"]) == (2, 1, 1)
 
 
 def test_what_cannot_be_paired_is_refused():

@@ -333,6 +333,8 @@ def test_prompts_are_known_by_all_but_the_solution():
     )
     for other in ({"target": 4}, {"prompt": "2,1:3"}, {"nums": [1, 3]}, {"prompt": [{"a": "b"}]}):
         assert prompt_hash(row | other) != known
+    assert prompt_hash(row | {"seconds": 3}) == known  # which it is not scored by
+    assert prompt_hash(ROWS[0]) != prompt_hash(ROWS[0] | {"number": 9})
 
 
 def test_seeds_and_samples_are_completions_of_their_own(ar):

@@ -8,8 +8,8 @@ An example is a row of `examples`, in a run folder a line of `examples.jsonl`:
 
     batch          which batch it was drawn in
     index          which of the rows; seed, sample: which of its completions
-    prompt_hash    of the prompt and the columns that the metric reads: who pairs two evaluations
-                   pairs by it
+    prompt_hash    of the prompt and the columns that it is scored by: what two evaluations are
+                   paired by
     completion     the text; extracted: the answer it gives (`Task.extract`)
     score          1 or 0, None where the metric abstains; reward, rewards/NAME: where asked for
     seconds        its share of the time that completing its batch took, scoring left out
@@ -42,6 +42,7 @@ from mdmrl.sampling import SamplerConfig, generate
 from mdmrl.tasks import Task
 
 ALGORITHM = "evaluate-1"  # part of a run's identity: raise it when results change
+SCORED = {"nums", "target", "answer"}  # what the tasks with checked answers are scored by
 
 
 class Evaluation(NamedTuple):
@@ -147,9 +148,10 @@ def evaluation_identity(
 
 
 def prompt_hash(row: Mapping) -> str:
-    """16 hexadecimal digits of a row's prompt and of its other columns, the reference solution
-    `completion` left out."""
-    asked = {name: value for name, value in row.items() if name != "completion"}
+    """16 hexadecimal digits of a row's prompt and of `SCORED`; where it has none of these, of all
+    its columns but the reference solution `completion`."""
+    named = SCORED & row.keys() or row.keys() - {"completion"}
+    asked = {name: row[name] for name in (named | {"prompt"}) & row.keys()}
     text = json.dumps(asked, sort_keys=True, ensure_ascii=False, default=str)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
