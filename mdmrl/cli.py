@@ -44,7 +44,7 @@ def pretrain(
     name: Annotated[str, Argument(help="tokenizer, or a recipe: tiny-ar, tiny-mdm, ...")],
     output_dir: Annotated[File, Option(help="Default: runs/pretrain/NAME.")] = None,
     tokens: Annotated[float | None, Option(help="Another budget of document tokens.")] = None,
-    seed: Annotated[int, Option(help="Of weights, data and noise.")] = 0,
+    seed: Annotated[int | None, Option(help="Instead of the recipe's.")] = None,
 ) -> None:
     """Train the tokenizer or a tiny model from scratch; goes on where it was stopped."""
     from mdmrl.zoo.pretrain import pretrain_by_name
@@ -117,6 +117,16 @@ def _pairs(given: Words) -> dict[str, str]:
 def _held_out(task: mdmrl.Task) -> Sequence[dict]:
     """What training is watched on."""
     return task.rows("validation", 48) if "validation" in task.splits else ()
+
+
+def _completed_as(task: mdmrl.Task, policy, config, settings: dict):
+    """The configuration, its length and steps the task's where the settings say nothing of them."""
+    said = dict(config.sampler)
+    if "max_completion_length" in settings:
+        said["max_new_tokens"] = config.max_completion_length
+    sampler = task.sampler_for(policy, **said)
+    length = sampler.pop("max_new_tokens", config.max_completion_length)
+    return config.replace(max_completion_length=length, sampler=sampler)
 
 
 @contextmanager
@@ -216,10 +226,13 @@ def sft(
     """Fine-tune on completions, of your own or of a task's pre-training split; on several processes
     by `torchrun --nproc-per-node N -m mdmrl sft ...` or `accelerate launch -m mdmrl sft ...`."""
     require(bool(data or task), "nothing to learn from: give --data FILE, --task NAME or both")
-    config = mdmrl.SFTConfig.from_dict(_settings(settings))
+    given = _settings(settings)
+    config = mdmrl.SFTConfig.from_dict(given)
     judged = mdmrl.load_task(task) if task else None
     rows = mdmrl.load_rows(data, ("prompt", "completion")) if data else judged.rows("pretrain")
     trained = mdmrl.load_policy(policy, device=device, dtype=dtype, family=family)
+    if judged:
+        config = _completed_as(judged, trained, config, given)
     if lora_r:
         mdmrl.add_lora(trained, r=lora_r, seed=config.seed)
     judging = {}
@@ -248,7 +261,8 @@ def train(
     algorithms = {"grpo": mdmrl.GRPOConfig, "ppo": mdmrl.PPOConfig}
     if algorithm not in algorithms:
         raise unknown("algorithm", algorithm, algorithms)
-    config = algorithms[algorithm].from_dict(_settings(settings))
+    given = _settings(settings)
+    config = algorithms[algorithm].from_dict(given)
     if data and not task:
         judged = mdmrl.Task(name=data.stem, splits={"rl": mdmrl.load_rows(data)})
     else:
@@ -259,6 +273,7 @@ def train(
     options = {"metric": judged.metric, "watch": judged.watch}
     options |= {"draw": load_object(draw)} if draw else {}
     trained = mdmrl.load_policy(policy, device=device, dtype=dtype, family=family)
+    config = _completed_as(judged, trained, config, given)
     if lora_r:
         mdmrl.add_lora(trained, r=lora_r, seed=config.seed)
     run = mdmrl.train_grpo if algorithm == "grpo" else mdmrl.train_ppo

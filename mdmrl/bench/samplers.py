@@ -30,7 +30,8 @@ from mdmrl.policies.load import DTYPES
 from mdmrl.provenance import environment, pick_device
 from mdmrl.sampling import SamplerConfig, generate
 from mdmrl.sampling.denoise import Canvas, evenly
-from mdmrl.zoo.pretrain import fresh_model, shipped_tokenizer
+from mdmrl.zoo.pretrain import fresh_model
+from mdmrl.zoo.recipes import shipped_tokenizer
 
 # Published shapes (see `SHAPE`) with random weights: they say how fast, nothing of how good.
 SHAPES = {

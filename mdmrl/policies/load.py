@@ -18,7 +18,7 @@ from mdmrl.policies.families import FAMILIES, Policy
 from mdmrl.policies.published import TOKENIZERS, load_model, loading, read_fields
 from mdmrl.provenance import pick_device
 
-ZOO = ("tiny-ar", "tiny-mdm", "tiny-bd")
+ZOO = tuple(sorted(f.name for f in resources.files("mdmrl.zoo").iterdir() if "tiny-" in f.name))
 SMOLLM2 = "smollm2-135m"
 NAMES = (*ZOO, SMOLLM2)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -36,7 +36,7 @@ def load_policy(
     """Load a policy by name.
 
     Args:
-        name: `tiny-ar`, `tiny-mdm`, `tiny-bd` (shipped), `smollm2-135m` (from its package, no
+        name: `tiny-mdm` or another of `ZOO` (shipped), `smollm2-135m` (from its package, no
             network), a folder written by `save_pretrained`, or a hub name `organisation/model`.
             Code that comes with a checkpoint is never run. A folder with an adapter alone names its
             base, which is loaded under it.

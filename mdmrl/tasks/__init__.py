@@ -11,7 +11,8 @@ from pathlib import Path
 from mdmrl.config import InputError, load_object, require, unknown
 from mdmrl.tasks.base import Task, load_rows
 
-TASKS = ("medcot", "medcot-sections", "countdown", "gsm", "math", "choice", "reasoning")
+CHECKED = ("countdown", "gsm", "math", "choice", "sudoku")  # tasks whose answers can be checked
+TASKS = ("medcot", "medcot-sections", *CHECKED, "reasoning")
 
 
 def load_task(
@@ -20,13 +21,17 @@ def load_task(
     """A task by name, or one's own.
 
     Args:
-        task: `medcot`; `medcot-sections`, the same with the units of the hierarchy; "my_tasks.py:
-            arithmetic", what a file defines; a `Task`, or a function that makes one.
-        data: a JSON or JSONL file of rows in place of the task's. A task of one's own trains on
-            all of them (split `rl`) or is evaluated on them (`test`). MedCoT takes the fields of
-            the real data set, or its name on the hub (needs the `hub` extra), and splits them.
-        options: of the function that makes the task; for `medcot` those of its rewards
-            (`faithful`, `encoder`, ...).
+        task: `medcot`; `medcot-sections`, the same with the units of the hierarchy; one of
+            `CHECKED`; `reasoning`, their mixture without sudoku; "my_tasks.py:arithmetic", what a
+            file defines; a `Task`, or a function that makes one.
+        data: a JSON or JSONL file of rows in place of the task's. A task of one's own and those of
+            `CHECKED` train on all of them (split `rl`) or are evaluated on them (`test`); the
+            latter take their original's layout or their own rows', the original's name on the hub
+            (needs the `hub` extra), or "reasoning-gym" (the `gym` extra; not for choice). MedCoT
+            takes the fields of the real data set, or its name on the hub, and splits them.
+        options: of the function that makes the task: `n_shot=4` puts worked examples before each
+            prompt (`CHECKED`), `numbers=4` is Countdown's, `seed` the order of options (choice);
+            for `medcot` those of its rewards (`faithful`, `encoder`, ...).
     """
     if task in TASKS:
         make = import_module(f"mdmrl.tasks.{task.replace('-', '_')}").task

@@ -9,10 +9,10 @@ an item falls into is decided by the numbers and the target alone.
 
 from __future__ import annotations
 
+import operator
 import random
 import re
 from collections.abc import Callable, Sequence
-from fractions import Fraction
 from functools import partial
 
 from mdmrl.config import require
@@ -24,10 +24,10 @@ WHOLE = re.compile(r"-?[0-9]+")
 LARGEST_NUMBER = 20
 LARGEST_RESULT = 99
 OPERATORS: dict[str, Callable] = {
-    "+": Fraction.__add__,
-    "-": Fraction.__sub__,
-    "*": Fraction.__mul__,
-    "/": Fraction.__truediv__,
+    "+": operator.add,
+    "-": operator.sub,
+    "*": operator.mul,
+    "/": operator.floordiv,
 }
 
 
@@ -58,11 +58,11 @@ def _tree(nums: Sequence[int], rng: random.Random, outermost: bool = True):
     if None in sides:
         return None
     (a, left), (b, right) = sides
-    value = OPERATORS[name](Fraction(a), Fraction(b))
-    if value.denominator != 1 or not 1 <= value <= LARGEST_RESULT:
+    value = OPERATORS[name](a, b)
+    if not 1 <= value <= LARGEST_RESULT or (name == "/" and a % b):
         return None
     text = f"{left}{name}{right}"
-    return int(value), text if outermost else f"({text})"
+    return value, text if outermost else f"({text})"
 
 
 def read(fields: dict) -> dict:

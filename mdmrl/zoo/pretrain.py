@@ -17,8 +17,6 @@ import itertools
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 
 import pandas as pd
@@ -26,14 +24,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from mdmrl.config import Config, require, resolve, unknown
-from mdmrl.policies import Policy, load_policy, load_tokenizer
+from mdmrl.config import resolve, unknown
+from mdmrl.policies import Policy, load_policy
 from mdmrl.policies.families import FAMILIES
 from mdmrl.provenance import environment
 from mdmrl.runs import Run, generator_for, kept_random_state, read_rows, write_atomically
 from mdmrl.tasks import load_task
 from mdmrl.training.supervised import Batch, collate, encode_pairs
 from mdmrl.zoo import tokenizer_corpus
+from mdmrl.zoo.recipes import RECIPES, TOKENIZERS, VOCABULARY, PretrainConfig
 from mdmrl.zoo.tokenizer_training import train_tokenizer
 
 SHAPE = (
@@ -45,103 +44,16 @@ SHAPE = (
     "vocab_size",
 )
 PROMPT_SHARE = 0.1
+WHOLE_SHARE = 0.25
 POOL = 8  # batches
-VOCABULARY = 4096
-BYTES = 256 + 5  # with the special tokens
 HASHED_DOCUMENTS = 10_000
 
-
-def shipped_tokenizer():
-    """The one that the tiny models of prose share."""
-    return load_tokenizer(resources.files("mdmrl.zoo") / "tokenizer")
-
-
-def byte_tokenizer():
-    """A token a byte, and the special ones: for tasks without words."""
-    return train_tokenizer((), BYTES)
-
-
-TOKENIZERS = {"words": shipped_tokenizer, "bytes": byte_tokenizer}
-
-
-@dataclass
-class PretrainConfig(Config):
-    """Recipe of a tiny model. Field names are transformers' where it has one."""
-
-    family: str = "mdm"
-    task: str = "medcot"
-    tokenizer: str = "words"  # of 4,096 pieces, or "bytes"
-    start: str | None = None  # a policy of the same shape whose weights to begin with
-    tokens: float = 6e6  # document tokens to see
-    hidden_size: int = 128
-    num_hidden_layers: int = 6
-    intermediate_size: int = 384
-    num_attention_heads: int = 4
-    max_position_embeddings: int = 512
-    canvas: int = 128  # completion positions of the diffusion models, where the row names none
-    block_length: int = 16  # of the block diffusion model
-    batch_size: int = 48
-    learning_rate: float = 3e-3
-    muon_learning_rate: float = 2e-2
-    warmup_share: float = 0.01
-    decay_share: float = 0.3
-    max_grad_norm: float = 1.0
-    logging_steps: int = 50
-    save_steps: int = 200
-    bf16: bool = True
-    attn_implementation: str = "sdpa"  # "eager" is faster in bf16 where sequences are short
-    seed: int = 0
-
-    def validate(self) -> None:
-        if self.family not in FAMILIES:
-            raise unknown("family", self.family, FAMILIES)
-        if self.tokenizer not in TOKENIZERS:
-            raise unknown("tokenizer", self.tokenizer, TOKENIZERS)
-        require(self.tokens > 0, f"tokens={self.tokens}: expected a positive budget")
-        require(
-            self.block_length >= 1 and self.canvas % self.block_length == 0,
-            f"block_length={self.block_length}: expected a divisor of canvas={self.canvas}",
-        )
-
-
-COUNTDOWN = PretrainConfig(
-    task="countdown",
-    tokenizer="bytes",
-    canvas=12,
-    block_length=4,
-    max_position_embeddings=64,
-    batch_size=128,
-    attn_implementation="eager",
-)
-
-REASONING = PretrainConfig(
-    task="reasoning",
-    canvas=48,
-    block_length=4,
-    max_position_embeddings=256,
-    batch_size=96,
-    attn_implementation="eager",
-)
-
-# What `mdmrl pretrain NAME` trains, beside the tokenizer. The autoregressive twin is at its plateau
-# after a fraction of the tokens; `tiny-mdm-equal` is the masked diffusion model at that budget. The
-# tokens of `tiny-bd` come on top of those of `tiny-mdm`.
-RECIPES = {
-    "tiny-ar": PretrainConfig(family="ar", tokens=4e6, warmup_share=0.015),
-    "tiny-mdm": PretrainConfig(family="mdm", tokens=42e6, warmup_share=6e4 / 42e6),
-    "tiny-bd": PretrainConfig(family="bd", start="tiny-mdm", tokens=2.4e6, bf16=False),
-    "tiny-mdm-equal": PretrainConfig(family="mdm", tokens=4e6, warmup_share=0.015),
-    "tiny-mdm-countdown": COUNTDOWN.replace(family="mdm", tokens=16e6),
-    "tiny-ar-countdown": COUNTDOWN.replace(family="ar", tokens=8e6),
-    "tiny-ar-reasoning": REASONING.replace(family="ar", tokens=8e6),
-    "tiny-mdm-reasoning": REASONING.replace(family="mdm", tokens=30e6),
-    "tiny-bd-reasoning": REASONING.replace(
-        family="bd",
-        start="tiny-mdm-reasoning",
-        tokens=4e6,
-        bf16=False,
-        attn_implementation="sdpa",
-    ),
+# What a model card says of the documents of a task.
+SUBJECTS = {
+    "medcot": "generated medical chain-of-thought questions. Its medical statements are templates "
+    "over a small\ntable of facts, not advice",
+    "countdown": "Countdown: an expression of given numbers that reaches a target",
+    "reasoning": "Countdown, word problems, mathematics and questions of choice, all generated",
 }
 
 
@@ -182,7 +94,8 @@ def fresh_model(
 def batches(policy: Policy, stream, config: PretrainConfig, first: int = 0) -> Iterator[Batch]:
     """Batches number `first`, `first` + 1, ... without end; documents are drawn `POOL` batches at a
     time and sorted by canvas and prompt length, to spare padding. A row's `canvas` stands for the
-    config's."""
+    config's, but for a share of the batches, `WHOLE_SHARE`: so each task is known at its own length
+    and at the one that they have in common when RL mixes them."""
     end, skipped = policy.tokenizer.eos_token_id, first % POOL
     documents = stream(config.seed, (first - skipped) * config.batch_size)
     while True:
@@ -194,7 +107,9 @@ def batches(policy: Policy, stream, config: PretrainConfig, first: int = 0) -> I
             pool += [(canvas, pair) for pair in sorted(pairs, key=lambda pair: len(pair[0]))]
         for start in range(skipped * config.batch_size, len(pool), config.batch_size):
             canvases, pairs = zip(*pool[start : start + config.batch_size], strict=True)
-            yield collate(pairs, max(canvases), end)
+            whole = torch.rand((), generator=generator_for(config.seed, "canvas", first)).item()
+            yield collate(pairs, config.canvas if whole < WHOLE_SHARE else max(canvases), end)
+            first += 1
         skipped = 0
 
 
@@ -270,23 +185,27 @@ def pretrain(config: PretrainConfig, tokenizer, stream, folder: str | Path) -> P
     return load_policy(run.folder / "model", device="cpu")
 
 
-def pretrain_by_name(name: str, folder: Path, tokens: float | None = None, seed: int = 0) -> Path:
-    """Train what `name` says, `tokenizer` or a recipe; returns the folder of the saved model.
+def pretrain_by_name(
+    name: str, folder: Path, tokens: float | None = None, seed: int | None = None
+) -> Path:
+    """Train what `name` says, `tokenizer` or a recipe, with another budget or seed where one is
+    given; returns the folder of the saved model.
 
     Beside the weights lie the recipe with seed and data hash (`recipe.json`), the training log
     (`log.csv`) and a model card (`README.md`).
     """
     if name == "tokenizer":
-        train_tokenizer(tokenizer_corpus.texts(seed), VOCABULARY).save_pretrained(folder)
+        train_tokenizer(tokenizer_corpus.texts(seed or 0), VOCABULARY).save_pretrained(folder)
         return folder
     if name not in RECIPES:
         raise unknown("recipe", name, ["tokenizer", *RECIPES])
-    config = RECIPES[name].replace(seed=seed, **({} if tokens is None else {"tokens": tokens}))
+    given = {"tokens": tokens, "seed": seed}
+    config = RECIPES[name].replace(**{k: v for k, v in given.items() if v is not None})
     stream, model = load_task(config.task).stream, folder / "model"
     policy = pretrain(config, TOKENIZERS[config.tokenizer](), stream, folder)
     log = pd.DataFrame(read_rows(folder / "metrics.jsonl"))
     log.to_csv(model / "log.csv", index=False, float_format="%.6g")
-    documents = "".join(map(str, itertools.islice(stream(seed, 0), HASHED_DOCUMENTS)))
+    documents = "".join(map(str, itertools.islice(stream(config.seed, 0), HASHED_DOCUMENTS)))
     recipe = config.to_dict() | {
         "parameters": policy.model.num_parameters(),
         "data_sha256_of_first_documents": hashlib.sha256(documents.encode()).hexdigest(),
@@ -310,8 +229,8 @@ pipeline_tag: text-generation
 # {name}
 
 A tiny {families[recipe["family"]]} language model ({recipe["parameters"]:,} parameters, Qwen2
-architecture) for generated medical chain-of-thought questions. For the study of reinforcement
-learning only: its medical statements are templates over a small table of facts, not advice.
+architecture) for {SUBJECTS[recipe["task"]]}.
+For the study of reinforcement learning only.
 
 * Data: an endless stream of `{recipe["task"]}` documents, SHA-256 of the first
   {recipe["documents_hashed"]:,}: `{recipe["data_sha256_of_first_documents"][:16]}`;

@@ -1,0 +1,122 @@
+"""Recipes of the shipped tiny models: what `mdmrl pretrain NAME` trains, beside the tokenizer.
+
+Within a task all families have the same parameters, tokenizer and stream of documents. An
+autoregressive model is at its plateau after a fraction of the tokens; `tiny-mdm-equal` is the
+masked diffusion model of MedCoT at that budget. The tokens of block diffusion come on top of those
+that its start has seen.
+
+Of Countdown there are six pairs, one a seed: the masked diffusion model, and an autoregressive twin
+trained, decay included, just so long that its greedy accuracy on the test items is within three
+points of its partner's at full steps, so that RL starts equal. `tiny-ar-countdown` is the first
+pair's at its plateau.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import resources
+
+from mdmrl.config import Config, require, unknown
+from mdmrl.policies import load_tokenizer
+from mdmrl.policies.families import FAMILIES
+from mdmrl.zoo.tokenizer_training import train_tokenizer
+
+VOCABULARY = 4096
+BYTES = 256 + 5  # with the special tokens
+
+
+def shipped_tokenizer():
+    """The one that the tiny models of prose share."""
+    return load_tokenizer(resources.files("mdmrl.zoo") / "tokenizer")
+
+
+def byte_tokenizer():
+    """A token a byte, and the special ones: for tasks without words."""
+    return train_tokenizer((), BYTES)
+
+
+TOKENIZERS = {"words": shipped_tokenizer, "bytes": byte_tokenizer}
+
+
+@dataclass
+class PretrainConfig(Config):
+    """Recipe of a tiny model. Field names are transformers' where it has one."""
+
+    family: str = "mdm"
+    task: str = "medcot"
+    tokenizer: str = "words"  # of 4,096 pieces, or "bytes"
+    start: str | None = None  # a policy of the same shape whose weights to begin with
+    tokens: float = 6e6  # document tokens to see
+    hidden_size: int = 128
+    num_hidden_layers: int = 6
+    intermediate_size: int = 384
+    num_attention_heads: int = 4
+    max_position_embeddings: int = 512
+    canvas: int = 128  # completion positions of the diffusion models, where the row names none
+    block_length: int = 16  # of the block diffusion model
+    batch_size: int = 48
+    learning_rate: float = 3e-3
+    muon_learning_rate: float = 2e-2
+    warmup_share: float = 0.01
+    decay_share: float = 0.3
+    max_grad_norm: float = 1.0
+    logging_steps: int = 50
+    save_steps: int = 200
+    bf16: bool = True
+    attn_implementation: str = "sdpa"  # "eager" is faster in bf16 where sequences are short
+    seed: int = 0
+
+    def validate(self) -> None:
+        if self.family not in FAMILIES:
+            raise unknown("family", self.family, FAMILIES)
+        if self.tokenizer not in TOKENIZERS:
+            raise unknown("tokenizer", self.tokenizer, TOKENIZERS)
+        require(self.tokens > 0, f"tokens={self.tokens}: expected a positive budget")
+        require(
+            self.block_length >= 1 and self.canvas % self.block_length == 0,
+            f"block_length={self.block_length}: expected a divisor of canvas={self.canvas}",
+        )
+
+
+MEDCOT = PretrainConfig()
+COUNTDOWN = PretrainConfig(
+    task="countdown",
+    tokenizer="bytes",
+    tokens=16e6,
+    canvas=12,
+    block_length=4,
+    max_position_embeddings=64,
+    batch_size=128,
+    attn_implementation="eager",
+)
+REASONING = PretrainConfig(
+    task="reasoning",
+    canvas=48,
+    block_length=4,
+    max_position_embeddings=256,
+    batch_size=96,
+    attn_implementation="eager",
+)
+MATCHED_TOKENS = (1.5e6,)  # of each pair's autoregressive model
+
+RECIPES = {
+    "tiny-ar": MEDCOT.replace(family="ar", tokens=4e6, warmup_share=0.015),
+    "tiny-mdm": MEDCOT.replace(tokens=42e6, warmup_share=6e4 / 42e6),
+    "tiny-bd": MEDCOT.replace(family="bd", start="tiny-mdm", tokens=2.4e6, bf16=False),
+    "tiny-mdm-equal": MEDCOT.replace(tokens=4e6, warmup_share=0.015),
+    "tiny-ar-countdown": COUNTDOWN.replace(family="ar", tokens=8e6),
+    "tiny-ar-reasoning": REASONING.replace(family="ar", tokens=8e6),
+    "tiny-mdm-reasoning": REASONING.replace(tokens=20e6),
+    "tiny-bd-reasoning": REASONING.replace(
+        family="bd",
+        start="tiny-mdm-reasoning",
+        tokens=3e6,
+        bf16=False,
+        attn_implementation="sdpa",
+    ),
+}
+for pair, matched in enumerate(MATCHED_TOKENS):
+    suffix = f"-s{pair}" if pair else ""
+    RECIPES[f"tiny-mdm-countdown{suffix}"] = COUNTDOWN.replace(seed=pair)
+    twin = COUNTDOWN.replace(family="ar", tokens=matched, seed=pair)
+    RECIPES[f"tiny-ar-countdown-matched{suffix}"] = twin
