@@ -163,6 +163,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
 
 
 def test_any_sampler_can_be_evaluated(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
     table = tmp_path / "table.csv"
     options, steps = [*LITTLE, "--csv", str(table)], ["--steps", "2", "--steps", "4"]
     blocks = ["--sampler", "block_length=8", "--sampler", "cache=dual"]

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from importlib import import_module
+from inspect import signature
 from pathlib import Path
 
-from mdmrl.config import load_object, require, unknown
+from mdmrl.config import InputError, load_object, require, unknown
 from mdmrl.tasks.base import Task, load_rows
 
 CHECKED = ("countdown", "gsm", "math", "choice", "sudoku")  # tasks whose answers can be checked
@@ -33,7 +34,12 @@ def load_task(
             for `medcot` those of its rewards (`faithful`, `encoder`, ...).
     """
     if task in TASKS:
-        return import_module(f"mdmrl.tasks.{task.replace('-', '_')}").task(data, **options)
+        make = import_module(f"mdmrl.tasks.{task.replace('-', '_')}").task
+        try:
+            signature(make).bind(data, **options)
+        except TypeError as error:
+            raise InputError(f"task {task}: {error}; it takes {signature(make)}") from None
+        return make(data, **options)
     given = task
     if isinstance(task, str):
         if ".py" not in task:

@@ -18,8 +18,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from importlib import resources
+from inspect import signature
 from pathlib import Path
 
+from mdmrl.config import unknown
 from mdmrl.rewards.medical import medical_rewards
 from mdmrl.rewards.text import TAGS, exact_answer, repetition
 from mdmrl.tasks.base import MASKED, SPLITS, Task, hub_rows, load_rows, split_of
@@ -178,6 +180,9 @@ def watch(texts: Sequence[str], token_ids: Sequence[Sequence[int]]) -> dict[str,
 
 def task(data: str | Path | None = None, **reward_options) -> Task:
     """MedCoT, generated or real; the real rows are split by a hash of their question."""
+    for name in reward_options:
+        if name not in (known := signature(medical_rewards).parameters):
+            raise unknown("option of medcot", name, known)
     splits = {split: partial(rows, split) for split in SPLITS}
     if data is not None:
         splits = {split: [] for split in SPLITS}
