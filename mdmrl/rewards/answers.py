@@ -38,8 +38,8 @@ _WRAPPERS = (
 
 
 def written(completion: str | list[dict]) -> str:
-    """The text of a completion without the tokens that end it."""
-    return _END_TOKENS.sub("", completion_text(completion))
+    """The text of a completion, with a new line for a token that ends it."""
+    return _END_TOKENS.sub("\n", completion_text(completion))
 
 
 def marked_answer(text: str) -> str | None:
@@ -122,12 +122,13 @@ _REPLACED = [
         (r"\\([%$])", r"\1"),
         (r"(?:(?<=[A-Za-z]{2})|(?<=\bm))\s?(?:\^\{?[23]\}?|[²³])", ""),  # the power of a unit
         (r"[-]\s*[$€£¥]\s*(?=[\d.])", "-"),
-        (r"[$€£¥]|\\[()\[\]]", " "),
+        (r"[$€£¥]|\\[()\[\]{}]", " "),
         (r"\\equiv|≡", "="),
     )
 ]
 _VULGAR = re.compile("[¼-¾⅐-⅞]")
 _AMBIGUOUS_WORDS = re.compile(r"\b(?:or|not|nor|neither|never|cannot|than)\b|n['’]t\b", re.I)
+_NO_NUMBER = re.compile(r"[\\<>≤≥≠±∞√|]|\[MASK\]")
 # What makes a number a part of something else.
 _PART_BEFORE = re.compile(r"(?:[\w.,^_]|[-+*/×÷]\s*)\Z")
 _PART_AFTER = re.compile(r"_|\s*[+*/^×÷]|\.\.|…")
@@ -147,7 +148,7 @@ def plain_number(text: str) -> Fraction | None:
     if len(text) > LONGEST:
         return None
     text = plain_text(text)
-    if _AMBIGUOUS_WORDS.search(text) or re.search(r"[\\<>≤≥≠±∞√|]", text):
+    if _AMBIGUOUS_WORDS.search(text) or _NO_NUMBER.search(text):
         return None
     if "=" in text:
         *lefts, right = text.split("=")
