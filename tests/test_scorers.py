@@ -260,7 +260,8 @@ def test_no_hostile_text_stops_a_scorer(worker):
     assert len(HOSTILE) >= 100
     process = worker.process
     for text in HOSTILE:
-        seconds = scored(text, "2\\sqrt{3}")
+        asked = text.startswith("<answer>")  # where each bait is once
+        seconds = scored(text, "2\\sqrt{3}" if asked else "5")
         assert max(seconds.values()) < 1, (text[:80], seconds)
     assert worker.process is process
     assert maths_right("\\boxed{\\sqrt{12}}", "2\\sqrt{3}")

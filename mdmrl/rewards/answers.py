@@ -30,6 +30,8 @@ _PHRASE = re.compile(
 )
 _BEFORE_SENTENCE = re.compile(r"(?:[:\s]|\*\*(?=[:\s])|(?:\$\$|\\\[)\s)*")
 _SENTENCE_END = re.compile(r"\n|\.(?=\s|\Z)|[,;]?\s(?:because|since|as)\b", re.IGNORECASE)
+# Not a power: "2**3**2" stays.
+_BOLD = re.compile(r"(?<![\w)*])(\*{1,2})(?=\S)([^*\n]+)(?<=\S)\1(?![\w(*])")
 _BRACES = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
 _WRAPPERS = (
     *(("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]")),
@@ -67,7 +69,8 @@ def _marked_without_tags(text: str, last_box: bool) -> str | None:
         return None
     rest = strip_tags(text[phrases[-1] :])
     rest = rest[_BEFORE_SENTENCE.match(rest).end() :]
-    return _SENTENCE_END.split(rest, maxsplit=1)[0].strip()
+    sentence = _SENTENCE_END.split(rest, maxsplit=1)[0].strip()
+    return sentence.removesuffix("**") if sentence.count("**") % 2 else sentence
 
 
 def _boxes(text: str) -> list[str]:
@@ -81,6 +84,10 @@ def _boxes(text: str) -> list[str]:
         elif token[0][-1] == "{" and token[0] != r"\{":
             opened.append((token.end(), token[0] != "{"))
     return [text[start:end] for start, end in sorted(closed)]
+
+
+def _without_bold(text: str) -> str:
+    return _BOLD.sub(r"\2", text)
 
 
 def unwrapped(text: str) -> str:
@@ -131,7 +138,7 @@ _AMBIGUOUS_WORDS = re.compile(r"\b(?:or|not|nor|neither|never|cannot|than)\b|n['
 _NO_NUMBER = re.compile(r"[\\<>≤≥≠±∞√|]|\[MASK\]")
 # What makes a number a part of something else.
 _PART_BEFORE = re.compile(r"(?:[\w.,^_]|[-+*/×÷]\s*)\Z")
-_PART_AFTER = re.compile(r"_|\s*[+*/^×÷]|\.\.|…")
+_PART_AFTER = re.compile(r"_|\s*[+*/^×÷]|\s*-\s*(?:\Z|[^\w\s])|\.\.|…")
 _NAME = re.compile(r"[^\d,;]*")
 _ARITHMETIC = re.compile(r"(?:[0-9\s.+\-*/()%×÷]|,(?=[0-9])|[^\W\d_]{3,})+")
 
@@ -176,7 +183,7 @@ def plain_number(text: str) -> Fraction | None:
 
 def plain_text(text: str) -> str:
     r"""`text` with LaTeX's spaces, signs, `\text` and fractions of numbers as plain characters."""
-    text = unwrapped(text)
+    text = _without_bold(unwrapped(text))
     for _ in range(4):
         text = _TEXT_COMMAND.sub(r" \1 ", text)
     for pattern, new in _REPLACED:
@@ -191,7 +198,7 @@ def _vulgar_fraction(character: re.Match) -> str:
 
 
 # A number, what stands before it and a unit of at most three words.
-_BARE_NUMBER = re.compile(r"[-+ ]*[\d.][\d.,/ ]*[%°]?(?: *[^\W\d_]+[./]?){0,3}")
+_BARE_NUMBER = re.compile(r"(?:[A-Za-z] *=)?[-+( ]*[\d.][\d.,/ ]*[%°)]?(?: *[^\W\d_]+[./]?){0,3}")
 
 
 def extract_number(text: str) -> Fraction | None:
@@ -219,20 +226,21 @@ def number_right(completion: str | list[dict], answer: str | int | float) -> boo
 # ------------------------------------------------------------------ choices
 
 _LEAD = re.compile(
-    r"(?:(?:the|my|correct|right|best|final|answer|option|choice|letter|is|it|would|must|be|so|thus"
+    r"(?:(?:the|my|correct|right|best|final|answer|option|choice|letter|is|it|it['’]s|would|must|be|so|thus"
     r"|therefore|i|choose|pick|select)[\s:,]+)*",
     re.IGNORECASE,
 )
 _LABELLED = re.compile(
-    r"[(\[]?(?P<letter>[A-Da-d])(?:[)\].:]+|\s+[-\u2013\u2014:](?=\s)|\s+(?=\()|[ \t]*\n)"
+    r"[(\[]?(?P<letter>[A-Da-d])"
+    r"(?:[)\].:]+|\s+[-\u2013\u2014:](?=\s)|,(?=\s+\w\w)|\s+(?=\()|[ \t]*\n)"
 )
 _ALONE = re.compile(
-    r"[(\[]?(?P<letter>[A-Da-d])[)\]]?\W*"
-    r"|(?P<capital>[A-D])\s+(?:is|must be|would be)\s+(?:the\s+)?(?:correct|right|best|answer)\W*"
-    r"(?:(?:answer|option|choice|one)\W*)?"
+    r"(?:[(\[]?(?P<letter>[A-Da-d])[)\]]?"
+    r"|(?P<capital>[A-D])\s+(?:is|must be|would be)\s+(?:the\s+)?(?:correct|right|best|answer)"
+    r"(?:\s+(?:answer|option|choice|one))?)[\s.,;:!?]*"
 )
 _ANOTHER = re.compile(
-    r"\W*(?:(?:or|and)\b\W*)?[A-D](?=[).:\]]|\W*(?:[,/&]|or\b|and\b))|\W*[A-Da-d]\W*\Z"
+    r"\W*(?:(?:or|and)\b\W*)?[A-D](?=[).:\]]|\W*(?:[,/&]|or\b|and\b|\Z))|\W*[a-d]\W*\Z"
     r"|.*(?<!\w)[A-D][).:\]]|.*\bor\W+[A-D]\W*\Z",
     re.DOTALL,
 )
@@ -255,7 +263,7 @@ def extract_choice(text: str) -> str | None:
         return None
     for _ in range(4):
         answer = _TEXT_COMMAND.sub(r" \1 ", answer)
-    answer = unwrapped(answer)
+    answer = _without_bold(unwrapped(answer))
     answer = re.split(r"[,;]?\s(?:because|since)\b", answer, maxsplit=1, flags=re.I)[0]
     answer = unwrapped(answer[_LEAD.match(answer).end() :])
     alone = _ALONE.fullmatch(answer)
@@ -273,8 +281,9 @@ def choice_right(completion: str | list[dict], answer: str) -> bool:
     Raises:
         InputError: `answer` is none of A to D.
     """
-    require(answer in ("A", "B", "C", "D"), f"answer {answer!r:.80}: expected A, B, C or D")
-    return extract_choice(written(completion)) == answer
+    expected = extract_choice(answer)
+    require(expected is not None, f"answer {answer!r:.80}: expected A, B, C or D")
+    return extract_choice(written(completion)) == expected
 
 
 # ------------------------------------------------------------------ rewards

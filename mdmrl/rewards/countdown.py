@@ -26,6 +26,7 @@ NODES = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/"}
 _WRITTEN = [
     (re.compile(pattern), new)
     for pattern, new in (
+        (r"\$([^$]*)\$", r"\1"),
         (r"\\left(?=\()|\\right(?=\))", ""),
         (r"\\[,;:! ]", " "),
         (r"×|·|⋅|\\times(?![A-Za-z])|\\cdot(?![A-Za-z])", "*"),
@@ -36,7 +37,7 @@ _WRITTEN = [
 _FRACTION = re.compile(r"\\[dt]?frac *\{([^{}]*)\} *\{([^{}]*)\}")
 _EXPRESSION = re.compile(r"[0-9+\-*/() ]+")
 _LEADING_ZERO = re.compile(r"(?<!\d)0\d", re.ASCII)
-_SEPARATOR = re.compile(r" *[,;\n]\s*")
+_SEPARATOR = re.compile(r"\s*[,;\n]\s*")
 
 
 def countdown_expression(text: str) -> str | None:
