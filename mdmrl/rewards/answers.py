@@ -2,8 +2,9 @@ r"""The answer that a completion gives, by documented rules, and whether it is t
 
 What a completion marks counts: what its last `<answer>` holds, even nothing; without any, its last
 closed `\boxed{}`; else what stands behind its last `####` on that line; else the sentence behind
-its last "the answer is" ("the final answer is" and "Answer:" too), up to a "because". Where nothing
-is marked, the completion is an answer only if it is nothing else. What is ambiguous is wrong.
+its last "the answer is" ("the final answer is" and a line's "Answer:" too), up to a reason such as
+", because". Where nothing is marked, the completion is an answer only if it is nothing else. What
+is ambiguous is wrong.
 
 Everything is linear in the length of the text, and an answer of more than 300 characters is none.
 """
@@ -25,11 +26,13 @@ READ = 100_000  # the characters, at the end of a completion, that a mark is loo
 _END_TOKENS = re.compile(r"<\|(?:endoftext|eot_id|im_end)\|>")
 _PHRASE = re.compile(
     r"\bthe (?:(?:final|correct|right|best) )?(?:answer|option|choice) is\b"
-    r"|^[ \t*#]{0,8}(?:final )?answer(?=\W{0,3}:)",
+    r"|^[ \t*#]{0,8}(?:the )?(?:(?:final|correct|right|best) )?answer(?: is\b|(?=\W{0,3}:))",
     re.IGNORECASE | re.MULTILINE,
 )
+_CUT_TAG = re.compile(r"<(?:/\w{0,6})?\Z")
+_REASON = r"[,;]?\s(?:because|since|as)\b|[,;]\s(?:not|which|where|so)\b"
 _BEFORE_SENTENCE = re.compile(r"(?:[:\s]|\*\*(?=[:\s])|(?:\$\$|\\\[)\s)*")
-_SENTENCE_END = re.compile(r"\n|\.(?=\s|\Z)|[,;]?\s(?:because|since|as)\b", re.IGNORECASE)
+_SENTENCE_END = re.compile(rf"\n|\.(?=\s|\Z)|{_REASON}", re.IGNORECASE)
 # Not a power: "2**3**2" stays.
 _BOLD = re.compile(r"(?<![\w)*])(\*{1,2})(?=\S)([^*\n]+)(?<=\S)\1(?![\w(*])")
 _BRACES = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
@@ -51,6 +54,7 @@ def marked_answer(text: str) -> str | None:
     block = answer_block(text)
     if block is None:
         return _marked_without_tags(text, last_box=True)
+    block = _CUT_TAG.sub("", block).rstrip()  # of a completion that ends within the closing tag
     inner = _marked_without_tags(block, last_box=False)
     return block if inner is None else inner
 
@@ -227,7 +231,7 @@ def number_right(completion: str | list[dict], answer: str | int | float) -> boo
 
 _LEAD = re.compile(
     r"(?:(?:the|my|correct|right|best|final|answer|option|choice|letter|is|it|it['’]s|would|must|be|so|thus"
-    r"|therefore|i|choose|pick|select)[\s:,]+)*",
+    r"|therefore|i|choose|pick|select|only|clearly|definitely|probably)[\s:,]+)*",
     re.IGNORECASE,
 )
 _LABELLED = re.compile(
@@ -235,7 +239,7 @@ _LABELLED = re.compile(
     r"(?:[)\].:]+|\s+[-\u2013\u2014:](?=\s)|,(?=\s+\w\w)|\s+(?=\()|[ \t]*\n)"
 )
 _ALONE = re.compile(
-    r"(?:[(\[]?(?P<letter>[A-Da-d])[)\]]?"
+    r"(?:[(\[{]?(?P<letter>[A-Da-d])[)\]}]?"
     r"|(?P<capital>[A-D])\s+(?:is|must be|would be)\s+(?:the\s+)?(?:correct|right|best|answer)"
     r"(?:\s+(?:answer|option|choice|one))?)[\s.,;:!?]*"
 )
@@ -264,7 +268,7 @@ def extract_choice(text: str) -> str | None:
     for _ in range(4):
         answer = _TEXT_COMMAND.sub(r" \1 ", answer)
     answer = _without_bold(unwrapped(answer))
-    answer = re.split(r"[,;]?\s(?:because|since)\b", answer, maxsplit=1, flags=re.I)[0]
+    answer = re.split(_REASON, answer, maxsplit=1, flags=re.I)[0]
     answer = unwrapped(answer[_LEAD.match(answer).end() :])
     alone = _ALONE.fullmatch(answer)
     if alone:

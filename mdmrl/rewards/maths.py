@@ -36,20 +36,23 @@ from mdmrl.rewards.answers import (
     written,
 )
 
-LIMIT = 0.85  # seconds for a reply; the worker's own limit is below
+LIMIT = 0.9  # seconds for a reply; the worker's own limit is below
 START = 120  # seconds for math-verify to be imported on a busy machine
 
 _COMMAND = re.compile(r"\\(?:(?:begin|end)\{\w*\}|[A-Za-z]+)")
-_TEXT = re.compile(r"\\(?:text|mbox|mathrm|textbf)\s*\{[^{}]*\}")
+_TEXT = re.compile(r"\\(?:text|mbox|mathrm|textbf)\s*\{([^{}]*)\}")
 _FUNCTIONS = "pi|sqrt|sin|cos|tan|cot|sec|csc|log|ln|exp|inf|infinity|frac"
 _WORD = re.compile(rf"\b(?!(?:{_FUNCTIONS}|mod|and)\b)[^\W\d_]{{3,}}")
 # Letters that are no unit: a variable, the imaginary unit, a function.
-_SYMBOL = re.compile(rf"(?<![^\W\d_])(?:[^\W\d_]|{_FUNCTIONS})(?![^\W\d_])|!")
+_UNITS = "cm|mm|km|kg|mg|ml|ft|in|yd|mi|lb|oz|hr|of"
+_SYMBOL = re.compile(
+    rf"(?<![^\W\d_])(?!(?:{_UNITS})\b)(?:[^\W\d_]{{1,2}}|{_FUNCTIONS})(?![^\W\d_])|!"
+)
 _MODULUS = re.compile(r"\s*\(?\s*\\?[pb]?mod\s*\{?\s*(\d{1,9})\s*\}?\s*\)?\s*\Z", re.ASCII)
 _ROUNDED = re.compile(r"\.\d{5}", re.ASCII)
 # A name, "x", "x_1", "f(x)", or arithmetic.
 _LEFT_SIDE = re.compile(r"\s*(?:[A-Za-z](?:_\{?\w\}?)?(?:\([a-z]\))?|(?:\\[a-z]+|[^A-Za-z\\])+)\s*")
-_BASE = re.compile(r"_\{?\d{1,2}\}?\Z", re.ASCII)  # "52_8", eight the base
+_BASE = re.compile(r"_\{?(\d{1,2})\}?\Z", re.ASCII)  # "52_8", eight the base
 
 
 def maths_right(completion: str | list[dict], answer: str) -> bool:
@@ -74,8 +77,13 @@ def maths_right(completion: str | list[dict], answer: str) -> bool:
     if _same(given) == _same(reference):
         return True
     base = _BASE.search(reference)
-    if base or _WORD.search(_COMMAND.sub(" ", plain_text(reference))):
-        return base is not None and _same(given) == _same(reference[: base.start()])
+    if base:
+        digits = reference[: base.start()]
+        return _same(given) in (
+            f"{digits}{form}" for form in ("", f"_{base[1]}", f"_{{{base[1]}}}")
+        )
+    if _WORD.search(_COMMAND.sub(" ", plain_text(reference))):
+        return _same(given).casefold() == _same(reference).casefold()
     return _may_agree(reference, given) and _worker.agree(
         reference.replace("$", ""), given.replace("$", "")
     )
@@ -90,7 +98,7 @@ def _may_agree(reference: str, given: str) -> bool:
         return False  # a set for a tuple
     if given.count("=") == 1 and "=" not in reference:  # "2x = 6" for 6
         return _LEFT_SIDE.fullmatch(given.partition("=")[0]) is not None
-    return "boxed" not in given  # of several boxes, the first
+    return "boxed" not in given  # it would look for boxes by rules of its own
 
 
 def _number(text: str) -> Fraction | None:
@@ -106,8 +114,8 @@ def _number(text: str) -> Fraction | None:
 
 def _same(text: str) -> str:
     """`text` as it is compared for being the same to the letter."""
-    text = unwrapped(plain_text(text)).replace("{", "").replace("}", "")
-    return re.sub(r"\s+|\\[dt](?=frac)", "", text).casefold()
+    text = unwrapped(_TEXT.sub(r"\1", re.sub(r"\\[dt]frac", r"\\frac", text)))
+    return re.sub(r"\\left(?![a-z])|\\right(?![a-z])|\\[!,;: ]|\s+", "", text)
 
 
 class _Worker:

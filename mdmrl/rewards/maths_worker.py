@@ -13,7 +13,7 @@ import resource
 import signal
 import sys
 
-LIMIT = 0.6  # seconds
+LIMIT = 0.7  # seconds
 MEMORY = 2 * 2**30  # bytes of addresses
 # Judged once at the start, so that what the parser and SymPy learn is there in every fork.
 WARM_UP = (
