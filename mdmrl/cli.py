@@ -181,7 +181,7 @@ def evaluate(
     options = {} if n_shot is None else {"n_shot": n_shot}
     judged = mdmrl.load_task(task, data=data, **options)
     if generations:
-        return command.evaluate_generations(judged, generations, json)
+        return command.evaluate_generations(judged, generations, output_dir, json)
     loaded = mdmrl.load_policy(policy, device=device, dtype=dtype, adapter=adapter, family=family)
     own = {"rewards": [load_object(name) for name in reward]} if reward else {}
     own |= {"draw": load_object(draw)} if draw else {}

@@ -1,19 +1,31 @@
-"""Evaluation: what counts is averaged, what completions look like, and the table of both."""
+"""Evaluation: what counts is averaged, what completions look like, the table of both, and the
+examples that they are of."""
 
+import itertools
 import math
+import re
+from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from conftest import Interrupted
 
 from mdmrl.config import InputError
 from mdmrl.evaluation.accuracy import evaluate
 from mdmrl.evaluation.completions import completion_metrics
-from mdmrl.evaluation.stats import wilson_interval
+from mdmrl.evaluation.examples import (
+    evaluate_examples,
+    evaluation_identity,
+    prompt_hash,
+    summary,
+)
+from mdmrl.evaluation.stats import clustered_interval, wilson_interval
 from mdmrl.evaluation.tables import evaluation_table, print_table
 from mdmrl.rewards import RewardLog
 from mdmrl.rewards.text import TAGS, repetition
-from mdmrl.runs import generator_for
+from mdmrl.runs import RunFolderError, as_json, generator_for
 from mdmrl.sampling import SamplerConfig, generate
 from mdmrl.tasks import Task, load_task
 from mdmrl.tasks.base import MASKED
@@ -259,3 +271,220 @@ def test_a_named_policy_is_loaded_and_ones_own_parts_are_used(monkeypatch, mdm):
     frame = evaluation_table("tiny-mdm", TOY, "test", 2, SHORT, rewards=[three], draw=drawn)
     assert frame.policy.tolist() == ["tiny-mdm"]
     assert frame.reward.tolist() == [3.0] and seen == [2]
+
+
+# -- example by example ----------------------------------------------------------------------------
+
+
+WARM = SHORT.replace(temperature=1.0)
+
+
+def first_letter(text):
+    return text[:1] or None
+
+
+def vowel(text, row):
+    """Abstains from rows below 2; what else is judged is drawn at random."""
+    return None if row["number"] < 2 else len(text) % 2 == 0
+
+
+LETTERS = Task("letters", {"test": ROWS}, metric=vowel, extract=first_letter)
+
+
+def without_seconds(found):
+    return found.examples.drop(columns="seconds")
+
+
+def test_examples_are_what_evaluate_averages(any_policy):
+    task = replace(LETTERS, rewards=[halves], watch=lambda texts, ids: {"rows": len(texts)})
+    how = {"rewards": task.rewards, "batch_size": 4}
+    found = evaluate_examples(any_policy, task, ROWS, WARM, seeds=[3], **how)
+    judging = {"watch": task.watch, "seed": 3, "batch_size": 4}
+    expected = evaluate(any_policy, ROWS, WARM, [halves], vowel, **judging)
+    assert found.averages.keys() == expected.keys()
+    assert found.averages == pytest.approx(expected)
+    assert np.nanmean(found.examples["rewards/halves"]) == pytest.approx(expected["reward"])
+    assert found.examples.score.isna().tolist() == [True] * 2 + [False] * 7
+    assert found.examples.extracted.tolist() == [t[:1] or None for t in found.examples.completion]
+
+
+def test_costs_are_shares_of_the_batch(mdm):
+    outputs = []
+
+    def drawn(*arguments):
+        outputs.append(generate(*arguments))
+        return outputs[-1]
+
+    found = evaluate_examples(mdm, LETTERS, ROWS, SHORT, draw=drawn, batch_size=5).examples
+    assert found.batch.tolist() == [0] * 5 + [1] * 4
+    for output, (_, batch) in zip(outputs, found.groupby("batch"), strict=True):
+        assert batch.completion.tolist() == output.completions
+        assert set(batch.nfe) == {output.nfe}
+        assert batch.positions.sum() == pytest.approx(output.token_forwards)
+    assert (found.seconds > 0).all()
+
+
+def test_prompts_are_known_by_all_but_the_solution():
+    row = {"prompt": "1,2:3", "nums": [1, 2], "target": 3}
+    known = prompt_hash(row)
+    assert re.fullmatch("[0-9a-f]{16}", known)
+    assert (
+        prompt_hash({"target": 3, "completion": "1+2", "nums": [1, 2], "prompt": "1,2:3"}) == known
+    )
+    for other in ({"target": 4}, {"prompt": "2,1:3"}, {"nums": [1, 3]}, {"prompt": [{"a": "b"}]}):
+        assert prompt_hash(row | other) != known
+    assert prompt_hash(row | {"seconds": 3}) == known  # which it is not scored by
+    assert prompt_hash(ROWS[0]) != prompt_hash(ROWS[0] | {"number": 9})
+
+
+def test_seeds_and_samples_are_completions_of_their_own(ar):
+    how = {"seeds": [0, 5], "samples": 3, "batch_size": 4}
+    found = evaluate_examples(ar, LETTERS, ROWS, WARM, **how).examples
+    assert len(found) == 2 * 9 * 3
+    places = set(zip(found["index"], found.seed, found["sample"], strict=True))
+    assert places == set(itertools.product(range(9), (0, 5), range(3)))
+    assert found.groupby("index").prompt_hash.nunique().eq(1).all()
+    assert found.groupby("index").completion.nunique().gt(3).all()
+    alone = evaluate_examples(ar, LETTERS, ROWS, WARM, seeds=[5], samples=3, batch_size=4).examples
+    assert found[found.seed == 5].completion.tolist() == alone.completion.tolist()
+
+
+@pytest.mark.parametrize(
+    "cut", ["between batches", "within a batch", "within a line", "at the end"]
+)
+def test_a_run_that_was_cut_off_goes_on_to_the_same_examples(mdm, tmp_path, cut):
+    calls = []
+
+    def drawn(policy, prompts, config, generator):
+        calls.append(len(prompts))
+        if len(calls) == 3 and cut != "at the end":
+            raise Interrupted
+        return generate(policy, prompts, config, generator)
+
+    how = {"seeds": [0, 1], "batch_size": 4, "rewards": [halves]}
+    how["draw"] = Drawn(drawn)
+    whole = evaluate_examples(mdm, LETTERS, ROWS, WARM, **how | {"draw": Drawn(generate)})
+    folder = tmp_path / "run"
+    if cut == "at the end":
+        evaluate_examples(mdm, LETTERS, ROWS, WARM, output_dir=folder, **how)
+        calls.clear()
+    else:
+        with pytest.raises(Interrupted):
+            evaluate_examples(mdm, LETTERS, ROWS, WARM, output_dir=folder, **how)
+    file = folder / "examples.jsonl"
+    if cut == "within a batch":
+        lines = file.read_text().splitlines(keepends=True)
+        file.write_text("".join([*lines, lines[-1].replace('"batch": 1', '"batch": 2')]))
+    elif cut == "within a line":
+        file.write_text(file.read_text() + '{"batch": 2, "index": 8, "comp')
+    calls[:] = [None] * 3  # past the interruption
+    found = evaluate_examples(mdm, LETTERS, ROWS, WARM, output_dir=folder, **how)
+    assert calls[3:] == ([] if cut == "at the end" else [1, 4, 4, 1])
+    pd.testing.assert_frame_equal(without_seconds(found), without_seconds(whole))
+    assert found.averages == pytest.approx(whole.averages, rel=1e-12)
+    assert len(file.read_text().splitlines()) == 18
+    with pytest.raises(RunFolderError, match=r"holds another run .*samples 1 -> 2"):
+        evaluate_examples(mdm, LETTERS, ROWS, WARM, output_dir=folder, samples=2, **how)
+
+
+class Drawn:
+    """A sampler that is the same whatever it calls."""
+
+    fingerprint = staticmethod(lambda: "drawn")
+
+    def __init__(self, call):
+        self.call = call
+
+    def __call__(self, *arguments):
+        return self.call(*arguments)
+
+
+def test_the_identity_holds_all_that_decides(mdm, ar):
+    def known(policy=mdm, task=LETTERS, rows=ROWS, sampler=SHORT, **how):
+        return as_json(evaluation_identity(policy, task, rows, sampler, **how))
+
+    others = [
+        known(policy=ar),
+        known(task=replace(LETTERS, metric=counting)),
+        known(task=replace(LETTERS, extract=None)),
+        known(rows=ROWS[:8]),
+        known(rows=[{**row, "number": row["number"] + 1} for row in ROWS]),
+        known(sampler=WARM),
+        known(sampler=SHORT.replace(steps=1)),
+        known(seeds=[1]),
+        known(samples=2),
+        known(rewards=[halves]),
+        known(draw=lambda *arguments: generate(*arguments)),
+        known(batch_size=8),
+    ]
+    assert known() == known() and len({known(), *others}) == 13
+
+
+def test_completions_that_would_all_be_the_same_are_refused(mdm):
+    def examples(sampler, **how):
+        return evaluate_examples(mdm, LETTERS, ROWS[:2], sampler, **how).examples
+
+    with pytest.raises(InputError, match=r"samples=2: at temperature=0 .* set a temperature"):
+        examples(SHORT, samples=2)
+    with pytest.raises(InputError, match=r"seeds=\[0, 1\]: at temperature=0 .* or give one seed"):
+        examples(SHORT, seeds=[0, 1])
+    for how, message in (({"samples": 0}, "samples=0"), ({"seeds": []}, "no seeds")):
+        with pytest.raises(InputError, match=message):
+            examples(WARM, **how)
+    with pytest.raises(InputError, match=r"seeds=\[1, 1\]: expected each once"):
+        examples(WARM, seeds=[1, 1])
+    assert len(examples(SHORT.replace(remasking="random"), seeds=[0, 1])) == 4
+
+
+def test_the_task_sets_length_and_steps_where_nothing_is_said(mdm, ar):
+    task = replace(LETTERS, sampler={"max_new_tokens": 6, "steps": 3})
+    for policy, nfe in ((mdm, 3), (ar, 6)):
+        found = evaluate_examples(policy, task, ROWS[:2]).examples
+        assert set(found.nfe) == {nfe}
+
+
+# -- what examples come to -------------------------------------------------------------------------
+
+
+def scored(*scores, seeds=1):
+    """Examples with these scores: a list an item, its completions in turn of each seed."""
+    rows = [
+        {"index": i, "seed": j % seeds, "sample": j // seeds, "score": score}
+        for i, item in enumerate(scores)
+        for j, score in enumerate(item)
+    ]
+    return pd.DataFrame(rows).astype({"score": float})
+
+
+def test_one_completion_an_item_has_wilsons_interval():
+    found = summary(scored([1], [0], [None], [1], [1]))
+    assert found["n"] == found["completions"] == 4
+    assert found["left_out"] == 1
+    assert found["seeds"] == [0]
+    interval = wilson_interval(3, 4)
+    assert [found["accuracy"], *found["interval"]] == pytest.approx(list(interval))
+    nothing = summary(scored([None], [None]))
+    assert nothing["accuracy"] is nothing["interval"] is None
+    assert (nothing["n"], nothing["left_out"]) == (0, 2)
+
+
+def test_items_count_alike_whatever_was_judged_of_them():
+    found = summary(scored([1, 0], [1, None], [0, 0], seeds=2))
+    assert found["accuracy"] == pytest.approx((0.5 + 1 + 0) / 3)
+    assert (found["n"], found["completions"], found["left_out"]) == (3, 5, 1)
+    assert found["by_seed"] == {"0": pytest.approx(2 / 3), "1": 0}
+    interval = clustered_interval([0.5, 1, 0], 2)
+    assert found["interval"] == pytest.approx(interval[1:])
+
+
+def test_pass_at_k_is_over_prompts():
+    found = summary(scored([1, 0, 0, 0], [0] * 4, [1, 1, 0, 1]), ks=[1, 2, 4])
+    chances = {k: estimate["estimate"] for k, estimate in found["pass@k"].items()}
+    assert chances == pytest.approx({"1": (1 / 4 + 3 / 4) / 3, "2": (1 / 2 + 1) / 3, "4": 2 / 3})
+    assert found["pass@k"]["1"]["estimate"] == pytest.approx(found["accuracy"])
+    for k, estimate in found["pass@k"].items():
+        low, high = estimate["interval"]
+        assert 0 <= low < chances[k] < high <= 1
+    assert found["pass@k"]["4"]["interval"] == pytest.approx(wilson_interval(2, 3)[1:])
+    with pytest.raises(InputError, match="k=5: expected 1 to 4"):
+        summary(scored([1, 0, 0, 0]), ks=[5])

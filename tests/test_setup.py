@@ -163,6 +163,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
 
 
 def test_any_sampler_can_be_evaluated(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
     table = tmp_path / "table.csv"
     options, steps = [*LITTLE, "--csv", str(table)], ["--steps", "2", "--steps", "4"]
     blocks = ["--sampler", "block_length=8", "--sampler", "cache=dual"]
@@ -242,6 +243,18 @@ def test_help_loads_nothing_heavy():
     code = (
         "import sys, mdmrl.cli\n"
         "heavy = {'torch', 'transformers', 'papermill', 'pandas'} & sys.modules.keys()\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_every_import_of_torch_stays_as_quick():
+    """What PyTorch calls of ours by its entry points (see the module) loads nothing heavy."""
+    code = (
+        "import sys\n"
+        "from mdmrl.evaluation.lm_eval_hook import register\n"
+        "register()\n"
+        "heavy = {'torch', 'transformers', 'lm_eval', 'pandas'} & sys.modules.keys()\n"
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

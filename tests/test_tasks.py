@@ -105,6 +105,7 @@ def test_what_is_no_task_is_named(file):
 
 
 def test_the_command_line_takes_a_task_of_ones_own(monkeypatch, capsys, file, tmp_path):
+    monkeypatch.chdir(tmp_path)
     table, task = tmp_path / "table.csv", f"{file}:arithmetic"
     options = ("--limit", 2, "--sampler", "max_new_tokens=8", "--csv", table)
     assert call(monkeypatch, "eval", "tiny-ar", "--task", task, *options) == 0

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from mdmrl.config import require
 from mdmrl.evaluation.examples import (
     evaluate_examples,
     evaluation_identity,
@@ -46,12 +47,15 @@ def evaluate_policy(
     json: Path | None = None,
 ) -> None:
     """Evaluate with the task's sampler and the fields `given`, once for each of `steps`; print the
-    table, and write what is asked for. Of several numbers of steps each has a folder in
-    `output_dir`, and `json` is a list."""
+    table, and write what is asked for, and `summary.json` into the run folder. Of several numbers
+    of steps each has a folder in `output_dir`, and `json` is a list."""
     rows, table, reports = task.rows(split, limit), [], []
     how = {"seeds": seeds, "samples": samples, "batch_size": batch_size, "draw": draw}
     how |= {"rewards": task.rewards if rewards is None else rewards}
-    ks = ks or ([1, samples * len(seeds)] if samples > 1 else [])
+    drawn = samples * len(seeds)
+    for k in ks:
+        require(1 <= k <= drawn, f"k={k}: expected 1 to {drawn}, the completions of a prompt")
+    ks = ks or ([1, drawn] if samples > 1 else [])
     asked = SamplerConfig.from_dict(task.sampler_for(policy, **given))
     for sampler in samplers_of(policy, asked, steps):
         if output_dir is None:
@@ -64,7 +68,7 @@ def evaluate_policy(
             policy, task, rows, sampler, output_dir=folder, progress=True, **how
         )
         table.append(table_row(name, policy, task, split, sampler, found))
-        reports.append(
+        report = (
             summary(found.examples, ks)
             | {name: found.examples[name].sum() for name in ("seconds", "positions")}
             | {"nfe": int(found.examples.groupby("batch").nfe.first().sum())}
@@ -73,6 +77,8 @@ def evaluate_policy(
             | {"averages": found.averages}
             | {"environment": environment(policy.device)}
         )
+        _write(folder / "summary.json", report)
+        reports.append(report)
     frame = pd.DataFrame(table)
     if csv is not None:
         append_rows(frame, csv)
@@ -85,11 +91,17 @@ def evaluate_policy(
         print(f"{_counts(report)}: {report['folder']}")
 
 
-def evaluate_generations(task: Task, paths: Sequence[Path], json: Path | None = None) -> None:
-    """Score stored generations; print the accuracy and write it to `json`."""
+def evaluate_generations(
+    task: Task, paths: Sequence[Path], output_dir: Path | None = None, json: Path | None = None
+) -> None:
+    """Score stored generations; print the accuracy, write it to `json` and what was made of each
+    into `output_dir`."""
     examples = score_generations(task, paths)
+    if output_dir is not None:
+        lines = [as_json(row) + "\n" for row in examples.to_dict("records")]
+        write_atomically(output_dir / "examples.jsonl", "".join(lines))
     found = summary(examples)
-    found |= {"items": int(examples.prompt_hash.nunique()), "task": task.name}
+    found |= {"prompts": int(examples.prompt_hash.nunique()), "task": task.name}
     found |= {"files": list(map(str, paths)), "environment": environment("cpu")}
     if json is not None:
         _write(json, found)

@@ -8,8 +8,8 @@ An example is a row of `examples`, in a run folder a line of `examples.jsonl`:
 
     batch          which batch it was drawn in
     index          which of the rows; seed, sample: which of its completions
-    prompt_hash    of the prompt and the columns that the metric reads: who pairs two evaluations
-                   pairs by it
+    prompt_hash    of the prompt and the columns that it is scored by: what two evaluations are
+                   paired by
     completion     the text; extracted: the answer it gives (`Task.extract`)
     score          1 or 0, None where the metric abstains; reward, rewards/NAME: where asked for
     seconds        its share of the time that completing its batch took, scoring left out
@@ -22,6 +22,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -30,7 +31,7 @@ from typing import NamedTuple
 import pandas as pd
 
 from mdmrl.config import require
-from mdmrl.evaluation.accuracy import Batch, Judge, average
+from mdmrl.evaluation.accuracy import Batch, Judge, Mean, average
 from mdmrl.evaluation.stats import clustered_interval, pass_at_k
 from mdmrl.identity import known, named
 from mdmrl.policies import Policy
@@ -41,6 +42,7 @@ from mdmrl.sampling import SamplerConfig, generate
 from mdmrl.tasks import Task
 
 ALGORITHM = "evaluate-1"  # part of a run's identity: raise it when results change
+SCORED = {"nums", "target", "answer"}  # what the tasks with checked answers are scored by
 
 
 class Evaluation(NamedTuple):
@@ -105,7 +107,8 @@ def evaluate_examples(
             log = RewardLog()
             batch = judge(start, batch_size, seed, log)
             made = _examples(batch, task, rows, number, seed, start, samples)
-            monitors = {"batch": number, "rows": len(made), **log.metrics(), **batch.monitors}
+            monitors = {"batch": number, "rows": len(made)}
+            monitors |= {"monitors": log.metrics() | batch.monitors}
             if run:
                 for example in made:
                     run.log(example, "examples")
@@ -145,9 +148,10 @@ def evaluation_identity(
 
 
 def prompt_hash(row: Mapping) -> str:
-    """16 hexadecimal digits of a row's prompt and of its other columns, the reference solution
-    `completion` left out."""
-    asked = {name: value for name, value in row.items() if name != "completion"}
+    """16 hexadecimal digits of a row's prompt and of `SCORED`; where it has none of these, of all
+    its columns but the reference solution `completion`."""
+    named = SCORED & row.keys() or row.keys() - {"completion"}
+    asked = {name: row[name] for name in (named | {"prompt"}) & row.keys()}
     text = json.dumps(asked, sort_keys=True, ensure_ascii=False, default=str)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
@@ -237,12 +241,10 @@ def _examples(
 
 
 def _averages(frame: pd.DataFrame, batches: Sequence[dict], judged: bool) -> dict:
-    names = dict.fromkeys(name for batch in batches for name in batch)
-    of = {
-        name: [(b[name], b["rows"]) for b in batches if b.get(name) is not None]
-        for name in names
-        if name not in ("batch", "rows")
-    }
+    of: dict[str, list[Mean]] = defaultdict(list)
+    for batch in batches:
+        for name, value in batch["monitors"].items():
+            of[name] += [] if value is None else [(value, batch["rows"])]
     averages = {name: average(means) for name, means in of.items()}
     for name in frame:
         if name == "reward" or name.startswith("rewards/"):
