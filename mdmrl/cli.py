@@ -144,6 +144,7 @@ def _resumable() -> Iterator[None]:
 
 @app.command("eval")
 def evaluate(
+    context: typer.Context,
     policy: Annotated[Name, Argument(help="A name, or a folder; none to score files.")] = None,
     task: TaskName = "medcot",
     data: Annotated[File, Option(help="Rows of your own instead of the task's.")] = None,
@@ -172,10 +173,18 @@ def evaluate(
     policy, or of stored --generations; or --compare two evaluations of the same prompts."""
     from mdmrl.evaluation import command
 
-    asked = {"a policy": policy, "--generations": generations, "--compare": compare}
-    given = [name for name, value in asked.items() if value]
-    said = f"got {' and '.join(given) or 'none of them'}"
-    require(len(given) == 1, f"{said}: expected one of {', '.join(asked)}")
+    goes_with = {"policy": None, "generations": {"task", "output_dir", "json"}, "compare": {"json"}}
+    given = [
+        name for name in context.params if context.get_parameter_source(name).name != "DEFAULT"
+    ]
+    asked = [name for name in goes_with if name in given]
+    said = ", ".join(asked) or "none of them"
+    require(len(asked) == 1, f"got {said}: expected one of a policy, --generations, --compare")
+    if (allowed := goes_with[asked[0]]) is not None:
+        ignored = [
+            f"--{name.replace('_', '-')}" for name in given if name not in {*asked, *allowed}
+        ]
+        require(not ignored, f"--{asked[0]} ignores {', '.join(ignored)}: leave it out")
     if compare:
         return command.compare_evaluations(*compare, json)
     options = {} if n_shot is None else {"n_shot": n_shot}
