@@ -344,6 +344,13 @@ def test_policies_are_compared_by_their_folders(call, saved):
         call(policy, "--task", "tasks.py:drawn", "--output-dir", policy + "-run")
     found = compare("mdm-run", "ar-run/examples.jsonl")
     assert found["n"] == 6
+    frames = [pd.read_json(f"{policy}-run/examples.jsonl", lines=True) for policy in ("mdm", "ar")]
+    inside = compare(*frames)
+    assert inside.pop("a")["accuracy"] == found.pop("a")["accuracy"] == frames[0].score.mean()
+    assert inside.pop("b")["name"] == "b" != found.pop("b")["name"]
+    assert inside == found
+    with pytest.raises(InputError, match="a has 6 items and b has 5, of which 5 are"):
+        compare(frames[0], frames[1][1:])
     call("ar", "--task", "tasks.py:drawn", "--limit", 4, "--output-dir", "four")
     with pytest.raises(InputError, match=r"mdm-run has 6 items and four has 4, of which 4 are in"):
         compare("mdm-run", "four")
