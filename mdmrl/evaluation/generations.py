@@ -19,7 +19,7 @@ from mdmrl.tasks import Task
 from mdmrl.tasks.base import numbered_rows
 
 # LLaDA's end tokens, which d1's files keep; what stands behind the first is no part of the text.
-END = re.compile(r"<\|(eot_id|endoftext)\|>")
+END = re.compile(r"<\|(?:eot_id|endoftext)\|>")
 ANSWERED = ("gsm", "math", "choice", "sudoku")  # tasks whose `answer` is a text
 
 
@@ -71,10 +71,11 @@ def _stored(path: Path, task: Task) -> list[tuple[str, dict]]:
     if isinstance(whole, dict) and isinstance(whole.get("generations"), list):
         require(len(whole["generations"]) > 0, f"{path}: no generations")
         entries = enumerate(whole["generations"])
-        found = [(where := f"{path}: generations[{i}]", _of_d1(e, task, where)) for i, e in entries]
+        numbered = [(f"{path}: generations[{i}]", entry) for i, entry in entries]
+        numbered = [(where, _of_d1(entry, task, where)) for where, entry in numbered]
     else:
-        found = numbered_rows(path)
-    return [(where, _readable(row, task, where)) for where, row in found]
+        numbered = numbered_rows(path)
+    return [(where, _readable(row, task, where)) for where, row in numbered]
 
 
 def _of_d1(entry: dict, task: Task, where: str) -> dict:
