@@ -246,3 +246,15 @@ def test_help_loads_nothing_heavy():
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_every_import_of_torch_stays_as_quick():
+    """What PyTorch calls of ours by its entry points (see the module) loads nothing heavy."""
+    code = (
+        "import sys\n"
+        "from mdmrl.evaluation.lm_eval_hook import register\n"
+        "register()\n"
+        "heavy = {'torch', 'transformers', 'lm_eval', 'pandas'} & sys.modules.keys()\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -112,11 +112,7 @@ class Text:
     ) -> Prompts:
         """Encode texts as they stand, whatever tokens they spell. With `add_special_tokens` a text
         gets what the tokenizer puts before it, but no end: it is to be continued."""
-        rows = self.tokenizer(list(texts), add_special_tokens=add_special_tokens).input_ids
-        ends = self.end_token_ids if add_special_tokens else ()
-        for row in rows:
-            while row and row[-1] in ends:
-                row.pop()
+        rows = self.tokenize(texts, add_special_tokens)
         require(all(rows), "a prompt encodes to no tokens: expected at least one")
         longest = max(map(len, rows))
         require(
@@ -124,6 +120,20 @@ class Text:
             f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the context of "
             f"{self.context_length}: shorten the prompt or lower max_new_tokens",
         )
+        return self.pad(rows)
+
+    def tokenize(self, texts: Sequence[str], add_special_tokens: bool = False) -> list[list[int]]:
+        """Token ids of texts as they stand, one list a text; see `encode_texts`."""
+        rows = self.tokenizer(list(texts), add_special_tokens=add_special_tokens).input_ids
+        ends = self.end_token_ids if add_special_tokens else ()
+        for row in rows:
+            while row and row[-1] in ends:
+                row.pop()
+        return rows
+
+    def pad(self, rows: Sequence[Sequence[int]]) -> Prompts:
+        """Token ids of prompts, one list a prompt, as a left-padded batch."""
+        longest = max(map(len, rows))
         ids = [torch.tensor(row) for row in rows]
         padded = pad_sequence(ids, True, self.pad_token_id, "left").to(self.device)
         lengths = torch.tensor([len(row) for row in rows], device=self.device)

@@ -2,8 +2,9 @@ r"""The answer that a completion gives, by documented rules, and whether it is t
 
 What a completion marks counts: what its last `<answer>` holds, even nothing; without any, its last
 closed `\boxed{}`; else what stands behind its last `####` on that line; else the sentence behind
-its last "the answer is" ("the final answer is" and "Answer:" too), up to a "because". Where nothing
-is marked, the completion is an answer only if it is nothing else. What is ambiguous is wrong.
+its last "the answer is" ("the final answer is" and a line's "Answer:" too), up to a reason such as
+", because". Where nothing is marked, the completion is an answer only if it is nothing else. What
+is ambiguous is wrong.
 
 Everything is linear in the length of the text, and an answer of more than 300 characters is none.
 """
@@ -25,11 +26,15 @@ READ = 100_000  # the characters, at the end of a completion, that a mark is loo
 _END_TOKENS = re.compile(r"<\|(?:endoftext|eot_id|im_end)\|>")
 _PHRASE = re.compile(
     r"\bthe (?:(?:final|correct|right|best) )?(?:answer|option|choice) is\b"
-    r"|^[ \t*#]{0,8}(?:final )?answer(?=\W{0,3}:)",
+    r"|^[ \t*#]{0,8}(?:the )?(?:(?:final|correct|right|best) )?answer(?: is\b|(?=\W{0,3}:))",
     re.IGNORECASE | re.MULTILINE,
 )
+_CUT_TAG = re.compile(r"<(?:/\w{0,6})?\Z")
+_REASON = r"[,;]?\s(?:because|since|as)\b|[,;]\s(?:not|which|where|so)\b"
 _BEFORE_SENTENCE = re.compile(r"(?:[:\s]|\*\*(?=[:\s])|(?:\$\$|\\\[)\s)*")
-_SENTENCE_END = re.compile(r"\n|\.(?=\s|\Z)|[,;]?\s(?:because|since|as)\b", re.IGNORECASE)
+_SENTENCE_END = re.compile(rf"\n|\.(?=\s|\Z)|{_REASON}", re.IGNORECASE)
+# Not a power: "2**3**2" stays.
+_BOLD = re.compile(r"(?<![\w)*])(\*{1,2})(?=\S)([^*\n]+)(?<=\S)\1(?![\w(*])")
 _BRACES = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
 _WRAPPERS = (
     *(("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]")),
@@ -38,8 +43,8 @@ _WRAPPERS = (
 
 
 def written(completion: str | list[dict]) -> str:
-    """The text of a completion without the tokens that end it."""
-    return _END_TOKENS.sub("", completion_text(completion))
+    """The text of a completion, with a new line for a token that ends it."""
+    return _END_TOKENS.sub("\n", completion_text(completion))
 
 
 def marked_answer(text: str) -> str | None:
@@ -49,6 +54,7 @@ def marked_answer(text: str) -> str | None:
     block = answer_block(text)
     if block is None:
         return _marked_without_tags(text, last_box=True)
+    block = _CUT_TAG.sub("", block).rstrip()  # of a completion that ends within the closing tag
     inner = _marked_without_tags(block, last_box=False)
     return block if inner is None else inner
 
@@ -67,7 +73,8 @@ def _marked_without_tags(text: str, last_box: bool) -> str | None:
         return None
     rest = strip_tags(text[phrases[-1] :])
     rest = rest[_BEFORE_SENTENCE.match(rest).end() :]
-    return _SENTENCE_END.split(rest, maxsplit=1)[0].strip()
+    sentence = _SENTENCE_END.split(rest, maxsplit=1)[0].strip()
+    return sentence.removesuffix("**") if sentence.count("**") % 2 else sentence
 
 
 def _boxes(text: str) -> list[str]:
@@ -81,6 +88,10 @@ def _boxes(text: str) -> list[str]:
         elif token[0][-1] == "{" and token[0] != r"\{":
             opened.append((token.end(), token[0] != "{"))
     return [text[start:end] for start, end in sorted(closed)]
+
+
+def _without_bold(text: str) -> str:
+    return _BOLD.sub(r"\2", text)
 
 
 def unwrapped(text: str) -> str:
@@ -122,15 +133,16 @@ _REPLACED = [
         (r"\\([%$])", r"\1"),
         (r"(?:(?<=[A-Za-z]{2})|(?<=\bm))\s?(?:\^\{?[23]\}?|[²³])", ""),  # the power of a unit
         (r"[-]\s*[$€£¥]\s*(?=[\d.])", "-"),
-        (r"[$€£¥]|\\[()\[\]]", " "),
+        (r"[$€£¥]|\\[()\[\]{}]", " "),
         (r"\\equiv|≡", "="),
     )
 ]
 _VULGAR = re.compile("[¼-¾⅐-⅞]")
 _AMBIGUOUS_WORDS = re.compile(r"\b(?:or|not|nor|neither|never|cannot|than)\b|n['’]t\b", re.I)
+_NO_NUMBER = re.compile(r"[\\<>≤≥≠±∞√|]|\[MASK\]")
 # What makes a number a part of something else.
 _PART_BEFORE = re.compile(r"(?:[\w.,^_]|[-+*/×÷]\s*)\Z")
-_PART_AFTER = re.compile(r"_|\s*[+*/^×÷]|\.\.|…")
+_PART_AFTER = re.compile(r"_|\s*[+*/^×÷]|\s*-\s*(?:\Z|[^\w\s])|\.\.|…")
 _NAME = re.compile(r"[^\d,;]*")
 _ARITHMETIC = re.compile(r"(?:[0-9\s.+\-*/()%×÷]|,(?=[0-9])|[^\W\d_]{3,})+")
 
@@ -147,7 +159,7 @@ def plain_number(text: str) -> Fraction | None:
     if len(text) > LONGEST:
         return None
     text = plain_text(text)
-    if _AMBIGUOUS_WORDS.search(text) or re.search(r"[\\<>≤≥≠±∞√|]", text):
+    if _AMBIGUOUS_WORDS.search(text) or _NO_NUMBER.search(text):
         return None
     if "=" in text:
         *lefts, right = text.split("=")
@@ -175,7 +187,7 @@ def plain_number(text: str) -> Fraction | None:
 
 def plain_text(text: str) -> str:
     r"""`text` with LaTeX's spaces, signs, `\text` and fractions of numbers as plain characters."""
-    text = unwrapped(text)
+    text = _without_bold(unwrapped(text))
     for _ in range(4):
         text = _TEXT_COMMAND.sub(r" \1 ", text)
     for pattern, new in _REPLACED:
@@ -190,7 +202,7 @@ def _vulgar_fraction(character: re.Match) -> str:
 
 
 # A number, what stands before it and a unit of at most three words.
-_BARE_NUMBER = re.compile(r"[-+ ]*[\d.][\d.,/ ]*[%°]?(?: *[^\W\d_]+[./]?){0,3}")
+_BARE_NUMBER = re.compile(r"(?:[A-Za-z] *=)?[-+( ]*[\d.][\d.,/ ]*[%°)]?(?: *[^\W\d_]+[./]?){0,3}")
 
 
 def extract_number(text: str) -> Fraction | None:
@@ -218,20 +230,21 @@ def number_right(completion: str | list[dict], answer: str | int | float) -> boo
 # ------------------------------------------------------------------ choices
 
 _LEAD = re.compile(
-    r"(?:(?:the|my|correct|right|best|final|answer|option|choice|letter|is|it|would|must|be|so|thus"
-    r"|therefore|i|choose|pick|select)[\s:,]+)*",
+    r"(?:(?:the|my|correct|right|best|final|answer|option|choice|letter|is|it|it['’]s|would|must|be|so|thus"
+    r"|therefore|i|choose|pick|select|only|clearly|definitely|probably)[\s:,]+)*",
     re.IGNORECASE,
 )
 _LABELLED = re.compile(
-    r"[(\[]?(?P<letter>[A-Da-d])(?:[)\].:]+|\s+[-\u2013\u2014:](?=\s)|\s+(?=\()|[ \t]*\n)"
+    r"[(\[]?(?P<letter>[A-Da-d])"
+    r"(?:[)\].:]+|\s+[-\u2013\u2014:](?=\s)|,(?=\s+\w\w)|\s+(?=\()|[ \t]*\n)"
 )
 _ALONE = re.compile(
-    r"[(\[]?(?P<letter>[A-Da-d])[)\]]?\W*"
-    r"|(?P<capital>[A-D])\s+(?:is|must be|would be)\s+(?:the\s+)?(?:correct|right|best|answer)\W*"
-    r"(?:(?:answer|option|choice|one)\W*)?"
+    r"(?:[(\[{]?(?P<letter>[A-Da-d])[)\]}]?"
+    r"|(?P<capital>[A-D])\s+(?:is|must be|would be)\s+(?:the\s+)?(?:correct|right|best|answer)"
+    r"(?:\s+(?:answer|option|choice|one))?)[\s.,;:!?]*"
 )
 _ANOTHER = re.compile(
-    r"\W*(?:(?:or|and)\b\W*)?[A-D](?=[).:\]]|\W*(?:[,/&]|or\b|and\b))|\W*[A-Da-d]\W*\Z"
+    r"\W*(?:(?:or|and)\b\W*)?[A-D](?=[).:\]]|\W*(?:[,/&]|or\b|and\b|\Z))|\W*[a-d]\W*\Z"
     r"|.*(?<!\w)[A-D][).:\]]|.*\bor\W+[A-D]\W*\Z",
     re.DOTALL,
 )
@@ -254,8 +267,8 @@ def extract_choice(text: str) -> str | None:
         return None
     for _ in range(4):
         answer = _TEXT_COMMAND.sub(r" \1 ", answer)
-    answer = unwrapped(answer)
-    answer = re.split(r"[,;]?\s(?:because|since)\b", answer, maxsplit=1, flags=re.I)[0]
+    answer = _without_bold(unwrapped(answer))
+    answer = re.split(_REASON, answer, maxsplit=1, flags=re.I)[0]
     answer = unwrapped(answer[_LEAD.match(answer).end() :])
     alone = _ALONE.fullmatch(answer)
     if alone:
@@ -272,8 +285,9 @@ def choice_right(completion: str | list[dict], answer: str) -> bool:
     Raises:
         InputError: `answer` is none of A to D.
     """
-    require(answer in ("A", "B", "C", "D"), f"answer {answer!r:.80}: expected A, B, C or D")
-    return extract_choice(written(completion)) == answer
+    expected = extract_choice(answer)
+    require(expected is not None, f"answer {answer!r:.80}: expected A, B, C or D")
+    return extract_choice(written(completion)) == expected
 
 
 # ------------------------------------------------------------------ rewards

@@ -13,7 +13,7 @@ import ast
 import operator
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 
 from mdmrl.rewards.answers import column, marked_answer, unwrapped, written
@@ -21,15 +21,12 @@ from mdmrl.rewards.answers import column, marked_answer, unwrapped, written
 LONGEST = 200  # characters, so that neither the parser nor a value has much to do
 NEAR = 0.1  # the reward of a well-formed expression of the numbers that misses the target
 
-OPERATORS = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.Div: operator.truediv,
-}
+OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
+NODES = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/"}
 _WRITTEN = [
     (re.compile(pattern), new)
     for pattern, new in (
+        (r"\$([^$]*)\$", r"\1"),
         (r"\\left(?=\()|\\right(?=\))", ""),
         (r"\\[,;:! ]", " "),
         (r"×|·|⋅|\\times(?![A-Za-z])|\\cdot(?![A-Za-z])", "*"),
@@ -40,7 +37,7 @@ _WRITTEN = [
 _FRACTION = re.compile(r"\\[dt]?frac *\{([^{}]*)\} *\{([^{}]*)\}")
 _EXPRESSION = re.compile(r"[0-9+\-*/() ]+")
 _LEADING_ZERO = re.compile(r"(?<!\d)0\d", re.ASCII)
-_SEPARATOR = re.compile(r" *[,;\n]\s*")
+_SEPARATOR = re.compile(r"\s*[,;\n]\s*")
 
 
 def countdown_expression(text: str) -> str | None:
@@ -77,7 +74,7 @@ def _expression_value(text: str, given: Counter) -> Fraction | None:
     if not used or Counter(used) != given:
         return None
     value = _value(tree)
-    return value if not equals or (value is not None and _stated(stated) == value) else None
+    return value if not equals or (value is not None and _number(stated) == value) else None
 
 
 def _steps_value(text: str, given: Counter) -> Fraction | None:
@@ -86,15 +83,25 @@ def _steps_value(text: str, given: Counter) -> Fraction | None:
     left, result = Counter({Fraction(number): count for number, count in given.items()}), None
     for step in _SEPARATOR.split(text):
         expression, _, stated = step.partition("=")
-        tree = _parsed(expression)
-        if not isinstance(tree, ast.BinOp):
+        result = _number(stated)
+        fit = (
+            Counter(sides)
+            for sign, *sides in _operations(expression)
+            if Counter(sides) <= left and _result(sign, *sides) == result
+        )
+        used = next(fit, None)
+        if used is None or result is None:
             return None
-        sides = _operand(tree.left), _operand(tree.right)
-        result = None if None in sides else _result(tree.op, *sides)
-        if result is None or _stated(stated) != result or not Counter(sides) <= left:
-            return None
-        left = left - Counter(sides) + Counter([result])
+        left = left - used + Counter([result])
     return result if left == Counter([result]) else None
+
+
+def _operations(text: str) -> Iterator[tuple[str, Fraction, Fraction]]:
+    """The readings of `text` as one operation: "4*3/2" is 4 * 3/2 or 4*3 / 2, whatever fits."""
+    for sign in re.finditer(r"[-+*/]", text if text.count("(") == text.count(")") else ""):
+        left, right = _number(text[: sign.start()]), _number(text[sign.end() :])
+        if left is not None and right is not None:
+            yield sign[0], left, right
 
 
 def _parsed(text: str) -> ast.expr | None:
@@ -115,37 +122,21 @@ def _value(node: ast.expr) -> Fraction | None:
             return Fraction(number)
         case ast.BinOp():
             sides = _value(node.left), _value(node.right)
-            return None if None in sides else _result(node.op, *sides)
+            return None if None in sides else _result(NODES.get(type(node.op)), *sides)
     return None
 
 
-def _result(sign: ast.operator, left: Fraction, right: Fraction) -> Fraction | None:
+def _result(sign: str | None, left: Fraction, right: Fraction) -> Fraction | None:
     """What one operation gives; None for a division by zero and for other operations."""
-    if type(sign) not in OPERATORS or (right == 0 and isinstance(sign, ast.Div)):
+    if sign not in OPERATORS or (right == 0 and sign == "/"):
         return None
-    return OPERATORS[type(sign)](left, right)
+    return OPERATORS[sign](left, right)
 
 
-def _operand(node: ast.expr) -> Fraction | None:
-    """A number of a step: a whole one, or an earlier result that is negative or a fraction."""
-    match node:
-        case ast.Constant():
-            return Fraction(node.value)
-        case ast.UnaryOp(op=ast.USub(), operand=ast.Constant() | ast.BinOp(op=ast.Div())):
-            value = _operand(node.operand)
-            return None if value is None else -value
-        case ast.BinOp(op=ast.Div(), left=ast.Constant() | ast.UnaryOp(), right=ast.Constant()):
-            top, bottom = _operand(node.left), node.right.value
-            return top / bottom if top is not None and bottom else None
-    return None
-
-
-def _stated(text: str) -> Fraction | None:
-    """The number behind an equals sign."""
-    found = re.fullmatch(r" *(-?) *([0-9]+)(?: */ *([0-9]+))? *", text)
-    if found is None or int(found[3] or 1) == 0:
-        return None
-    return Fraction(int(found[1] + found[2]), int(found[3] or 1))
+def _number(text: str) -> Fraction | None:
+    """A number as it stands in a step and behind "=": whole or a fraction, perhaps negative."""
+    found = re.fullmatch(r" *\(?(-?) *(0|[1-9][0-9]*)(?: */ *([1-9][0-9]*))?\)? *", text)
+    return found and Fraction(int(found[1] + found[2]), int(found[3] or 1))
 
 
 def countdown_right(completion: str | list[dict], nums: Sequence[int], target: int) -> bool:

@@ -39,13 +39,20 @@ from mdmrl.rewards.answers import (
 LIMIT = 0.9  # seconds for a reply; the worker's own limit is below
 START = 120  # seconds for math-verify to be imported on a busy machine
 
-_COMMAND = re.compile(r"\\[A-Za-z]+")
-_TEXT = re.compile(r"\\(?:text|mbox|mathrm|textbf)\s*\{[^{}]*\}")
-_FUNCTIONS = "pi|sqrt|sin|cos|tan|cot|sec|csc|log|ln|exp|mod|inf|infinity|frac"
-_WORD = re.compile(rf"\b(?!(?:{_FUNCTIONS})\b)[^\W\d_]{{3,}}")
+_COMMAND = re.compile(r"\\(?:(?:begin|end)\{\w*\}|[A-Za-z]+)")
+_TEXT = re.compile(r"\\(?:text|mbox|mathrm|textbf)\s*\{([^{}]*)\}")
+_FUNCTIONS = "pi|sqrt|sin|cos|tan|cot|sec|csc|log|ln|exp|inf|infinity|frac"
+_WORD = re.compile(rf"\b(?!(?:{_FUNCTIONS}|mod|and)\b)[^\W\d_]{{3,}}")
 # Letters that are no unit: a variable, the imaginary unit, a function.
-_SYMBOL = re.compile(rf"(?<![^\W\d_])(?:[^\W\d_]|{_FUNCTIONS})(?![^\W\d_])|!")
+_UNITS = "cm|mm|km|kg|mg|ml|ft|in|yd|mi|lb|oz|hr|of"
+_SYMBOL = re.compile(
+    rf"(?<![^\W\d_])(?!(?:{_UNITS})\b)(?:[^\W\d_]{{1,2}}|{_FUNCTIONS})(?![^\W\d_])|!"
+)
 _MODULUS = re.compile(r"\s*\(?\s*\\?[pb]?mod\s*\{?\s*(\d{1,9})\s*\}?\s*\)?\s*\Z", re.ASCII)
+_ROUNDED = re.compile(r"\.\d{5}", re.ASCII)
+# A name, "x", "x_1", "f(x)", or arithmetic.
+_LEFT_SIDE = re.compile(r"\s*(?:[A-Za-z](?:_\{?\w\}?)?(?:\([a-z]\))?|(?:\\[a-z]+|[^A-Za-z\\])+)\s*")
+_BASE = re.compile(r"_\{?(\d{1,2})\}?\Z", re.ASCII)  # "52_8", eight the base
 
 
 def maths_right(completion: str | list[dict], answer: str) -> bool:
@@ -63,26 +70,43 @@ def maths_right(completion: str | list[dict], answer: str) -> bool:
     if not 0 < len(given) <= LONGEST:
         return False
     reference = str(answer)
-    expected = plain_number(reference)
+    given = unwrapped(re.split(r"\\approx|≈", given)[0] or given)
+    expected = _number(reference)
     if expected is not None:
         return _number(given) == expected
     if _same(given) == _same(reference):
         return True
+    base = _BASE.search(reference)
+    if base:
+        digits = reference[: base.start()]
+        return _same(given) in (
+            f"{digits}{form}" for form in ("", f"_{base[1]}", f"_{{{base[1]}}}")
+        )
     if _WORD.search(_COMMAND.sub(" ", plain_text(reference))):
+        return _same(given).casefold() == _same(reference).casefold()
+    return _may_agree(reference, given) and _worker.agree(
+        reference.replace("$", ""), given.replace("$", "")
+    )
+
+
+def _may_agree(reference: str, given: str) -> bool:
+    """Whether math-verify is asked: not where it is known to take what is not equal for equal."""
+    if _ROUNDED.search(given) and not _ROUNDED.search(reference):  # six digits do for it
         return False
-    # math-verify takes six digits of a value for the value, and one of several boxes.
-    decimals = re.search(r"\d\.\d", given) and not re.search(r"\d\.\d", reference)
-    if decimals or "boxed" in given:
-        return False
-    return _worker.agree(reference.replace("$", ""), unwrapped(given).replace("$", ""))
+    brackets = [re.match(r"(?:\\left\s*)?(\\?[(\[{])?", text)[1] for text in (reference, given)]
+    if sorted(map(str, brackets)) in (["(", "\\{"], ["[", "\\{"]):
+        return False  # a set for a tuple
+    if given.count("=") == 1 and "=" not in reference:  # "2x = 6" for 6
+        return _LEFT_SIDE.fullmatch(given.partition("=")[0]) is not None
+    return "boxed" not in given  # it would look for boxes by rules of its own
 
 
 def _number(text: str) -> Fraction | None:
     """The number that an answer is; None where anything in it has yet to be worked out."""
-    modulus = _MODULUS.search(text)
-    text = text[: modulus.start()] if modulus else text
-    value = plain_number(text)
-    symbols = _TEXT.sub(" ", text).rpartition("=")[2]
+    text = re.sub(r"\\equiv|≡", "=", text)
+    modulus = _MODULUS.search(plain := plain_text(text))
+    value = plain_number(plain[: modulus.start()] if modulus else text)
+    symbols = _TEXT.sub(" ", text.replace("\\!", "")).rpartition("=")[2]
     if value is None or _SYMBOL.search(_COMMAND.sub(" ", symbols)):
         return None
     return value if modulus is None or 0 <= value < int(modulus[1]) else None
@@ -90,8 +114,8 @@ def _number(text: str) -> Fraction | None:
 
 def _same(text: str) -> str:
     """`text` as it is compared for being the same to the letter."""
-    text = unwrapped(plain_text(text)).replace("{", "").replace("}", "")
-    return re.sub(r"\s+|\\[dt](?=frac)", "", text).casefold()
+    text = unwrapped(_TEXT.sub(r"\1", re.sub(r"\\[dt]frac", r"\\frac", text)))
+    return re.sub(r"\\left(?![a-z])|\\right(?![a-z])|\\[!,;: ]|\s+", "", text)
 
 
 class _Worker:
@@ -104,22 +128,29 @@ class _Worker:
     def agree(self, reference: str, answer: str) -> bool:
         """math-verify's verdict; False where it takes too long, or for what it cannot read."""
         with self.lock:
-            if self.process is None or self.owner != os.getpid():
+            if self.process is None or self.owner != os.getpid() or self.process.poll() is not None:
                 self._start()
+            reply = b""
             try:
                 self.process.stdin.write(json.dumps([reference, answer]).encode() + b"\n")
-                self.process.stdin.flush()
-                return self._reply(LIMIT) == b"1\n"
-            except (OSError, TimeoutError):
-                self.stop()
-                return False
+                reply = self._reply(LIMIT)
+            except OSError:
+                pass
+            finally:  # a reply that comes later must not be the next one's
+                if not reply:
+                    self.stop()
+            return reply == b"1\n"
 
     def _start(self) -> None:
         file = Path(__file__).with_name("maths_worker.py")
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "bufsize": 0}
         # -P: this folder's modules must not stand for others of the same names.
+        # A session of its own: an interrupt from the keyboard is not meant for it.
         self.process = subprocess.Popen(
-            [sys.executable, "-P", str(file)], stderr=subprocess.DEVNULL, **pipes
+            [sys.executable, "-P", str(file)],
+            **pipes,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
         )
         self.owner = os.getpid()
         if self._reply(START) != b"ready\n":
@@ -127,12 +158,12 @@ class _Worker:
             raise RuntimeError("math-verify's worker did not start: is math-verify installed?")
 
     def _reply(self, seconds: float) -> bytes:
+        """The worker's next line; empty where there is none in time."""
         ready, _, _ = select.select([self.process.stdout], [], [], seconds)
-        if not ready:
-            raise TimeoutError
-        return self.process.stdout.readline()
+        return self.process.stdout.readline() if ready else b""
 
     def stop(self) -> None:
+        """End the worker; one that belongs to the process that this was forked from goes on."""
         if self.process is not None and self.owner == os.getpid():
             self.process.kill()
             self.process.communicate()

@@ -5,6 +5,8 @@ the kernel ends when its time is up, whatever it is doing, so that no pair slows
 and nothing has to be started again. It ends when its input does.
 """
 
+import contextlib
+import gc
 import json
 import os
 import resource
@@ -13,14 +15,26 @@ import sys
 
 LIMIT = 0.7  # seconds
 MEMORY = 2 * 2**30  # bytes of addresses
-# Read once before any pair, so that what SymPy loads and caches is there in every fork.
+# Judged once at the start, so that what the parser and SymPy learn is there in every fork.
 WARM_UP = (
     (r"\frac{\sqrt{2}}{2}", r"\frac{1}{\sqrt{2}}"),
+    (r"2\sqrt[3]{5}-1", r"\sqrt2"),
     (r"x^2+2x+1", r"(x+1)^2"),
+    (r"y = -2x + \frac{3}{4}", r"4y+8x=3"),
+    (r"f(x)=3x^{10}", r"3e^{2x}"),
+    (r"\sin x", r"\cos{\left(2\theta\right)}+\log_2 3 + \ln 5"),
     (r"\left(3,\frac{\pi}{2}\right)", r"(3,\pi/2)"),
+    (r"(1,2),(3,4)", r"(3,4), (1,2)"),
+    (r"[-2,7)", r"x \in [-2,7]"),
     (r"(-\infty,2]\cup[3,5)", r"x \le 2 \text{ or } 3 \le x < 5"),
+    (r"-2 < x", r"x \geq 2"),
     (r"\{1,-2\}", r"x=1, x=-2"),
-    (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}1\\3\end{pmatrix}"),
+    (r"1 \pm 2\sqrt{3}", r"1+2\sqrt{3}, 1-2\sqrt{3}"),
+    (r"6 - 5i", r"-5i + 6"),
+    (r"3 \cdot 10^{8}", r"3 \times 10^8"),
+    (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}1&0\\3&1\end{pmatrix}"),
+    (r"\emptyset", r"5!\%"),
+    ("a b", "k"),
 )
 
 
@@ -40,7 +54,8 @@ def judge(line: str) -> bytes:
     if child == 0:
         try:
             signal.setitimer(signal.ITIMER_REAL, LIMIT)
-            resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+            with contextlib.suppress(OSError, ValueError):  # where there is no such limit
+                resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
             os.write(writer, b"1" if agree(*json.loads(line)) else b"0")
         finally:
             os._exit(0)
@@ -54,6 +69,8 @@ def judge(line: str) -> bytes:
 def main() -> None:
     for pair in WARM_UP:
         agree(*pair)
+    gc.collect()
+    gc.freeze()  # else a fork that collects would copy all that is loaded
     print("ready", flush=True)
     for line in sys.stdin:
         print(judge(line).decode(), flush=True)

@@ -105,7 +105,7 @@ def task(data=None, n_shot: int = 0, seed: int = 0) -> Task:
         n_shot,
         partial(read, seed=seed),
         sampler={"max_new_tokens": 8, "steps": 8},
-        original=Original("gpqa_diamond", "train"),
+        original=Original("gpqa_main", "train"),
         rewards=[choice_reward],
         metric=metric,
         extract=extract_choice,

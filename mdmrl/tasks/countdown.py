@@ -13,6 +13,7 @@ import operator
 import random
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 from mdmrl.config import require
@@ -104,18 +105,21 @@ def metric(completion: str, row: dict) -> bool:
 
 
 def task(data=None, numbers: int = 3, n_shot: int = 0) -> Task:
-    """Countdown with so many numbers an item; for the other arguments see `items.task_of`."""
-    length, most = 4 * numbers, {"max_value": LARGEST_NUMBER, "max_target": LARGEST_RESULT}
+    """Countdown with so many `numbers` an item; for the other arguments see `items.task_of`. The
+    length that it is completed with goes with the most numbers of an item."""
+    most = {"max_value": LARGEST_NUMBER, "max_target": LARGEST_RESULT}
     size = {"min_numbers": numbers, "max_numbers": numbers, "min_value": 1, "min_target": 1}
-    return task_of(
+    made = task_of(
         Generator("countdown", partial(draw, numbers=numbers)),
         data,
         n_shot,
         read,
-        sampler={"max_new_tokens": length, "steps": length},
         original=Original(None, "train", max_new_tokens=None),
-        gym=Gym("countdown", _of_gym, size | most),
+        gym=Gym("countdown", _of_gym, size | most, shared=True),
         rewards=[countdown_reward],
         metric=metric,
         extract=countdown_expression,
     )
+    if data is not None:
+        numbers = max(len(row["nums"]) for row in made.rows("test"))
+    return replace(made, sampler={"max_new_tokens": 4 * numbers, "steps": 4 * numbers})

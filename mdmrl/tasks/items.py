@@ -16,6 +16,7 @@ from mdmrl.tasks.base import Task, hub_rows, numbered_rows, split_of
 SHARES = {"pretrain": 0.65, "rl": 0.15, "validation": 0.05, "test": 0.15}
 ROWS = {"pretrain": 5000, "rl": 2000, "validation": 500, "test": 2000}
 DRAWS = 100  # for each row, before a split is taken to have no more
+Found = Sequence[tuple[str, dict]]  # the fields of items, each behind where they stand
 GYM, GYM_ITEMS = "reasoning-gym", 500
 
 
@@ -64,7 +65,7 @@ class Original:
     Attributes:
         config, split: what is evaluated.
         examples: the split that worked examples are from, or None where there is no other.
-        max_new_tokens: which its prompts need (also where they lie in a file); None: the task's.
+        max_new_tokens: which its solutions need, also where they lie in a file; None: the task's.
     """
 
     config: str | None
@@ -75,12 +76,19 @@ class Original:
 
 @dataclass(frozen=True)
 class Gym:
-    """A task of reasoning-gym: its name and settings there, and `fields(item)`, an item's fields as
-    the task reads them."""
+    """A task of reasoning-gym.
+
+    Attributes:
+        name, settings: what it has there.
+        fields: `fields(item)`, an item's fields as the task reads them.
+        shared: whether its items can be the generator's, whose key is then the prompt; those of
+            split `pretrain` are left out.
+    """
 
     name: str
     fields: Callable[[dict], dict]
     settings: Mapping[str, int] = field(default_factory=dict)
+    shared: bool = False
 
 
 def task_of(
@@ -88,7 +96,6 @@ def task_of(
     data: str | Path | None,
     n_shot: int,
     read: Callable[[dict], dict],
-    sampler: Mapping[str, int],
     original: Original | None = None,
     gym: Gym | None = None,
     **judged,
@@ -109,29 +116,20 @@ def task_of(
     judged["name"] = items.name
     if data is None:
         splits = {split: partial(_generated, items, split, n_shot) for split in ROWS}
-        return Task(splits=splits, stream=items.stream, sampler=sampler, **judged)
-    name, long = str(data), original and original.max_new_tokens
-    if name == GYM:
-        found, examples = _from_gym(items.name, gym), []
-    elif Path(name).suffix in (".json", ".jsonl") or Path(name).is_file():
-        found = examples = numbered_rows(name)
-        long = long if "prompt" not in found[0][1] else None
-    else:
-        wanted = f"expected FILE.jsonl, {GYM!r} or the name of a data set of {items.name}'s kind"
-        require(original is not None and "/" in name, f"data={name!r}: {wanted} on the hub")
-        found = examples = _from_hub(name, original.config, original.split)
-        if n_shot and original.examples:
-            examples = _from_hub(name, original.config, original.examples)
-    rows = _read(found, read)
-    shown = rows[:n_shot] if examples is found else _read(examples[:n_shot], read)
+        return Task(splits=splits, stream=items.stream, **judged)
+    found, examples = _found(items.name, str(data), n_shot, original, gym)
+    rows, shown = _read(found, read), _read(examples[:n_shot], read)
+    if data == GYM and gym.shared:
+        rows = [row for row in rows if items.split_of(row["prompt"]) != "pretrain"]
     if not all("completion" in row for row in shown):
         shown = []
     elif examples is found:
-        require(len(rows) > n_shot, f"{name}: {len(rows)} rows, expected more than n_shot={n_shot}")
+        require(len(rows) > n_shot, f"{data}: {len(rows)} rows, expected more than n_shot={n_shot}")
         rows = rows[n_shot:]
     rows = with_examples(rows, shown or items.rows("pretrain", n_shot))
-    sampler = {"max_new_tokens": long} if long else sampler
-    return Task(splits={"rl": rows, "test": rows}, sampler=sampler, **judged)
+    if original and original.max_new_tokens and data != GYM and "prompt" not in found[0][1]:
+        judged["sampler"] = {"max_new_tokens": original.max_new_tokens}
+    return Task(splits={"rl": rows, "test": rows}, **judged)
 
 
 def with_examples(rows: Sequence[dict], examples: Sequence[dict]) -> list[dict]:
@@ -155,21 +153,39 @@ def _generated(items: Generator, split: str, n_shot: int) -> list[dict]:
     return with_examples(items.rows(split), examples)
 
 
-def _read(found: Sequence[tuple[str, dict]], read: Callable[[dict], dict]) -> list[dict]:
+def _found(
+    task: str, data: str, n_shot: int, original: Original | None, gym: Gym | None
+) -> tuple[Found, Found]:
+    """What `data` names, and where worked examples are: the same, another split, or nowhere."""
+    if data == GYM:
+        return _from_gym(task, gym), []
+    if Path(data).suffix in (".json", ".jsonl") or Path(data).is_file():
+        rows = numbered_rows(data)
+        return rows, rows
+    wanted = f"expected FILE.jsonl, {GYM!r} or a data set on the hub of the kind of {task}"
+    require(original is not None and "/" in data, f"data={data!r}: {wanted}")
+    rows = _from_hub(data, original.config, original.split)
+    if n_shot and original.examples:
+        return rows, _from_hub(data, original.config, original.examples)
+    return rows, rows
+
+
+def _read(found: Found, read: Callable[[dict], dict]) -> list[dict]:
+    """The rows, each with its other fields too, which one's own rewards may read."""
     rows = []
     for where, fields in found:
         try:
-            rows.append(read(fields))
+            rows.append(fields | read(fields))
         except InputError as error:
             raise InputError(f"{where}: {error}") from None
     return rows
 
 
-def _from_hub(name: str, config: str | None, split: str) -> list[tuple[str, dict]]:
+def _from_hub(name: str, config: str | None, split: str) -> Found:
     return [(f"{name}, row {i}", row) for i, row in enumerate(hub_rows(name, config, split), 1)]
 
 
-def _from_gym(task: str, gym: Gym | None) -> list[tuple[str, dict]]:
+def _from_gym(task: str, gym: Gym | None) -> Found:
     require(gym is not None, f"{GYM} has no items of {task}: give a file of rows")
     try:
         import reasoning_gym

@@ -56,7 +56,7 @@ def draw(rng: random.Random) -> tuple[str, dict]:
         blanks = rng.sample(range(16), rng.randint(*BLANKS))
         puzzle = "".join("." if cell in blanks else solution[cell] for cell in range(16))
         if solutions(puzzle) == 1:
-            return puzzle, _row(puzzle, solution)
+            return lines(puzzle), _row(puzzle, solution)
 
 
 def _row(puzzle: str, solution: str) -> dict:
@@ -96,7 +96,7 @@ def task(data=None, n_shot: int = 0) -> Task:
         n_shot,
         read,
         sampler={"max_new_tokens": 20, "steps": 20},
-        gym=Gym("mini_sudoku", lambda item: item["metadata"]),
+        gym=Gym("mini_sudoku", lambda item: item["metadata"], shared=True),
         rewards=[sudoku_reward],
         metric=metric,
         extract=extract_grid,
