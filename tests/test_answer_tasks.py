@@ -9,6 +9,7 @@ import sys
 from collections import Counter
 from fractions import Fraction
 from importlib import resources
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -314,6 +315,18 @@ def test_every_layout_is_read(tmp_path, name, row, prompt, right):
         assert not task.metric("5", found)
 
 
+def test_options_are_refused_by_name():
+    for task, option, message in (
+        ("countdown", "number", "unknown option of countdown 'number': did you mean 'numbers'"),
+        ("gsm", "numbers", "unknown option of gsm 'numbers'.* known: n_shot"),
+        ("medcot", "n_shot", "known: answer_only, encoder, faithful"),
+        ("medcot-sections", "n_shot", "known: answer_only, encoder, faithful"),
+        ("reasoning", "n_shot", "unknown option of reasoning"),
+    ):
+        with pytest.raises(InputError, match=message):
+            load_task(task, **{option: 1})
+
+
 def test_rows_of_the_original_s_layout_get_the_length_of_its_solutions(tmp_path):
     row = {"question": "Why?", "answer": "#### 18", "level": 3}
     original = read(tmp_path, "gsm", row)
@@ -440,7 +453,7 @@ def test_items_of_reasoning_gym_have_our_form(monkeypatch):
     prompts = {"countdown": "8,13,14:35", "gsm": "How many?", "sudoku": PUZZLE}
     prompts |= {"math": "Solve for x: 56 - 98x = -1218."}
     for name, prompt in prompts.items():
-        task = load_task(name, data="reasoning-gym")
+        task = load_task(name, data=Path("reasoning-gym"))  # as the command line has it
         (row,) = task.rows("test")
         assert row["prompt"] == prompt
         assert task.metric(row["completion"], row)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import replace
 from importlib import import_module
-from inspect import signature
 from pathlib import Path
 
-from mdmrl.config import InputError, load_object, require, unknown
+from mdmrl.config import load_object, require, unknown
 from mdmrl.tasks.base import Task, load_rows
 
 CHECKED = ("countdown", "gsm", "math", "choice", "sudoku")  # tasks whose answers can be checked
@@ -35,10 +35,10 @@ def load_task(
     """
     if task in TASKS:
         make = import_module(f"mdmrl.tasks.{task.replace('-', '_')}").task
-        try:
-            signature(make).bind(data, **options)
-        except TypeError as error:
-            raise InputError(f"task {task}: {error}; it takes {signature(make)}") from None
+        _, *known = inspect.signature(make).parameters
+        for name in options:
+            if name not in known:
+                raise unknown(f"option of {task}", name, known)
         return make(data, **options)
     given = task
     if isinstance(task, str):

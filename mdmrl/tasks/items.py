@@ -117,7 +117,8 @@ def task_of(
     if data is None:
         splits = {split: partial(_generated, items, split, n_shot) for split in ROWS}
         return Task(splits=splits, stream=items.stream, **judged)
-    found, examples = _found(items.name, str(data), n_shot, original, gym)
+    data = str(data)
+    found, examples = _found(items.name, data, n_shot, original, gym)
     rows, shown = _read(found, read), _read(examples[:n_shot], read)
     if data == GYM and gym.shared:
         rows = [row for row in rows if items.split_of(row["prompt"]) != "pretrain"]

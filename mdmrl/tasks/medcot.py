@@ -18,11 +18,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from importlib import resources
-from inspect import signature
 from pathlib import Path
 
-from mdmrl.config import unknown
-from mdmrl.rewards.medical import medical_rewards
+from mdmrl.rewards.medical import PACKAGED_ENCODER, medical_rewards
 from mdmrl.rewards.text import TAGS, exact_answer, repetition
 from mdmrl.tasks.base import MASKED, SPLITS, Task, hub_rows, load_rows, split_of
 
@@ -178,15 +176,19 @@ def watch(texts: Sequence[str], token_ids: Sequence[Sequence[int]]) -> dict[str,
     return {"format_rate": sum(tagged) / len(texts), "failure_rate": sum(fails) / len(texts)}
 
 
-def task(data: str | Path | None = None, **reward_options) -> Task:
-    """MedCoT, generated or real; the real rows are split by a hash of their question."""
-    for name in reward_options:
-        if name not in (known := signature(medical_rewards).parameters):
-            raise unknown("option of medcot", name, known)
+def task(
+    data: str | Path | None = None,
+    faithful: bool = True,
+    encoder: str = PACKAGED_ENCODER,
+    answer_only: bool = False,
+) -> Task:
+    """MedCoT, generated or real; the real rows are split by a hash of their question. For the other
+    arguments see `medical_rewards`."""
     splits = {split: partial(rows, split) for split in SPLITS}
     if data is not None:
         splits = {split: [] for split in SPLITS}
         for row in load_real(data):
             splits[split_of(row["Question"])].append(row)
-    judged = {"rewards": medical_rewards(**reward_options), "metric": metric, "watch": watch}
+    rewards = medical_rewards(faithful, encoder, answer_only)
+    judged = {"rewards": rewards, "metric": metric, "watch": watch}
     return Task("medcot", splits, **judged, stream=stream if data is None else None)

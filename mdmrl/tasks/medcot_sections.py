@@ -15,6 +15,7 @@ the rest of earlier sections tiny-mdm answers far fewer questions right.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import wraps
 from pathlib import Path
 
 from mdmrl.sampling.hierarchy import Unit
@@ -31,6 +32,7 @@ SECTIONS = (
 )
 
 
+@wraps(medcot.task, assigned=())  # so that its options are known
 def task(data: str | Path | None = None, **reward_options) -> Task:
     """`medcot.task` with `units`."""
     plain = medcot.task(data, **reward_options)
