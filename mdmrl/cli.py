@@ -139,6 +139,20 @@ def _resumable() -> Iterator[None]:
         raise typer.Exit(130) from None
 
 
+def _require_one_kind(context: typer.Context) -> None:
+    """Of `mdmrl eval`: a policy, stored generations or a comparison, and what goes with it."""
+    goes_with = {"generations": {"task", "output_dir", "json"}, "compare": {"json"}}
+    given = {
+        name for name in context.params if context.get_parameter_source(name).name != "DEFAULT"
+    }
+    kinds = [kind for kind in ("policy", *goes_with) if kind in given]
+    said = ", ".join(kinds) or "none of them"
+    require(len(kinds) == 1, f"got {said}: expected one of a policy, --generations, --compare")
+    ignored = given - {kinds[0]} - goes_with.get(kinds[0], given)
+    named = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(ignored))
+    require(not ignored, f"--{kinds[0]} would ignore {named}: leave it out")
+
+
 # -- commands --------------------------------------------------------------------------------------
 
 
@@ -173,18 +187,7 @@ def evaluate(
     policy, or of stored --generations; or --compare two evaluations of the same prompts."""
     from mdmrl.evaluation import command
 
-    goes_with = {"policy": None, "generations": {"task", "output_dir", "json"}, "compare": {"json"}}
-    given = [
-        name for name in context.params if context.get_parameter_source(name).name != "DEFAULT"
-    ]
-    asked = [name for name in goes_with if name in given]
-    said = ", ".join(asked) or "none of them"
-    require(len(asked) == 1, f"got {said}: expected one of a policy, --generations, --compare")
-    if (allowed := goes_with[asked[0]]) is not None:
-        ignored = [
-            f"--{name.replace('_', '-')}" for name in given if name not in {*asked, *allowed}
-        ]
-        require(not ignored, f"--{asked[0]} ignores {', '.join(ignored)}: leave it out")
+    _require_one_kind(context)
     if compare:
         return command.compare_evaluations(*compare, json)
     options = {} if n_shot is None else {"n_shot": n_shot}

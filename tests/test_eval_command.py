@@ -175,9 +175,11 @@ def test_several_seeds_and_pass_at_k(call, saved):
 def test_what_is_asked_must_be_one_thing(call):
     assert "got none of them: expected one of a policy, --generations, --compare" in call()
     assert "got policy, compare: expected one of" in call("mdm", "--compare", "a", "b")
-    assert "--compare ignores --task, --k" in call("--compare", "a", "b", "--task", "gsm", "--k", 1)
-    assert "--generations ignores --n-shot" in call("--generations", "a", "--n-shot", 1)
-    assert "n_shot" in call("mdm", "--n-shot", 2)
+    assert "--compare would ignore --k, --task" in call(
+        "--compare", "a", "b", "--task", "gsm", "--k", 1
+    )
+    assert "--generations would ignore --n-shot" in call("--generations", "a", "--n-shot", 1)
+    assert "unknown option of medcot 'n_shot'" in call("mdm", "--n-shot", 2)
     assert "takes no options, got n_shot" in call("mdm", "--task", "tasks.py:half", "--n-shot", 2)
 
 
