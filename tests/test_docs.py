@@ -152,12 +152,13 @@ def test_findings_are_what_the_files_say():
         closed("kl_grid.csv", arm=f"{masks}, k3, β = 0.05"),
         closed("kl_grid.csv", arm=clean),
         closed("kl_grid.csv", arm=f"{clean}, k3, β = 0.05"),
-        claim("fig_4_4_crossing", digits=1),
+        claim("row_10_medcot", digits=1),
         claim("sampling_seconds", math.exp, digits=1),
         claim("few_steps_pay_few_steps_equal_updates_reward"),
         claim("few_steps_pay_few_steps_equal_cost_reward", digits=1),
         claim("few_steps_pay_few_steps_equal_cost_accuracy", lambda x: -x),
         claim("value_judges"),
+        claim("value_judges_answers"),
         claim("value_guides", lambda x: -x, digits=3),
     ):
         assert measured in front, measured

@@ -1,16 +1,21 @@
 """Claims and outputs: what is written, where, and that a crash or a second writer loses nothing."""
 
 import json
+import math
 import os
+import re
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
-from mdmrl.study.ledger import Claim, fill_claims, load, record, render, slug
+from mdmrl.evaluation.stats import Interval
+from mdmrl.study.ledger import Claim, fill_claims, load, record, render, settled, slug
 from mdmrl.study.outputs import Outputs, figures_folder, figures_of, project_root
-from mdmrl.study.verdicts import fig41_ar_rises
+from mdmrl.study.verdicts import ROWS
 
 START, END = "<!-- claims:start -->", "<!-- claims:end -->"
 
@@ -25,11 +30,16 @@ def claim(**changes) -> Claim:
         "low": 0.32,
         "high": 0.5,
         "seeds": 5,
-        "verdict": "reproduced",
+        "verdict": "measured",
         "notebook": "03_reward_curves",
         "profile": "full",
     }
     return Claim.from_dict(facts | changes)
+
+
+def judged(row=1, line="MedCoT, greedy", **changes) -> Claim:
+    facts = {"id": f"row_{row}_{slug(line)}", "row": row, "line": line}
+    return claim(**facts | {"p": 1e-5, "verdict": "reproduced"} | changes)
 
 
 @pytest.fixture
@@ -43,11 +53,11 @@ def root(tmp_path, monkeypatch):
 
 
 def test_recording_again_replaces_the_row_and_keeps_the_order(tmp_path):
-    for row in (claim(id="b"), claim(id="a"), claim(id="b", verdict="contradicted")):
+    for row in (claim(id="b"), claim(id="a"), claim(id="b", verdict="erratum")):
         path = record(row, tmp_path)
     assert [(row.id, row.verdict) for row in load(path)] == [
-        ("a", "reproduced"),
-        ("b", "contradicted"),
+        ("a", "measured"),
+        ("b", "erratum"),
     ]
     before = path.read_bytes()
     record(claim(id="a"), tmp_path)
@@ -80,7 +90,12 @@ def test_an_interrupted_write_leaves_the_old_ledger(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"verdict": "reproducd"}, "did you mean 'reproduced'"),
+        ({"verdict": "mesured"}, "did you mean 'measured'"),
+        ({"verdict": "reproduced"}, "expected a row and a line where, and only where"),
+        ({"row": 1, "line": "MedCoT, greedy"}, "expected a row and a line where, and only where"),
+        ({"verdict": "contradicted", "row": 1}, "expected a row and a line"),
+        ({"verdict": "contradicted", "row": 1, "line": "MedCot"}, "unknown line of row 1 'MedCot'"),
+        ({"verdict": "contradicted", "row": 0, "line": "MedCoT"}, "unknown row 0"),
         ({"estimate": float("nan")}, "estimate=nan"),
         ({"high": None}, "both ends"),
         ({"low": 0.6}, "both ends in order"),
@@ -101,35 +116,125 @@ def test_a_file_that_is_no_ledger_is_named(tmp_path):
         record(claim(), tmp_path)
 
 
-def test_the_table_gives_number_interval_and_condition():
-    rows = [
-        claim(conditional=True, unit="points"),
-        claim(says="a | b\nc", seeds=0, estimate=None, low=None, high=None, verdict="erratum"),
-        claim(estimate=32_243_712, low=None, high=None, unit="parameters"),
-    ]
-    lines = render(rows).splitlines()
-    assert lines[0] == "| Claim | Thesis | Measured here | Seeds | Verdict | Notebook |"
-    link = "[03_reward_curves](../notebooks/03_reward_curves.ipynb)"
-    assert lines[2] == (
-        "| The AR model's mean reward rises | Fig. 4-1 | reward gained: 0.413 [0.32, 0.5] points "
-        f"| 5 | reproduced, conditional on these checkpoints | {link} |"
+TRAINED = [(row.number, line) for row in ROWS if row.trained for line in row.lines]
+
+
+def test_one_small_p_of_many_declared_lines_reproduces_nothing():
+    (alone,) = settled([judged(p=0.04)])
+    assert (alone.verdict, alone.p_holm) == ("inconclusive", 1)
+    bound = 0.05 / len(TRAINED)  # the others, which nobody has recorded, have p = 1
+    for p, verdict in ((bound * 0.99, "reproduced"), (bound * 1.01, "inconclusive")):
+        (found,) = settled([judged(p=p)])
+        assert found.verdict == verdict
+        assert found.p_holm == pytest.approx(p * len(TRAINED))
+
+
+def test_verdicts_are_those_of_holms_procedure_over_all_declared_lines():
+    draw = np.random.default_rng(0)
+    for _ in range(50):
+        ps = np.where(draw.random(len(TRAINED)) < 0.5, draw.random(len(TRAINED)) * 0.004, 1)
+        kept = draw.random(len(TRAINED)) < 0.8
+        claims = [
+            judged(*line, p=float(p), verdict="reproduced" if p < 0.05 else "inconclusive")
+            for line, p, keep in zip(TRAINED, ps, kept, strict=True)
+            if keep
+        ]
+        found = {(c.row, c.line) for c in settled(claims) if c.verdict == "reproduced"}
+        # By its definition: from the smallest p on, until one is not below 0.05 / (those left).
+        expected, left = set(), len(TRAINED)
+        for own in sorted(claims, key=lambda c: c.p):
+            if own.p >= 0.05 / left:
+                break
+            expected.add((own.row, own.line))
+            left -= 1
+        assert found == expected
+
+
+def test_other_verdicts_are_left_as_they_are():
+    for own in (
+        judged(verdict="contradicted", p=1.0),
+        judged(10, "MedCoT", p=None),
+        judged(19, "tiny-ar", p=0.04),
+        claim(),
+    ):
+        assert settled([own])[0].verdict == own.verdict
+    assert settled([judged(p=None, verdict="inconclusive")])[0].p_holm == 1
+
+
+def test_a_line_that_is_recorded_later_settles_the_others_anew(tmp_path):
+    few = 0.05 / len(TRAINED)
+    path = record(judged(p=few * 1.001), tmp_path)
+    assert load(path)[0].verdict == "inconclusive"
+    record(judged(line="Countdown, greedy", p=few / 2), tmp_path)
+    assert {c.verdict for c in load(path)} == {"reproduced"}  # one fewer is left to correct for
+    record(judged(line="Countdown, greedy", p=1.0, verdict="contradicted"), tmp_path)
+    assert {c.verdict for c in load(path)} == {"inconclusive", "contradicted"}
+
+
+def test_the_committed_ledger_is_settled_by_the_declared_lines():
+    found = load(Path(__file__).parents[1] / "figures" / "claims.json")
+    assert settled(found) == found
+    assert {c.profile for c in found} == {"full"}
+    assert all(c.id == f"row_{c.row:02}_{slug(c.line)}" for c in found if c.row)
+
+
+def tables(text: str) -> dict[str, list[list[str]]]:
+    """The rows below each heading, cell by cell."""
+    parts = [part.splitlines() for part in text.split("### ")[1:]]
+    cut = [(name, [line for line in lines if line.startswith("| ")]) for name, *lines in parts]
+    return {name: [re.split(r" ?(?<!\\)\| ?", line)[1:-1] for line in lines] for name, lines in cut}
+
+
+def test_the_page_has_every_line_then_what_is_measured_then_errata():
+    found = tables(
+        render(
+            [
+                judged(p=1e-5, conditional=True),
+                judged(9, "plateau", p=0.2, verdict="inconclusive", seeds=0),
+                claim(says="a | b\nc", unit="points"),
+                claim(id="e", estimate=32_243_712, low=None, high=None, verdict="erratum"),
+            ]
+        )
     )
-    assert lines[3] == rf"| a \| b c | Fig. 4-1 | reward gained | - | erratum | {link} |"
-    assert "32,243,712 parameters |" in lines[4]
+    assert list(found) == ["Judged", "Measured", "Errata"]
+    head, _, *rows = found["Judged"]
+    assert " ".join(head) == "# Claim Thesis Line Measured here p / Holm's Seeds Verdict Notebook"
+    for row in ROWS:
+        own = [cells for cells in rows if cells[0].split()[0] == str(row.number)]
+        assert {cells[0].endswith(" T") for cells in own} == {row.trained}
+        assert own[0][1:3] == [row.says, row.where]
+        assert sorted("; ".join(cells[3] for cells in own).split("; ")) == sorted(row.lines)
+    link = "[03_reward_curves](../notebooks/03_reward_curves.ipynb)"
+    (own,) = (row for row in rows if row[:1] + row[3:4] == ["1 T", "MedCoT, greedy"])
+    assert own[4:] == [
+        "reward gained: 0.413 [0.32, 0.5]",
+        f"1e-05 / {1e-5 * len(TRAINED):.2g}",
+        "5",
+        "reproduced, conditional on these checkpoints",
+        link,
+    ]
+    (own,) = (row for row in rows if row[3] == "plateau")
+    assert own[5:8] == ["0.2", "-", "inconclusive"]
+    assert sum(row[7] == "not judged yet" for row in rows) == len(ROWS)
+    assert len(rows) == len(ROWS) + 2
+    assert found["Measured"][2:] == [
+        [r"a \| b c", "Fig. 4-1", "reward gained: 0.413 [0.32, 0.5] points", "5", link]
+    ]
+    assert found["Errata"][2][2] == "reward gained: 32,243,712"
 
 
 # ------------------------------------------------------------------ the page
 
 
 def test_a_sentence_with_its_interval_is_left_as_it_is():
-    said = "G is 0.413 [0.32, 0.5] (5 seeds)"
+    said = "G is 0.413 [0.32, 0.5]"
     assert f"| {said} |" in render([claim(measured=said)])
     assert f"| {said}: 0.413 [0.32, 0.51] |" in render([claim(measured=said, high=0.51)])
 
 
 def test_the_page_gets_full_claims_only_and_again_the_same(tmp_path):
     page = tmp_path / "results.md"
-    page.write_text(f"# Title\n\n{START}\nold\n{END}\n\nThe end.\n")
+    page.write_text(f"# Title\n\n{START}\nwhat was there\n{END}\n\nThe end.\n")
     fill_claims(page, tmp_path / "claims.json")
     assert page.read_text().startswith(f"# Title\n\n{START}\n\nNo `full` run")
 
@@ -139,7 +244,7 @@ def test_the_page_gets_full_claims_only_and_again_the_same(tmp_path):
     once = page.read_text()
     assert "mean reward rises" in once
     assert "a trial" not in once
-    assert "old" not in once
+    assert "what was there" not in once
     assert once.endswith(f"\n\n{END}\n\nThe end.\n")
     fill_claims(page, path)
     assert page.read_text() == once
@@ -213,15 +318,34 @@ def test_data_and_claims_go_beside_the_figures(root):
 
 
 def test_what_a_rule_says_becomes_a_claim(root):
-    outputs = Outputs("full", notebook="03_reward_curves")
-    verdict = fig41_ar_rises([0.1, 0.2, 0.3, 0.2, 0.1], [0.1] * 5)
-    name = f"fig_4_1_{slug('MDM one_step, 16 steps')}"
-    shown = outputs.judge(name, "It rises.", "Fig. 4-1", verdict, 5, "of reward")
+    outputs, gains = Outputs("full", notebook="03_reward_curves"), [1.0, 1.1, 1.2, 1.1, 1.0]
+    verdict = ROWS[0].rule(gains, prompts=200)
+    shown = outputs.judge(1, "MedCoT, greedy", gains, prompts=200)
     (found,) = load(root / "figures" / "claims.json")
-    assert found.id == "fig_4_1_mdm_one_step_16_steps"
-    assert (found.seeds, found.unit, found.conditional) == (5, "of reward", True)
+    assert (found.id, found.row, found.line) == ("row_01_medcot_greedy", 1, "MedCoT, greedy")
+    assert (found.says, found.where) == (ROWS[0].says, ROWS[0].where)
+    assert (found.seeds, found.conditional, found.p) == (5, True, verdict.p)
     assert (found.estimate, found.low, found.high) == (verdict.estimate, verdict.low, verdict.high)
+    assert found.p_holm == pytest.approx(verdict.p * len(TRAINED))
     assert shown == f"reproduced: {found.measured}"
+    with pytest.raises(ValueError, match="did you mean 'MedCoT, greedy'"):
+        outputs.judge(1, "MedCoT greedy", gains, prompts=200)
+
+
+def test_what_is_measured_becomes_a_claim_without_a_verdict(root):
+    outputs = Outputs("full", notebook="03_reward_curves")
+    shown = outputs.measure("g", "G", "Fig. 4-1", "G is", Interval(0.5, 0.25, 0.75), 5, "of reward")
+    assert shown == "G is: 0.5 [0.25, 0.75] of reward"
+    outputs.measure("h", "G", "Fig. 4-1", "one seed: 0.5", Interval(0.5, math.nan, math.nan), 1)
+    outputs.measure("i", "G", "Fig. 4-1", "nothing")
+    found = load(root / "figures" / "claims.json")
+    assert {(c.verdict, c.row, c.p) for c in found} == {("measured", None, None)}
+    assert [c.seeds for c in found] == [5, 1, 0]
+    assert [(c.estimate, c.low, c.high) for c in found] == [
+        (0.5, 0.25, 0.75),
+        (0.5, None, None),
+        (None, None, None),
+    ]
 
 
 @pytest.mark.parametrize("name", ["claims", "Fig 4", "../x", ""])

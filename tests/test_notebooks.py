@@ -206,7 +206,7 @@ def test_a_full_run_writes_figures_and_docs(study, monkeypatch):
         "fig_a.png",
     ]
     page = (study / "docs" / "results.md").read_text()
-    assert "| erratum | [00_fine](../notebooks/00_fine.ipynb) |" in page
+    assert "| it | here | [b]1[/b] of 2 | - | [00_fine](../notebooks/00_fine.ipynb) |" in page
 
 
 @pytest.mark.parametrize("page", ["no markers", None])

@@ -4,6 +4,7 @@ import math
 
 import pandas as pd
 import pytest
+from scipy import stats
 
 from mdmrl.evaluation.stats import wilson_interval
 from mdmrl.study import speed
@@ -74,3 +75,17 @@ def test_a_right_completion_costs_its_wrong_ones_too():
     other = lines(setting=9, seed=[0, 0, 1, 1], right=[True, True, True, False], seconds=2.0)
     found = speed.log_cost_ratio(ours, other, "seconds")
     assert found[1].tolist() == [pytest.approx(math.log(6 / 2)), math.inf]
+
+
+def test_the_cheapest_number_of_steps_is_the_best_of_many():
+    spread = [-0.2, -0.1, 0.0, 0.1, 0.2]
+    means = {1: math.inf, 8: 1.0, 16: -1.0, 32: 2.0}
+    ratios = pd.DataFrame({steps: [mean + x for x in spread] for steps, mean in means.items()})
+    steps, found = speed.cheapest(ratios)
+    assert (steps, found.estimate) == (16, pytest.approx(-1))
+    half = stats.t.ppf(1 - 0.025 / 4, 4) * stats.sem(spread)  # Bonferroni over four
+    assert (found.low, found.high) == pytest.approx((-1 - half, -1 + half))
+    ratios.loc[2, 16] = math.inf  # with one seed nothing was right
+    assert speed.cheapest(ratios)[0] == 8
+    assert speed.cheapest(ratios[[1]]) is None
+    assert speed.cheapest(ratios[:1]) is None

@@ -1,35 +1,48 @@
-"""The claims ledger: what the thesis says, what was measured here, and the verdict."""
+"""The claims ledger: what the thesis says, what was measured here, and the verdict.
+
+The lines of `mdmrl.study.verdicts.ROWS` are judged; what else is measured has no verdict; errata
+are a list of their own.
+"""
 
 from __future__ import annotations
 
 import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock
 
 from mdmrl.config import Config, InputError, require, unknown
+from mdmrl.evaluation.stats import holm
 from mdmrl.runs import write_atomically
+from mdmrl.study.verdicts import ROWS, Row, row_of
+from mdmrl.study.verdicts.rules import LEVEL
 
-VERDICTS = ("reproduced", "contradicted", "inconclusive", "erratum")
-COLUMNS = ("Claim", "Thesis", "Measured here", "Seeds", "Verdict", "Notebook")
+JUDGED = ("reproduced", "contradicted", "inconclusive")
+VERDICTS = (*JUDGED, "measured", "erratum")
+COLUMNS = ("What", "Thesis", "Measured here", "Seeds", "Notebook")
+JUDGED_COLUMNS = ("#", "Claim", "Thesis", "Line", "Measured here", "p / Holm's", "Seeds")
+JUDGED_COLUMNS += ("Verdict", "Notebook")
 
 
 @dataclass(kw_only=True)
 class Claim(Config):
-    """One row of the ledger.
+    """One entry of the ledger.
 
     Args:
-        id: names the row; recording it again replaces the row.
-        says, where: what the thesis says, and where ("Fig. 4-1").
+        id: names the entry; recording it again replaces it.
+        says, where: what the thesis says, or what was measured, and where ("Fig. 4-1").
         measured: what was measured here, in words.
         estimate, low, high: the number and its 95 % interval, in `unit`; None where there is none.
         seeds: training runs behind the number; 0 for exact arithmetic.
-        verdict: one of `VERDICTS`, from a rule, most of them in `mdmrl.study.verdicts`.
-        conditional: the verdict holds for the shipped checkpoints only.
+        verdict: one of `VERDICTS`: from the rule of a line that is judged, else "measured" or
+            "erratum". That of a line marked `trained` follows from `p_holm`.
+        row, line: of `mdmrl.study.verdicts.ROWS`; None and empty where nothing is judged.
+        p, p_holm: by the rule, and corrected; `settled` fills in the second.
+        conditional: it holds for the shipped checkpoints only.
         notebook, profile: what recorded it; `Outputs.claim` fills them in.
     """
 
@@ -43,14 +56,26 @@ class Claim(Config):
     seeds: int = 0
     unit: str = ""
     verdict: str
+    row: int | None = None
+    line: str = ""
+    p: float | None = None
+    p_holm: float | None = None
     conditional: bool = False
     notebook: str = ""
     profile: str = ""
 
     def validate(self) -> None:
-        require(bool(self.id), "a claim's id is empty: name the row, as in 'fig_4_1_ar'")
+        require(bool(self.id), "a claim's id is empty: name it, as in 'fig_4_1_ar'")
         if self.verdict not in VERDICTS:
             raise unknown(f"verdict of claim {self.id}", self.verdict, VERDICTS)
+        judged = self.verdict in JUDGED
+        require(
+            judged == (self.row is not None) == bool(self.line),
+            f"claim {self.id}: verdict={self.verdict!r} with row={self.row}, line={self.line!r}: "
+            "expected a row and a line where, and only where, a claim is judged",
+        )
+        if judged:
+            row_of(self.row).require_line(self.line)
         require(self.seeds >= 0, f"claim {self.id}: seeds={self.seeds}: expected 0 or more")
         numbers = {name: getattr(self, name) for name in ("estimate", "low", "high")}
         for name, value in numbers.items():
@@ -72,13 +97,37 @@ def slug(name: str) -> str:
     return re.sub(r"\W+", "_", name.lower())
 
 
+def settled(claims: Iterable[Claim]) -> list[Claim]:
+    """The claims with the verdicts of trained lines settled by Holm's correction over all that are
+    declared, of which one that is not among the claims has p = 1.
+
+    A rule's p is below 0.05 if and only if its own conditions hold, so that `p_holm` decides.
+    """
+    claims = list(claims)
+    lines = [(row.number, line) for row in ROWS if row.trained for line in row.lines]
+    known = {(claim.row, claim.line): claim.p for claim in claims if claim.p is not None}
+    corrected = holm([known.get(line, 1.0) for line in lines]).tolist()
+    of = dict(zip(lines, corrected, strict=True))
+
+    def settle(claim: Claim) -> Claim:
+        p = of.get((claim.row, claim.line))
+        if p is None:
+            return claim
+        missed = "inconclusive" if claim.verdict == "reproduced" else claim.verdict
+        return claim.replace(p_holm=p, verdict="reproduced" if p < LEVEL else missed)
+
+    return [settle(claim) for claim in claims]
+
+
 def record(claim: Claim, folder: str | Path) -> Path:
-    """Add the claim to `folder/claims.json`, or replace its row; safe beside other writers."""
+    """Add the claim to `folder/claims.json`, or replace it, and settle all verdicts anew; safe
+    beside other writers."""
     path = Path(folder) / "claims.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_name(".claims.lock")):
-        rows = {row.id: row for row in load(path)} | {claim.id: claim}
-        text = json.dumps([rows[id].to_dict() for id in sorted(rows)], indent=1)
+        known = {other.id: other for other in load(path)} | {claim.id: claim}
+        entries = settled(known[id] for id in sorted(known))
+        text = json.dumps([entry.to_dict() for entry in entries], indent=1)
         write_atomically(path, text + "\n")
     return path
 
@@ -96,25 +145,61 @@ def load(path: str | Path) -> list[Claim]:
         ) from error
 
 
-def cells(claim: Claim) -> tuple[str, ...]:
-    """The claim as plain text, one entry for each of `COLUMNS`."""
-    measured = claim.measured
-    if claim.estimate is not None:
-        number, ends = _number(claim.estimate), ""
-        if claim.low is not None:
-            ends = f" [{_number(claim.low)}, {_number(claim.high)}]"
-        if not ends or number + ends not in measured:  # a verdict's sentence holds its interval
-            measured += f": {number}{ends} {claim.unit}".rstrip()
-    verdict = claim.verdict + ", conditional on these checkpoints" * claim.conditional
-    return claim.says, claim.where, measured, str(claim.seeds or "-"), verdict, claim.notebook
+def sentence(claim: Claim) -> str:
+    """What was measured, in words, with the number and its interval."""
+    if claim.estimate is None:
+        return claim.measured
+    number, ends = _number(claim.estimate), ""
+    if claim.low is not None:
+        ends = f" [{_number(claim.low)}, {_number(claim.high)}]"
+    if ends and number + ends in claim.measured:  # a rule's sentence holds its interval
+        return claim.measured
+    return f"{claim.measured}: {number}{ends} {claim.unit}".rstrip()
 
 
 def render(claims: Iterable[Claim]) -> str:
-    """The claims as a Markdown table for a page of `docs/`, without a newline at its end."""
-    lines = [COLUMNS, ("---",) * len(COLUMNS)]
-    for claim in claims:
-        *texts, notebook = (" ".join(c.split()).replace("|", r"\|") for c in cells(claim))
-        lines.append((*texts, f"[{notebook}](../notebooks/{notebook}.ipynb)"))
+    """The claims as Markdown for a page of `docs/`, without a newline at its end: all rows that are
+    to be judged, then what was measured, then errata."""
+    claims = settled(claims)
+    of = {(claim.row, claim.line): claim for claim in claims}
+    judged = [cells for row in ROWS for cells in _judged(row, of)]
+    parts = {"### Judged": _table(JUDGED_COLUMNS, judged)}
+    for verdict, heading in {"measured": "### Measured", "erratum": "### Errata"}.items():
+        cells = [_plain(claim) for claim in claims if claim.verdict == verdict]
+        parts[heading] = _table(COLUMNS, cells) if cells else "None yet."
+    return "\n\n".join(f"{heading}\n\n{body}" for heading, body in parts.items())
+
+
+def _judged(row: Row, claims: Mapping[tuple, Claim]) -> list[tuple[str, ...]]:
+    """A tuple of cells for each line of a row that is judged, and one for all that are not yet; the
+    first says what the row claims."""
+    name = f"{row.number}{' T' if row.trained else ''}"
+    known = [claim for line in row.lines if (claim := claims.get((row.number, line)))]
+    found = []
+    for claim in known:
+        ps = " / ".join(f"{p:.2g}" for p in (claim.p, claim.p_holm) if p is not None)
+        verdict = claim.verdict + ", conditional on these checkpoints" * claim.conditional
+        last = ps, str(claim.seeds or "-"), verdict, _link(claim.notebook)
+        found.append((claim.line, sentence(claim), *last))
+    if missing := [line for line in row.lines if line not in {claim.line for claim in known}]:
+        found.append(("; ".join(missing), "", "", "-", "not judged yet", "-"))
+    heads = [(row.says, row.where)] + [("", "")] * (len(found) - 1)
+    return [(name, *head, *cells) for head, cells in zip(heads, found, strict=True)]
+
+
+def _plain(claim: Claim) -> tuple[str, ...]:
+    measured = sentence(claim)
+    return claim.says, claim.where, measured, str(claim.seeds or "-"), _link(claim.notebook)
+
+
+def _link(notebook: str) -> str:
+    return f"[{notebook}](../notebooks/{notebook}.ipynb)"
+
+
+def _table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    columns = list(columns)
+    lines = [columns, ["---"] * len(columns)]
+    lines += [[" ".join(cell.split()).replace("|", r"\|") for cell in row] for row in rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Iterable
@@ -14,10 +15,11 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from mdmrl.config import require
+from mdmrl.evaluation.stats import Interval
 from mdmrl.provenance import environment, pick_device
 from mdmrl.runs import write_atomically
 from mdmrl.study import ledger
-from mdmrl.study.verdicts import Verdict
+from mdmrl.study.verdicts import row_of
 
 # No dates or versions inside the files: a re-run gives identical bytes.
 FORMATS = {
@@ -97,14 +99,34 @@ class Outputs:
         ledger.record(claim, self.folder)
         return claim
 
-    def judge(
-        self, id: str, says: str, where: str, verdict: Verdict, seeds: int, unit: str = ""
-    ) -> str:
-        """Record what a rule says of a claim, which holds for the shipped checkpoints only; returns
-        it in words."""
-        found = asdict(verdict) | {"seeds": seeds, "unit": unit, "conditional": True}
-        self.claim(ledger.Claim(id=id, says=says, where=where, **found))
+    def judge(self, row: int, line: str, *columns, **facts) -> str:
+        """Record what the rule of a row makes of the columns and facts that it takes, for one of
+        the row's lines; returns it in words, before any correction for the number of claims."""
+        claim = row_of(row)
+        claim.require_line(line)
+        verdict = claim.rule(*columns, **facts)
+        known = {"id": f"row_{row:02}_{ledger.slug(line)}", "says": claim.says, "row": row}
+        known |= {"where": claim.where, "line": line, "unit": claim.unit}
+        self.claim(ledger.Claim(**known, **asdict(verdict)))
         return f"{verdict.verdict}: {verdict.measured}"
+
+    def measure(
+        self,
+        id: str,
+        says: str,
+        where: str,
+        measured: str,
+        interval: Interval | None = None,
+        seeds: int = 0,
+        unit: str = "",
+    ) -> str:
+        """Record what was measured and no rule judges; returns it in words."""
+        ends = [x if math.isfinite(x) else None for x in interval or ()] or [None] * 3
+        numbers = dict(zip(("estimate", "low", "high"), ends, strict=True))
+        known = {"id": id, "says": says, "where": where, "measured": measured, "seeds": seeds}
+        claim = ledger.Claim(**known, **numbers, unit=unit, verdict="measured")
+        self.claim(claim)
+        return ledger.sentence(claim)
 
     @staticmethod
     def _path(folder: Path, name: str, ending: str) -> Path:

@@ -1,4 +1,8 @@
-"""What the verdict rules ask of one training run: plain numbers from its curves."""
+"""What the verdict rules ask of one training run: plain numbers from its curves and looks.
+
+`gain` and `headroom` are of rewards of training batches, which are drawn and measured; verdicts
+rest on `held_out_gain` and `held_out_share`.
+"""
 
 from __future__ import annotations
 
@@ -68,6 +72,49 @@ def collapsed(curve: Sequence[float]) -> bool:
     what it was."""
     first, last = _tenths(curve)
     return last < first - 0.05 * abs(first)
+
+
+def held_out_gain(before: Sequence[float], after: Sequence[float]) -> float:
+    """Mean over held-out prompts of what a policy has after RL less what it had before, a value a
+    prompt, the same prompts at the same places: rewards, or 1 where right and 0 where not, of one
+    greedy completion or the mean of several that are sampled."""
+    before, after = np.asarray(before, float), np.asarray(after, float)
+    fit = before.shape == after.shape and before.ndim == 1
+    require(
+        fit, f"values of shapes {before.shape} and {after.shape}: expected one a prompt in each"
+    )
+    return float((after - before).mean())
+
+
+def held_out_share(before: Sequence[float], after: Sequence[float], ceiling: float) -> float:
+    """`held_out_gain` over the ceiling, as the reward can reach it, minus the start."""
+    start = float(np.mean(before))
+    require(start < ceiling, f"the start is {start:.4g}, not below its ceiling {ceiling:.4g}")
+    return held_out_gain(before, after) / (ceiling - start)
+
+
+def mean_until(cost: Sequence[float], gains: Sequence[float], end: float) -> float:
+    """The area under the gains, drawn against a rising cost and linear between looks, from the
+    first look to the cost `end`, over the cost of that way."""
+    cost, gains = np.asarray(cost, float), np.asarray(gains, float)
+    fit = cost[0] < end <= cost[-1] and (np.diff(cost) > 0).all()
+    require(fit, f"end={end} of costs {cost.tolist()}: expected a rising list that reaches it")
+    inside = cost < end
+    ends = np.append(cost[inside], end), np.append(gains[inside], np.interp(end, cost, gains))
+    return float(np.trapezoid(ends[1], ends[0]) / (end - cost[0]))
+
+
+def log_odds(pass_at_k: Sequence[float]) -> float:
+    """The log odds of the mean over prompts of pass@k, with half a prompt added to either side
+    (Haldane and Anscombe), so that all or none passed has one too."""
+    passed, prompts = float(np.sum(pass_at_k)), len(pass_at_k)
+    return math.log((passed + 0.5) / (prompts - passed + 0.5))
+
+
+def at_plateau(right: int, right_longer: int, items: int) -> bool:
+    """Whether a model, trained and decayed on so many tokens, is at its plateau: that trained on
+    4/3 as many, decayed too, has fewer than 2 points more of at least 5,000 items right."""
+    return items >= 5000 and (right_longer - right) / items < 0.02
 
 
 def _tenths(curve: Sequence[float]) -> tuple[float, float]:

@@ -121,6 +121,5 @@ def _print_ledger(claims: list[ledger.Claim]) -> None:
     if claims:
         table = Table("claim", "verdict", "measured", title="claims", title_justify="left")
         for claim in claims:
-            measured = ledger.cells(claim)[ledger.COLUMNS.index("Measured here")]
-            table.add_row(claim.id, claim.verdict, Text(measured))
+            table.add_row(claim.id, claim.verdict, Text(ledger.sentence(claim)))
         Console().print(table)
