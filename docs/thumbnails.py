@@ -15,6 +15,7 @@ FIGURES = {
     "03_reward_curves": ("fig_4_1_reward_curves", (0.5, 0.045, 1.0, 0.47)),
     "04_kl_instability": ("kl_cured", (0.0, 0.075, 0.5, 0.49)),
     "05_estimator_lab": ("estimator_error", (0.0, 0.48, 0.5, 0.86)),
+    "06_benchmark_tables": ("table_4_1", (0.0, 0.045, 0.5, 0.46)),
     "07_speed_vs_steps": ("fig_4_4_speed_vs_steps", (0.0, 0.07, 0.5, 0.86)),
     "08_block_rl": ("block_rl", (0.5, 0.045, 1.0, 0.47)),
     "09_value_guided": ("few_steps", (0.5, 0.06, 1.0, 0.775)),

@@ -115,3 +115,34 @@ def bars(axes: Axes, table: DataFrame, colours: Sequence[str] = COLOURS) -> None
     axes.set_yticks(range(len(table)), table.index)
     axes.invert_yaxis()
     sns.despine(ax=axes)
+
+
+def against_steps(table: DataFrame, reference: Series, equally_fast: float | None) -> Figure:
+    """Speed and accuracy of a masked diffusion model against its denoising steps, the
+    autoregressive model as the line (Fig. 4-4).
+
+    Args:
+        table: a row a number of steps: `setting`, `instances_per_second`, `accuracy`, `low`,
+            `high`; reference: the same of the autoregressive model.
+        equally_fast: the number of steps at which both are, or None.
+    """
+    figure, (fast, right) = panels(2)
+    ar, mdm = palette(["AR", "MDM"]).values()
+    line = {"marker": "o", "color": mdm}
+    fast.plot(table.setting, table.instances_per_second, label="MDM", **line)
+    fast.axhline(reference.instances_per_second, color=ar, linestyle="--", label="AR")
+    if equally_fast:
+        fast.axvline(equally_fast, color="grey", linestyle=":", label="equally fast")
+    fast.set(yscale="log", ylabel="instances per second", title="speed")
+    error = np.stack([table.accuracy - table.low, table.high - table.accuracy])
+    right.errorbar(table.setting, table.accuracy, error, elinewidth=1, **line)
+    right.axhline(reference.accuracy, color=ar, linestyle="--")
+    right.axhspan(reference.low, reference.high, color=ar, alpha=0.2, linewidth=0)
+    right.set(ylabel="right answers", ylim=(-0.02, 1.02), title="accuracy, greedy")
+    for axis in (fast, right):
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(table.setting, [f"{steps:g}" for steps in table.setting])
+        axis.set_xlabel("denoising steps")
+        sns.despine(ax=axis)
+    shared_legend(figure, fast)
+    return figure
