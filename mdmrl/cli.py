@@ -139,11 +139,26 @@ def _resumable() -> Iterator[None]:
         raise typer.Exit(130) from None
 
 
+def _require_one_kind(context: typer.Context) -> None:
+    """Of `mdmrl eval`: a policy, stored generations or a comparison, and what goes with it."""
+    goes_with = {"generations": {"task", "output_dir", "json"}, "compare": {"json"}}
+    given = {
+        name for name in context.params if context.get_parameter_source(name).name != "DEFAULT"
+    }
+    kinds = [kind for kind in ("policy", *goes_with) if kind in given]
+    said = ", ".join(kinds) or "none of them"
+    require(len(kinds) == 1, f"got {said}: expected one of a policy, --generations, --compare")
+    ignored = given - {kinds[0]} - goes_with.get(kinds[0], given)
+    named = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(ignored))
+    require(not ignored, f"--{kinds[0]} would ignore {named}: leave it out")
+
+
 # -- commands --------------------------------------------------------------------------------------
 
 
 @app.command("eval")
 def evaluate(
+    context: typer.Context,
     policy: Annotated[Name, Argument(help="A name, or a folder; none to score files.")] = None,
     task: TaskName = "medcot",
     data: Annotated[File, Option(help="Rows of your own instead of the task's.")] = None,
@@ -172,10 +187,7 @@ def evaluate(
     policy, or of stored --generations; or --compare two evaluations of the same prompts."""
     from mdmrl.evaluation import command
 
-    asked = {"a policy": policy, "--generations": generations, "--compare": compare}
-    given = [name for name, value in asked.items() if value]
-    said = f"got {' and '.join(given) or 'none of them'}"
-    require(len(given) == 1, f"{said}: expected one of {', '.join(asked)}")
+    _require_one_kind(context)
     if compare:
         return command.compare_evaluations(*compare, json)
     options = {} if n_shot is None else {"n_shot": n_shot}

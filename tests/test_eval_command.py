@@ -116,6 +116,16 @@ def test_an_evaluation_that_is_there_is_not_made_again(call, saved, monkeypatch)
     assert Path("out.json").read_text() == first
 
 
+def test_progress_is_shown(saved, monkeypatch, capsys):
+    words = ["eval", "mdm", "--task", "tasks.py:half", "--batch-size", "4"]
+    cli.app(words, standalone_mode=False)
+    assert "half: completion 6 of 6, accuracy 0.5, 0 s left" in capsys.readouterr().err
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    cli.app([*words[:-1], "5"], standalone_mode=False)
+    shown = capsys.readouterr().err
+    assert "half: 100%" in shown and "6/6" in shown and "accuracy=0.5" in shown
+
+
 def test_rows_of_ones_own(call, saved, here):
     rows = [{"prompt": f"Mine {i}?", "number": 2 * i} for i in range(3)]
     (here / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -164,8 +174,12 @@ def test_several_seeds_and_pass_at_k(call, saved):
 
 def test_what_is_asked_must_be_one_thing(call):
     assert "got none of them: expected one of a policy, --generations, --compare" in call()
-    assert "got a policy and --compare" in call("mdm", "--compare", "a", "b")
-    assert "n_shot" in call("mdm", "--n-shot", 2)
+    assert "got policy, compare: expected one of" in call("mdm", "--compare", "a", "b")
+    assert "--compare would ignore --k, --task" in call(
+        "--compare", "a", "b", "--task", "gsm", "--k", 1
+    )
+    assert "--generations would ignore --n-shot" in call("--generations", "a", "--n-shot", 1)
+    assert "unknown option of medcot 'n_shot'" in call("mdm", "--n-shot", 2)
     assert "takes no options, got n_shot" in call("mdm", "--task", "tasks.py:half", "--n-shot", 2)
 
 
@@ -332,6 +346,13 @@ def test_policies_are_compared_by_their_folders(call, saved):
         call(policy, "--task", "tasks.py:drawn", "--output-dir", policy + "-run")
     found = compare("mdm-run", "ar-run/examples.jsonl")
     assert found["n"] == 6
+    frames = [pd.read_json(f"{policy}-run/examples.jsonl", lines=True) for policy in ("mdm", "ar")]
+    inside = compare(*frames)
+    assert inside.pop("a")["accuracy"] == found.pop("a")["accuracy"] == frames[0].score.mean()
+    assert inside.pop("b")["name"] == "b" != found.pop("b")["name"]
+    assert inside == found
+    with pytest.raises(InputError, match="a has 6 items and b has 5, of which 5 are"):
+        compare(frames[0], frames[1][1:])
     call("ar", "--task", "tasks.py:drawn", "--limit", 4, "--output-dir", "four")
     with pytest.raises(InputError, match=r"mdm-run has 6 items and four has 4, of which 4 are in"):
         compare("mdm-run", "four")

@@ -433,6 +433,8 @@ def test_completions_that_would_all_be_the_same_are_refused(mdm):
             examples(WARM, **how)
     with pytest.raises(InputError, match=r"seeds=\[1, 1\]: expected each once"):
         examples(WARM, seeds=[1, 1])
+    with pytest.raises(InputError, match="batch_size=0: expected 1 or more"):
+        examples(WARM, batch_size=0)
     assert len(examples(SHORT.replace(remasking="random"), seeds=[0, 1])) == 4
 
 

@@ -85,16 +85,16 @@ def evaluate_examples(
     """
     sampler = sampler or SamplerConfig.from_dict(task.sampler_for(policy))
     _require_chance(sampler, seeds, samples, draw)
-    how = {"seeds": seeds, "samples": samples, "rewards": rewards, "draw": draw}
+    require(batch_size >= 1, f"batch_size={batch_size}: expected 1 or more")
+    how = {"seeds": seeds, "samples": samples, "batch_size": batch_size}
+    how |= {"rewards": rewards, "draw": draw}
     items = [row for row in rows for _ in range(samples)]
     places = [(seed, start) for seed in seeds for start in range(0, len(items), batch_size)]
     judge = Judge(policy, items, sampler, rewards, task.metric, draw, task.watch)
     with ExitStack() as stack:
         run = None
         if output_dir is not None:
-            identity = evaluation_identity(
-                policy, task, rows, sampler, batch_size=batch_size, **how
-            )
+            identity = evaluation_identity(policy, task, rows, sampler, **how)
             run = stack.enter_context(Run(output_dir, identity, device=policy.device))
         batches = run.logged() if run else []
         if run:

@@ -19,7 +19,7 @@ from mdmrl.tasks import Task
 from mdmrl.tasks.base import numbered_rows
 
 # LLaDA's end tokens, which d1's files keep; what stands behind the first is no part of the text.
-END = re.compile(r"<\|(eot_id|endoftext)\|>")
+END = re.compile(r"<\|(?:eot_id|endoftext)\|>")
 ANSWERED = ("gsm", "math", "choice", "sudoku")  # tasks whose `answer` is a text
 
 
@@ -71,10 +71,11 @@ def _stored(path: Path, task: Task) -> list[tuple[str, dict]]:
     if isinstance(whole, dict) and isinstance(whole.get("generations"), list):
         require(len(whole["generations"]) > 0, f"{path}: no generations")
         entries = enumerate(whole["generations"])
-        found = [(where := f"{path}: generations[{i}]", _of_d1(e, task, where)) for i, e in entries]
+        numbered = [(f"{path}: generations[{i}]", entry) for i, entry in entries]
+        numbered = [(where, _of_d1(entry, task, where)) for where, entry in numbered]
     else:
-        found = numbered_rows(path)
-    return [(where, _readable(row, task, where)) for where, row in found]
+        numbered = numbered_rows(path)
+    return [(where, _readable(row, task, where)) for where, row in numbered]
 
 
 def _of_d1(entry: dict, task: Task, where: str) -> dict:
@@ -125,7 +126,7 @@ def _answer(value, where: str) -> str:
     return str(int(value)) if value % 1 == 0 else repr(value)
 
 
-def compare(a: str | Path, b: str | Path) -> dict:
+def compare(a: str | Path | pd.DataFrame, b: str | Path | pd.DataFrame) -> dict:
     """Two evaluations over the same items, paired by `prompt_hash`.
 
     `n` items that both judge; the accuracy of each; `difference`, that of `b` minus that of `a`,
@@ -133,26 +134,27 @@ def compare(a: str | Path, b: str | Path) -> dict:
     `neither`; and `p` of McNemar's exact test.
 
     Args:
-        a, b: files of examples, or the run folders that hold them.
+        a, b: examples, files of them, or the run folders that hold them.
 
     Raises:
         InputError: files that hold other items, or several completions of one.
     """
-    scores = [_scores(Path(path)) for path in (a, b)]
+    names = [x if isinstance(x, str | Path) else name for x, name in ((a, "a"), (b, "b"))]
+    scores = [_scores(x, name) for x, name in zip((a, b), names, strict=True)]
     same = scores[0].keys() & scores[1].keys()
     require(
         len(same) == len(scores[0]) == len(scores[1]),
-        f"{a} has {len(scores[0])} items and {b} has {len(scores[1])}, of which {len(same)} are in "
-        "both: expected the same prompts and answers in both",
+        f"{names[0]} has {len(scores[0])} items and {names[1]} has {len(scores[1])}, of which "
+        f"{len(same)} are in both: expected the same prompts and answers in both",
     )
     pairs = Counter((scores[0][key], scores[1][key]) for key in same)
     only_a, only_b, both, neither = (pairs[p] for p in ((1, 0), (0, 1), (1, 1), (0, 0)))
     n = only_a + only_b + both + neither
-    require(n > 0, f"{a} and {b}: no item is judged in both")
+    require(n > 0, f"{names[0]} and {names[1]}: no item is judged in both")
     difference = paired_interval(only_b, only_a, n)
     return {
-        "a": {"file": str(a), "accuracy": (both + only_a) / n},
-        "b": {"file": str(b), "accuracy": (both + only_b) / n},
+        "a": {"name": str(names[0]), "accuracy": (both + only_a) / n},
+        "b": {"name": str(names[1]), "accuracy": (both + only_b) / n},
         "n": n,
         "left_out": len(same) - n,
         "difference": difference.estimate,
@@ -162,12 +164,20 @@ def compare(a: str | Path, b: str | Path) -> dict:
     }
 
 
-def _scores(path: Path) -> dict[tuple[str, int], float | None]:
+def _scores(
+    examples: str | Path | pd.DataFrame, name: str | Path
+) -> dict[tuple[str, int], float | None]:
     """The score of every item; a prompt that is there twice is two items."""
-    file = path / "examples.jsonl" if path.is_dir() else path
-    require(file.is_file(), f"{path}: there is no such file of examples")
+    if isinstance(examples, pd.DataFrame):
+        rows = json.loads(examples.to_json(orient="records"))  # in which nan is null
+        numbered = [(f"{name}, row {i}", row) for i, row in enumerate(rows)]
+    else:
+        path = Path(examples)
+        file = path / "examples.jsonl" if path.is_dir() else path
+        require(file.is_file(), f"{path}: there is no such file of examples")
+        numbered = numbered_rows(file)
     found, seen, drawn = {}, Counter(), set()
-    for where, row in numbered_rows(file):
+    for where, row in numbered:
         fit = {"prompt_hash", "score"} <= row.keys() and row["score"] in (0, 1, None)
         require(fit, f"{where}: expected prompt_hash and a score of 0, 1 or null, got {row!r:.80}")
         drawn.add((row.get("seed"), row.get("sample")))
@@ -176,7 +186,7 @@ def _scores(path: Path) -> dict[tuple[str, int], float | None]:
         found[key] = row["score"]
     require(
         len(drawn) == 1,
-        f"{path} has {len(drawn)} completions of an item, and McNemar's test wants one: evaluate "
+        f"{name} has {len(drawn)} completions of an item, and McNemar's test wants one: evaluate "
         "with one seed and one sample",
     )
     return found

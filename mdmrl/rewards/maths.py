@@ -61,13 +61,8 @@ def maths_right(completion: str | list[dict], answer: str) -> bool:
     Raises:
         RuntimeError: the worker process cannot be started.
     """
-    text = written(completion)
-    given = marked_answer(text)
+    given = maths_answer(written(completion))
     if given is None:
-        given = text.strip()
-        if len(given) > LONGEST or "\n" in given or _WORD.search(_COMMAND.sub(" ", given)):
-            return False
-    if not 0 < len(given) <= LONGEST:
         return False
     reference = str(answer)
     given = unwrapped(re.split(r"\\approx|≈", given)[0] or given)
@@ -99,6 +94,17 @@ def _may_agree(reference: str, given: str) -> bool:
     if given.count("=") == 1 and "=" not in reference:  # "2x = 6" for 6
         return _LEFT_SIDE.fullmatch(given.partition("=")[0]) is not None
     return "boxed" not in given  # it would look for boxes by rules of its own
+
+
+def maths_answer(text: str) -> str | None:
+    """What `text` gives as its answer: what it marks, or itself where it is one line of symbols;
+    None where that is empty or too long."""
+    given = marked_answer(text)
+    if given is None:
+        given = text.strip()
+        if len(given) > LONGEST or "\n" in given or _WORD.search(_COMMAND.sub(" ", given)):
+            return None
+    return given if 0 < len(given) <= LONGEST else None
 
 
 def _number(text: str) -> Fraction | None:

@@ -11,8 +11,7 @@ import random
 from fractions import Fraction
 from math import gcd
 
-from mdmrl.rewards.answers import marked_answer
-from mdmrl.rewards.maths import maths_reward, maths_right
+from mdmrl.rewards.maths import maths_answer, maths_reward, maths_right
 from mdmrl.tasks.base import Task
 from mdmrl.tasks.items import Generator, Gym, Original, task_of, text_of
 
@@ -107,5 +106,5 @@ def task(data=None, n_shot: int = 0) -> Task:
         gym=Gym("simple_equations", _of_gym),
         rewards=[maths_reward],
         metric=metric,
-        extract=marked_answer,
+        extract=maths_answer,
     )

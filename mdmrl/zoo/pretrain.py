@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from mdmrl.config import resolve, unknown
+from mdmrl.config import require, resolve, unknown
 from mdmrl.policies import Policy, load_policy
 from mdmrl.policies.families import FAMILIES
 from mdmrl.provenance import environment
@@ -34,6 +34,7 @@ from mdmrl.training.supervised import Batch, collate, encode_pairs
 from mdmrl.zoo import tokenizer_corpus
 from mdmrl.zoo.recipes import RECIPES, TOKENIZERS, VOCABULARY, PretrainConfig
 from mdmrl.zoo.tokenizer_training import train_tokenizer
+from mdmrl.zoo.tuned import TUNED, tune
 
 SHAPE = (
     "hidden_size",
@@ -188,8 +189,8 @@ def pretrain(config: PretrainConfig, tokenizer, stream, folder: str | Path) -> P
 def pretrain_by_name(
     name: str, folder: Path, tokens: float | None = None, seed: int | None = None
 ) -> Path:
-    """Train what `name` says, `tokenizer` or a recipe, with another budget or seed where one is
-    given; returns the folder of the saved model.
+    """Train what `name` says, `tokenizer`, a recipe or a tuned policy, with another budget or seed
+    where one is given; returns the folder of the saved model.
 
     Beside the weights lie the recipe with seed and data hash (`recipe.json`), the training log
     (`log.csv`) and a model card (`README.md`).
@@ -197,8 +198,11 @@ def pretrain_by_name(
     if name == "tokenizer":
         train_tokenizer(tokenizer_corpus.texts(seed or 0), VOCABULARY).save_pretrained(folder)
         return folder
+    if name in TUNED:
+        require(tokens is None, f"tokens={tokens}: {name} is tuned by RL, which has no such budget")
+        return tune(name, folder, seed)
     if name not in RECIPES:
-        raise unknown("recipe", name, ["tokenizer", *RECIPES])
+        raise unknown("recipe", name, ["tokenizer", *RECIPES, *TUNED])
     given = {"tokens": tokens, "seed": seed}
     config = RECIPES[name].replace(**{k: v for k, v in given.items() if v is not None})
     stream, model = load_task(config.task).stream, folder / "model"
