@@ -215,6 +215,7 @@ def pretrain_by_name(
         "data_sha256_of_first_documents": hashlib.sha256(documents.encode()).hexdigest(),
         "documents_hashed": HASHED_DOCUMENTS,
         **environment(policy.device),
+        "command": f"mdmrl pretrain {name}",
     }
     write_atomically(model / "recipe.json", json.dumps(recipe, indent=1) + "\n")
     write_atomically(model / "README.md", model_card(name, recipe, log))

@@ -33,6 +33,7 @@ def tune(name: str, folder: Path, seed: int | None = None) -> Path:
     log = pd.DataFrame(read_rows(folder / "metrics.jsonl"))
     log.to_csv(model / "log.csv", index=False, float_format="%.6g")
     of = {"start": TUNED[name], "task": MIXTURE, "algorithm": "grpo"}
-    recipe = of | config.settings_for(policy) | environment(policy.device)
+    made = environment(policy.device) | {"command": f"mdmrl pretrain {name}"}
+    recipe = of | config.settings_for(policy) | made
     write_atomically(model / "recipe.json", json.dumps(recipe, indent=1) + "\n")
     return model
