@@ -174,8 +174,10 @@ def test_any_sampler_can_be_evaluated(monkeypatch, capsys, tmp_path):
     assert rows.sampler.tolist() == [used, used, "max_new_tokens=16"]
     assert rows.steps.tolist() == [2, 4, 16]
     markdown = models_markdown(table).splitlines()
-    assert markdown[2].startswith(f"| tiny-mdm | {used} | 2 | 0 | 0.0% [0.0%, 65.8%] |")
-    assert markdown[4].startswith("| tiny-ar | max_new_tokens=16 | - | 0 |")
+    assert markdown[2].startswith(
+        f"| tiny-mdm | medcot | 2 | {used} | 2 | 0 | 0.0% [0.0%, 65.8%] |"
+    )
+    assert markdown[4].startswith("| tiny-ar | medcot | 2 | max_new_tokens=16 | - | 0 |")
 
 
 @pytest.mark.parametrize(

@@ -100,15 +100,19 @@ def append_rows(frame: pd.DataFrame, path: str | Path) -> None:
 
 def models_markdown(path: str | Path) -> str:
     """The table of the tiny models, from the CSV that `mdmrl eval --csv` appends to."""
-    frame = pd.read_csv(path, keep_default_na=False)
+    frame = pd.read_csv(path)
     lines = [
-        "| model | sampler | steps | temperature | exact answer | reward | all four tags |",
-        "|---" * 7 + "|",
+        "| model | task | items | sampler | steps | temperature | exact answer | reward "
+        "| all four tags |",
+        "|---" * 9 + "|",
     ]
-    lines += [
-        f"| {row.policy} | {row.sampler or 'default'} | {row.steps if row.kind != 'ar' else '-'} "
-        f"| {row.temperature:g} | {row.accuracy:.1%} [{row.low:.1%}, {row.high:.1%}] "
-        f"| {row.reward:.2f} | {row.format_rate:.0%} |"
-        for row in frame.itertuples()
-    ]
+    for row in frame.itertuples():
+        sampler = "default" if pd.isna(row.sampler) else row.sampler
+        steps = row.steps if row.kind != "ar" else "-"
+        tags = "-" if pd.isna(row.format_rate) else f"{row.format_rate:.0%}"
+        lines.append(
+            f"| {row.policy} | {row.task} | {row.prompts} | {sampler} | {steps} "
+            f"| {row.temperature:g} | {row.accuracy:.1%} [{row.low:.1%}, {row.high:.1%}] "
+            f"| {row.reward:.2f} | {tags} |"
+        )
     return "\n".join(lines)
