@@ -97,7 +97,7 @@ REASONING = PretrainConfig(
     batch_size=96,
     attn_implementation="eager",
 )
-MATCHED_TOKENS = (1.5e6,)  # of each pair's autoregressive model
+MATCHED_TOKENS = (1.42e6,)  # of each pair's autoregressive model
 
 RECIPES = {
     "tiny-ar": MEDCOT.replace(family="ar", tokens=4e6, warmup_share=0.015),
