@@ -34,8 +34,8 @@ ROOM = 8  # tokens that a policy with other words and line breaks gets beside a 
 
 # How the tuned policies of the table were made, each on the mixture of all four tasks.
 TUNING = GRPOConfig(
-    max_steps=200,
-    per_device_train_batch_size=64,
+    max_steps=60,
+    per_device_train_batch_size=32,
     num_generations=8,
     max_completion_length=48,
     beta=0.0,

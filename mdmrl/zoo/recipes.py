@@ -110,7 +110,7 @@ RECIPES = {
     "tiny-bd-reasoning": REASONING.replace(
         family="bd",
         start="tiny-mdm-reasoning",
-        tokens=2e6,
+        tokens=1e6,
         bf16=False,
         attn_implementation="sdpa",
     ),
