@@ -62,7 +62,8 @@ def test_there_are_items_for_a_whole_split(monkeypatch, generated, name):
     monkeypatch.setattr(items, "ROWS", FULL)
     rows = load_task(name).rows("test")
     assert len(rows) == len({identity(name, row) for row in rows}) == 2000
-    assert rows[:800] == generated[name]["test"]
+    fewer = {identity(name, row) for row in generated[name]["test"]}
+    assert len(fewer) == 800 and fewer < {identity(name, row) for row in rows}
 
 
 def identity(name: str, row: dict) -> str:

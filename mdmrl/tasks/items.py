@@ -38,17 +38,19 @@ class Generator:
         return split_of(self.name, key, shares=SHARES)
 
     def rows(self, split: str, limit: int | None = None) -> list[dict]:
-        """The first `limit` items of a split, distinct and in a fixed order: `ROWS` of them, or as
-        many as there are."""
+        """The first `limit` items of a split, distinct and in a fixed order: of `ROWS` of them, or
+        of as many as there are. They are shuffled, since what is drawn first is drawn often, and
+        easier."""
         rng, found = random.Random(f"{self.name}/{split}"), {}
-        wanted = ROWS[split] if limit is None else limit
-        for _ in range(DRAWS * wanted):
+        for _ in range(DRAWS * ROWS[split]):
             key, row = self.draw(rng)
             if self.split_of(key) == split:
                 found.setdefault(key, row)
-            if len(found) == wanted:
+            if len(found) == ROWS[split]:
                 break
-        return list(found.values())
+        rows = list(found.values())
+        rng.shuffle(rows)
+        return rows[:limit]
 
     def stream(self, seed: int, start: int = 0) -> Iterator[dict]:
         """An endless supply of pre-training items; item i depends on (seed, i) alone."""
@@ -127,7 +129,7 @@ def task_of(
     elif examples is found:
         require(len(rows) > n_shot, f"{data}: {len(rows)} rows, expected more than n_shot={n_shot}")
         rows = rows[n_shot:]
-    rows = with_examples(rows, shown or items.rows("pretrain", n_shot))
+    rows = with_examples(rows, shown or (items.rows("pretrain", n_shot) if n_shot else []))
     if original and original.max_new_tokens and data != GYM and "prompt" not in found[0][1]:
         judged["sampler"] = {"max_new_tokens": original.max_new_tokens}
     return Task(splits={"rl": rows, "test": rows}, **judged)
@@ -150,7 +152,8 @@ def text_of(fields: Mapping, *names: str) -> str:
 
 
 def _generated(items: Generator, split: str, n_shot: int) -> list[dict]:
-    examples = [] if split == "pretrain" else items.rows("pretrain", n_shot)
+    shown = n_shot and split != "pretrain"
+    examples = items.rows("pretrain", n_shot) if shown else []
     return with_examples(items.rows(split), examples)
 
 
