@@ -1,7 +1,7 @@
 """The rules of what training does: rows 1 to 6, 13 and 15 to 18 of the table, and 20.
 
 "Gain" is the held-out difference from the same policy before RL, and "share" the gain over ceiling
-minus start: `quantities.gain` and `quantities.share`, greedy or sampled.
+minus start: `quantities.held_out_gain` and `quantities.held_out_share`, greedy or sampled.
 """
 
 from __future__ import annotations
