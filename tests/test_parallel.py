@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from mdmrl import SamplerConfig, generate, load_policy, load_task
+from mdmrl import SamplerConfig, generate, load_policy
 from mdmrl.runs import generator_for
 from mdmrl.study.parallel import agreement, right_solutions, text_logprobs
 from mdmrl.tasks.countdown import draw, metric, solutions

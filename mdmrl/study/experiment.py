@@ -19,7 +19,7 @@ import torch
 from mdmrl.config import require, unknown
 from mdmrl.policies.load import ZOO
 from mdmrl.runs import write_atomically
-from mdmrl.study.outputs import figures_folder
+from mdmrl.study.outputs import Outputs, figures_folder
 from mdmrl.study.training import Arm, train_arm
 
 CHECKPOINTS = range(6)
@@ -125,6 +125,16 @@ def runs(
                 missing.append(f"{name} on checkpoint {checkpoint}" + ", unshipped" * (not shipped))
     columns = ["name", "arm", "seed", "step"]
     return pd.concat(found, ignore_index=True) if found else pd.DataFrame(columns=columns), missing
+
+
+def judge(outputs: Outputs, row: int, line: str, *columns: pd.Series, **facts) -> str:
+    """`outputs.judge` of columns with a value a checkpoint, which is their index; or, as long as
+    one of the six lacks in any of them, that nothing is judged."""
+    table = pd.concat(columns, axis=1, join="inner").dropna()
+    if missing := [str(one) for one in CHECKPOINTS if one not in table.index]:
+        return f"row {row}, {line}: not judged, no runs on checkpoint {', '.join(missing)}"
+    values = (table.iloc[:, place].to_numpy() for place in range(len(columns)))
+    return outputs.judge(row, line, *values, checkpoints=[*table.index], **facts)
 
 
 def pilots(estimators: Iterable[str], profile: str, train: bool = True) -> pd.DataFrame:

@@ -17,8 +17,10 @@ from mdmrl.rl.config import GRPOConfig
 from mdmrl.sampling import SamplerConfig
 from mdmrl.study.parallel import agreement, right_solutions
 from mdmrl.study.pieces import facts
+from mdmrl.study.quantities import held_out_gain, held_out_share, mean_until
 from mdmrl.tasks.base import Task
 
+ENDS = ("before", "after")
 BATCH = 250  # completions of one call of the sampler
 
 
@@ -73,7 +75,7 @@ def look(
 def noted(frame: pd.DataFrame, before: Mapping, after: Mapping) -> dict[str, dict[str, str]]:
     """Put the means of what `look` gave before and after training into the first and last row of a
     run's log, as `look/greedy/reward` and so on; returns the columns themselves, packed."""
-    ends = {"before": (frame.index[0], before), "after": (frame.index[-1], after)}
+    ends = dict(zip(ENDS, ((frame.index[0], before), (frame.index[-1], after)), strict=True))
     for row, columns in ends.values():
         for name, values in columns.items():
             frame.loc[row, f"look/{name}"] = np.mean(values)
@@ -97,3 +99,46 @@ def sampled(
     judged = task.rewards, task.metric, "sampled/", BATCH, config.seed
     found = evaluate(policy, several, config.sampler_for(policy), *judged, watch=task.watch)
     return {name: found[name] for name in ("sampled/reward", "sampled/accuracy")}
+
+
+def gains(runs: pd.DataFrame, profile: str, column: str, ceiling: float = 1.0) -> pd.DataFrame:
+    """What training gave the items of each run: a row a run, with index (arm, seed) and columns
+    `start`, `gain` and `share` (`mdmrl.study.quantities`) of what `look` calls `column`."""
+    rows = {}
+    for (arm, seed), run in runs.groupby(["arm", "seed"], sort=False):
+        before, after = (looked(profile, run.run.iloc[0], end)[column] for end in ENDS)
+        share = held_out_share(before, after, ceiling)
+        rows[arm, seed] = before.mean(), held_out_gain(before, after), share
+    index = pd.MultiIndex.from_tuples(rows, names=["arm", "seed"]) if rows else None
+    return pd.DataFrame([*rows.values()], index, ["start", "gain", "share"])
+
+
+def with_costs(runs: pd.DataFrame) -> pd.DataFrame:
+    """The logs, with what each run had spent before a row: columns `spent/positions` that were
+    computed and `spent/seconds` of its updates, and the same of its rollouts alone,
+    `spent/rollout positions` and `spent/rollout seconds`."""
+    costs = {
+        "positions": runs["token_forwards"] + runs["token_forwards/scoring"],
+        "seconds": runs["step_time"],
+        "rollout positions": runs["token_forwards"],
+        "rollout seconds": runs["rollout_time"],
+    }
+    table = pd.DataFrame({f"spent/{name}": cost.fillna(0) for name, cost in costs.items()})
+    return runs.join(table.groupby([runs.arm, runs.seed]).cumsum() - table)
+
+
+def area_difference(runs: pd.DataFrame, arm: str, other: str, cost: str) -> pd.Series:
+    """By seed: the mean greedy accuracy gained on the way to what both arms have spent of `cost`, a
+    column of `with_costs`, that of `arm` less that of `other` (`quantities.mean_until`)."""
+    seen = runs.dropna(subset=["eval/accuracy"]).sort_values("step")
+    curves = {key: run for key, run in seen.groupby(["arm", "seed"])}
+    found = {}
+    for seed in sorted({s for a, s in curves if a == arm} & {s for a, s in curves if a == other}):
+        pair = [curves[name, seed] for name in (arm, other)]
+        end = min(run[cost].iloc[-1] for run in pair)
+        first, second = (
+            mean_until(run[cost], run["eval/accuracy"] - run["eval/accuracy"].iloc[0], end)
+            for run in pair
+        )
+        found[seed] = first - second
+    return pd.Series(found, dtype=float)
