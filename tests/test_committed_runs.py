@@ -37,7 +37,12 @@ def asked():
     a run that is missing is replaced by another of its policy and estimator.
     """
     names, missing = set(), set()
-    cached_table = pieces.cached_table
+    cached_table, kept_table = pieces.cached_table, pieces.kept_table
+
+    def kept(*arguments):
+        table = kept_table(*arguments)
+        names.update(() if table is None else table.run[:1])
+        return table
 
     def recorded(profile, slug, identity, compute, since=None):
         def lacking(name):
@@ -59,8 +64,11 @@ def asked():
     read_rows = Task.rows
 
     @functools.cache
-    def rows(split, limit, system):
-        return read_rows(load_task("medcot"), split, limit, system)
+    def rows(task, split, limit, system):
+        return read_rows(load_task(task), split, limit, system)
+
+    def rows_of(task, split, limit=None, system=None):
+        return rows("countdown" if task.name == "countdown" else "medcot", split, limit, system)
 
     def fresh(*arguments, **options):
         policy = loaded(*arguments, **options)
@@ -70,9 +78,8 @@ def asked():
         for room in (training, judging):
             patch.setattr(room, "cached_table", recorded)
             patch.setattr(room, "load_policy", fresh)
-        patch.setattr(
-            Task, "rows", lambda _, split, limit=None, system=None: rows(split, limit, system)
-        )
+        patch.setattr(training, "kept_table", kept)
+        patch.setattr(Task, "rows", rows_of)
         patch.setattr(mdmrl.sampling, "generate", sampled)
         patch.setattr(mdmrl.sampling.hierarchy, "generate_hierarchy", sampled)
         patch.setattr(

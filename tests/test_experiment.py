@@ -9,7 +9,7 @@ import pytest
 from mdmrl import SamplerConfig, generate, load_policy, load_task
 from mdmrl.config import InputError
 from mdmrl.study import experiment
-from mdmrl.study.looks import area_difference, looked, with_costs
+from mdmrl.study.looks import areas, looked, with_costs
 from mdmrl.study.pieces import facts
 from mdmrl.study.training import project_root
 
@@ -98,8 +98,8 @@ def test_costs_and_areas_are_those_of_a_hand_made_log():
     assert runs["spent/positions"].tolist() == [0, 11, 33, 0, 21, 63]
     assert runs["spent/rollout seconds"].tolist() == [0, 1, 2, 0, 1, 2]
     # Up to 30 positions of rollouts: a rise to 0.4 against one to 0.2, each linear from 0.
-    found = area_difference(runs, "one", "other", "spent/rollout positions")
-    assert found.to_dict() == pytest.approx({7: 0.4 / 2 - 0.2 / 2})
+    found = areas(runs, ["one", "other"], "spent/rollout positions")
+    assert found.loc[7].to_dict() == pytest.approx({"one": 0.4 / 2, "other": 0.2 / 2})
 
 
 def test_nothing_is_judged_as_long_as_a_checkpoint_lacks():

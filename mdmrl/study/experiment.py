@@ -27,6 +27,7 @@ FEW = range(3)  # checkpoints of the arms that are only measured
 LEARNING_RATES = (1e-4, 3e-4)
 PILOT = 100  # its seed, on the first checkpoint, with the validation items
 RATES = "countdown_learning_rates"  # the table of their choices
+WATCHED = 200  # held-out items, of those that are looked at, every `eval_steps` updates
 ALL_STEPS = [1, 2, 3, 4, 6, 12]
 SETTINGS = {
     "max_steps": 300,
@@ -68,7 +69,12 @@ ARMS: dict[str, tuple[str, int | None, dict, range, str | None]] = {
     "one_step-12": ("one_step", 12, {"max_steps": 150}, FEW, None),
     "trajectory-12": ("trajectory", 12, {"max_steps": 150}, FEW, None),
 }
+MAIN = ("ar", "ar_style", "one_step", "complementary", "trajectory")  # drawn in one figure
 SAMPLING = ("remasking", "step_sizes")
+# What is drawn of a log, which no run leaves empty.
+COLUMNS = ["name", "arm", "seed", "run", "step", "loss", "kl/sum", "step_time", "rollout_time"]
+COLUMNS += ["grad_norm/surrogate", "grad_norm/kl", "token_forwards", "token_forwards/scoring"]
+COLUMNS += ["eval/accuracy", "eval/sampled/accuracy", "eval/sampled/reward"]
 
 
 def pair(checkpoint: int) -> tuple[str, str]:
@@ -99,7 +105,7 @@ def arm(name: str, checkpoint: int, **changes) -> Arm:
         order = {"remasking": "state_confidence", **{k: own[k] for k in SAMPLING if k in own}}
         settings["sampler"] = order | {"steps": steps}
     made = {"name": label(name), "policy": pair(checkpoint)[bool(steps)], "task": "countdown"}
-    made |= {"eval_prompts": 200, "looks": LOOKS, **changes}
+    made |= {"eval_prompts": WATCHED, "looks": LOOKS, **changes}
     made["settings"] = settings | changes.get("settings", {})
     return Arm(**made, after=arm(before, checkpoint, **changes).to_dict() if before else {})
 
@@ -123,8 +129,16 @@ def runs(
                 found.append(run)
             else:
                 missing.append(f"{name} on checkpoint {checkpoint}" + ", unshipped" * (not shipped))
-    columns = ["name", "arm", "seed", "step"]
-    return pd.concat(found, ignore_index=True) if found else pd.DataFrame(columns=columns), missing
+    return pd.concat(found or [pd.DataFrame(columns=COLUMNS, dtype=float)], ignore_index=True), missing
+
+
+def per_checkpoint(values: pd.Series) -> pd.DataFrame:
+    """Values with index (arm, seed) as a column an arm, by label, of all `ARMS`; nan where a run
+    lacks."""
+    table = pd.DataFrame(index=pd.Index([*CHECKPOINTS], name="seed"), columns=map(label, ARMS))
+    for (arm, seed), value in values.items():
+        table.loc[seed, arm] = value
+    return table.astype(float)
 
 
 def judge(outputs: Outputs, row: int, line: str, *columns: pd.Series, **facts) -> str:
@@ -135,6 +149,21 @@ def judge(outputs: Outputs, row: int, line: str, *columns: pd.Series, **facts) -
         return f"row {row}, {line}: not judged, no runs on checkpoint {', '.join(missing)}"
     values = (table.iloc[:, place].to_numpy() for place in range(len(columns)))
     return outputs.judge(row, line, *values, checkpoints=[*table.index], **facts)
+
+
+def by_steps(runs: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
+    """Greedy accuracy against denoising steps, by one sampler for all: columns `curve`, `seed`,
+    `steps`, `accuracy`. The curves are "before RL", where the first of the arms `names` begins, and
+    the end of each, by label; an arm without a run has none."""
+    rows = []
+    for name in names:
+        for seed, run in runs[runs["name"] == name].groupby("seed"):
+            ends = {"before RL": run.iloc[0], label(name): run.iloc[-1]}
+            for curve, row in ends.items() if name == names[0] else [*ends.items()][1:]:
+                looked = row.filter(regex=r"^look/steps\d+/accuracy$").dropna()
+                steps = looked.index.str.extract(r"(\d+)")[0].astype(int)
+                rows += [(curve, seed, *pair) for pair in zip(steps, looked, strict=True)]
+    return pd.DataFrame(rows, columns=["curve", "seed", "steps", "accuracy"])
 
 
 def pilots(estimators: Iterable[str], profile: str, train: bool = True) -> pd.DataFrame:

@@ -104,13 +104,13 @@ def sampled(
 def gains(runs: pd.DataFrame, profile: str, column: str, ceiling: float = 1.0) -> pd.DataFrame:
     """What training gave the items of each run: a row a run, with index (arm, seed) and columns
     `start`, `gain` and `share` (`mdmrl.study.quantities`) of what `look` calls `column`."""
-    rows = {}
-    for (arm, seed), run in runs.groupby(["arm", "seed"], sort=False):
-        before, after = (looked(profile, run.run.iloc[0], end)[column] for end in ENDS)
+    rows = []
+    for (arm, seed, run), _ in runs.groupby(["arm", "seed", "run"], sort=False):
+        before, after = (looked(profile, run, end)[column] for end in ENDS)
         share = held_out_share(before, after, ceiling)
-        rows[arm, seed] = before.mean(), held_out_gain(before, after), share
-    index = pd.MultiIndex.from_tuples(rows, names=["arm", "seed"]) if rows else None
-    return pd.DataFrame([*rows.values()], index, ["start", "gain", "share"])
+        rows.append((arm, seed, before.mean(), held_out_gain(before, after), share))
+    table = pd.DataFrame(rows, columns=["arm", "seed", "start", "gain", "share"])
+    return table.set_index(["arm", "seed"])
 
 
 def with_costs(runs: pd.DataFrame) -> pd.DataFrame:
@@ -127,18 +127,15 @@ def with_costs(runs: pd.DataFrame) -> pd.DataFrame:
     return runs.join(table.groupby([runs.arm, runs.seed]).cumsum() - table)
 
 
-def area_difference(runs: pd.DataFrame, arm: str, other: str, cost: str) -> pd.Series:
-    """By seed: the mean greedy accuracy gained on the way to what both arms have spent of `cost`, a
-    column of `with_costs`, that of `arm` less that of `other` (`quantities.mean_until`)."""
+def areas(runs: pd.DataFrame, arms: Sequence[str], cost: str) -> pd.DataFrame:
+    """The mean greedy accuracy that two arms gained on the way to what both have spent of `cost`, a
+    column of `with_costs` (`quantities.mean_until`): a column an arm, a row a seed."""
     seen = runs.dropna(subset=["eval/accuracy"]).sort_values("step")
-    curves = {key: run for key, run in seen.groupby(["arm", "seed"])}
-    found = {}
-    for seed in sorted({s for a, s in curves if a == arm} & {s for a, s in curves if a == other}):
-        pair = [curves[name, seed] for name in (arm, other)]
+    curves = [dict(iter(seen[seen.arm == arm].groupby("seed"))) for arm in arms]
+    rows = {}
+    for seed in sorted(curves[0].keys() & curves[1].keys()):
+        pair = [curve[seed] for curve in curves]
         end = min(run[cost].iloc[-1] for run in pair)
-        first, second = (
-            mean_until(run[cost], run["eval/accuracy"] - run["eval/accuracy"].iloc[0], end)
-            for run in pair
-        )
-        found[seed] = first - second
-    return pd.Series(found, dtype=float)
+        accuracies = [run["eval/accuracy"] - run["eval/accuracy"].iloc[0] for run in pair]
+        rows[seed] = [mean_until(x[cost], y, end) for x, y in zip(pair, accuracies, strict=True)]
+    return pd.DataFrame.from_dict(rows, orient="index", columns=list(arms), dtype=float)

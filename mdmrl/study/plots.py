@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 from pandas import DataFrame, Series
 
 from mdmrl.evaluation.stats import t_interval
+from mdmrl.study.colours import LINES, line_styles, palette
 from mdmrl.study.colours import colour as colour
-from mdmrl.study.colours import line_styles, palette
 
 TEXT_WIDTH = 6.3  # inches, a page of A4 with the thesis's margins
 COLOURS = sns.color_palette("colorblind").as_hex()  # of what `palette` does not name
@@ -121,6 +121,21 @@ def bars(axes: Axes, table: DataFrame, colours: Sequence[str] = COLOURS) -> None
     sns.despine(ax=axes)
 
 
+def moved(axes: Axes, values: Series, arms: Iterable[str]) -> None:
+    """An arm a line, from top to bottom: from its value before training, hollow, to that after, the
+    means over seeds; each seed small. `values` have the index (end, arm, seed)."""
+    for place, arm in enumerate(arms):
+        ends = values.xs(arm, level="arm").unstack("seed").loc[["before", "after"]]
+        axes.plot(ends, [place, place], ".", color=colour(arm), markersize=2, alpha=0.5)
+        before, after = ends.mean(axis=1)
+        axes.plot([before, after], [place, place], color=colour(arm), linewidth=1)
+        for value, filled in ((before, "white"), (after, colour(arm))):
+            axes.plot(value, place, "o", color=colour(arm), markerfacecolor=filled, markersize=4)
+    axes.set_yticks(range(len(arms)), arms, fontsize=6)
+    axes.invert_yaxis()
+    sns.despine(ax=axes)
+
+
 def against_steps(table: DataFrame, reference: Series, equally_fast: float | None) -> Figure:
     """Speed and accuracy of a masked diffusion model against its denoising steps, the
     autoregressive model as the line (Fig. 4-4).
@@ -149,4 +164,39 @@ def against_steps(table: DataFrame, reference: Series, equally_fast: float | Non
         axis.set_xlabel("denoising steps")
         sns.despine(ax=axis)
     shared_legend(figure, fast)
+    return figure
+
+
+def moved_trade_off(
+    table: DataFrame, speeds: Series, references: dict[str, tuple[float, float]]
+) -> Figure:
+    """Accuracy against denoising steps, and against instances per second, before and after RL; the
+    mean over seeds, and its 95 % t-interval where there are two or more.
+
+    Args:
+        table: columns `curve`, `seed`, `steps`, `accuracy`; speeds: instances per second by steps;
+            references: autoregressive models by name, their instances per second and accuracy.
+    """
+    figure, (against, fast) = panels(2, height=2.8)
+    curves = table["curve"].unique()
+    styles, shades = line_styles(curves[1:]), palette(curves[1:])
+    for name in curves:
+        accuracy = table[table["curve"] == name].groupby("steps").accuracy
+        mean, ends = accuracy.mean(), np.array([interval(values) for _, values in accuracy])
+        look = {"color": shades.get(name, colour("MDM")), "linestyle": styles.get(name, "-")}
+        against.plot(mean.index, mean, marker="o", markersize=3, label=name, **look)
+        against.fill_between(mean.index, *ends.T, color=look["color"], alpha=0.15, linewidth=0)
+        fast.plot(speeds.reindex(mean.index), mean, marker="o", markersize=3, **look)
+    for (name, (speed, accuracy)), line in zip(references.items(), LINES, strict=False):
+        against.axhline(accuracy, color=colour("AR"), linestyle=line, linewidth=1, label=name)
+        fast.plot(speed, accuracy, "*", color=colour("AR"), alpha=1 if line == "-" else 0.5)
+    against.set_xscale("log", base=2)
+    ticks = sorted(table.steps.unique())
+    against.set_xticks(ticks, [f"{steps:g}" for steps in ticks])
+    against.set(xlabel="denoising steps", ylabel="right answers, greedy")
+    fast.set(xscale="log", xlabel="instances per second")
+    for axis in (against, fast):
+        axis.set_ylim(bottom=0)
+        sns.despine(ax=axis)
+    shared_legend(figure, against)
     return figure
