@@ -107,11 +107,12 @@ def _yaml(text: str | bytes, where: object):
         raise InputError(f"{where}: {wanted} ({' '.join(str(error).split())})") from None
 
 
-def _pairs(given: Words) -> dict[str, str]:
+def _pairs(given: Words) -> dict:
     """Fields of SamplerConfig by name, from `KEY=VALUE` pairs."""
     for pair in given or []:
         require("=" in pair, f"--sampler {pair}: expected KEY=VALUE, as in block_length=32")
-    return dict(pair.split("=", 1) for pair in given or [])
+    found = (pair.split("=", 1) for pair in given or [])
+    return {key: _yaml(value, repr(value)) for key, value in found}
 
 
 def _held_out(task: mdmrl.Task) -> Sequence[dict]:
