@@ -100,7 +100,11 @@ class TrainingConfig(Config):
     def sampler_for(self, policy: Policy, greedy: bool = False) -> SamplerConfig:
         """What completes the prompts of `policy`; `greedy` takes the most probable tokens and the
         surest positions."""
-        return SamplerConfig(max_new_tokens=self.max_completion_length, **self.sampler)
+        own = {name: getattr(policy, name) for name in self.OWN_SAMPLER if getattr(policy, name)}
+        asked = own | self.sampler | {"temperature": 0.0 if greedy else self.drawn_at}
+        drawn = ("order_temperature", "top_k", "top_p") if greedy else ()
+        asked = {name: value for name, value in asked.items() if name not in drawn}
+        return SamplerConfig(max_new_tokens=self.max_completion_length, **asked)
 
     def settings_for(self, policy: Policy) -> dict:
         """Every setting as it holds for `policy`, the sampler's among them, the folder left out."""
