@@ -207,6 +207,7 @@ TOY_ROWS = [{"prompt": "ab"}, {"prompt": "ba"}]
 
 def rft(folder, policy, **changes):
     own = {"num_generations": 8, "max_completion_length": 4}
+    own |= {"sampler": {"steps": 4}} if policy.denoises and policy.block_length else {}
     return settings(RFTConfig, folder, policy, **own | changes)
 
 
@@ -232,15 +233,13 @@ def test_what_is_kept_is_right_and_different_and_becomes_more_probable(tmp_path,
 
 @pytest.mark.parametrize("family", ["ar", "mdm"])
 def test_online_it_learns_from_the_policy_as_it_is(tmp_path, family):
-    policy = toy(family)
-    shape = {"online": True, "per_device_train_batch_size": 16, "max_steps": 20}
-    rows = read_rows(
-        train_rft(policy, [rewarded("a")], TOY_ROWS, rft(tmp_path / "run", policy, **shape))
-        / "metrics.jsonl"
-    )
+    policy, reward = toy(family), rewarded("b")
+    shape = {"max_steps": 30, "per_device_train_batch_size": 32}
+    config = rft(tmp_path / "run", policy, online=True, **shape)
+    rows = read_rows(train_rft(policy, [reward], TOY_ROWS, config) / "metrics.jsonl")
     assert rows[0]["right"] == rows[0]["reward"]
     assert all(row["token_forwards"] > 0 for row in rows[:-1])
-    assert sum(row["right"] for row in rows[15:20]) > sum(row["right"] for row in rows[:5]) + 0.5
+    assert sum(row["right"] for row in rows[25:30]) > sum(row["right"] for row in rows[:5]) + 0.5
 
 
 @pytest.mark.parametrize("online", [False, True])
@@ -249,7 +248,7 @@ def test_a_policy_that_is_right_nowhere_is_told_so(tmp_path, online):
     config = rft(
         tmp_path / "run", policy, online=online, max_steps=9, per_device_train_batch_size=8
     )
-    with pytest.raises(ValueError, match=r"none of \d+ completions has a reward of threshold=1.0"):
+    with pytest.raises(ValueError, match=r"none of \d+ completions .* reward_threshold=1.0"):
         train_rft(policy, [rewarded("z")], TOY_ROWS, config)
 
 
@@ -260,7 +259,7 @@ def test_a_resumed_rft_run_gives_the_bits_of_an_uninterrupted_one(
 ):
     def run(folder, reward):
         policy = fresh(shared_policies[family], lora)
-        config = rft(folder, policy, online=online, threshold=0.5, num_generations=2)
+        config = rft(folder, policy, online=online, reward_threshold=0.5, num_generations=2)
         train_rft(policy, [reward], PROMPTS, config, [{"prompt": "A bird?"}])
         return policy
 
@@ -280,7 +279,7 @@ def test_pairs_are_right_beside_wrong_and_dpo_takes_them(tmp_path):
         [row for row in pairs if row["prompt"] == "ab"]
     )
     train_dpo(policy, pairs, settings(DPOConfig, tmp_path / "run", max_completion_length=6))
-    with pytest.raises(ValueError, match="on both sides of threshold"):
+    with pytest.raises(ValueError, match="on both sides of reward_threshold"):
         sampled_pairs(policy, [rewarded("z")], TOY_ROWS, config)
 
 
@@ -357,7 +356,7 @@ train_dpo(load_policy(base), pairs, DPOConfig(output_dir=folder + "/dpo", **smal
 def share(prompts, completions, completion_ids, **columns):
     return [sum(i % 2 for i in ids) / len(ids) for ids in completion_ids]
 
-own = {"threshold": 0.4, "num_generations": 2}
+own = {"reward_threshold": 0.4, "num_generations": 2}
 config = RFTConfig(output_dir=folder + "/rft", **small, **own)
 train_rft(load_policy(base), [share], prompts, config)
 """

@@ -43,14 +43,14 @@ class RFTConfig(SFTConfig):
     Attributes:
         num_generations: completions drawn for each prompt.
         temperature: at which they are drawn.
-        threshold: completions of this reward or more are right.
+        reward_threshold: completions of this reward or more are right.
         online: draw those of each update from the policy as it is.
     """
 
     output_dir: str = "runs/rft"
     num_generations: int = 8
     temperature: float = 1.0
-    threshold: float = 1.0
+    reward_threshold: float = 1.0
     online: bool = False
 
     COUNTS: ClassVar = (*SFTConfig.COUNTS, "num_generations")
@@ -101,7 +101,7 @@ def train_rft(
     if not config.online:
         before = policy.positions_computed
         graded = draw_graded(policy, rewards, rounds.rows, config, *rounds.share)
-        right = [one.ids for one in graded if one.reward >= config.threshold]
+        right = [one.ids for one in graded if one.reward >= config.reward_threshold]
         if not right:
             raise nothing_right([one.reward for one in graded], config)
         pool = list(dict.fromkeys(right))
@@ -114,7 +114,7 @@ def train_rft(
         if config.online:
             asked = step, config.sampler_for(policy), False
             _, rollout, metrics, sample = rounds.collect(*asked)
-            texts = ids_of(rollout.select(rollout.rewards >= config.threshold))
+            texts = ids_of(rollout.select(rollout.rewards >= config.reward_threshold))
             share = sum(gather_object([len(texts)])) / (config.batch * rounds.share[1])
             none_right = 0 if share else none_right + 1
             if none_right == MAX_SKIPPED:
@@ -133,10 +133,11 @@ def train_rft(
 
 def nothing_right(rewards: Sequence[float], config: RFTConfig) -> InputError:
     """What to say of completions that have these rewards."""
+    wanted = f"reward_threshold={config.reward_threshold}"
     return InputError(
-        f"none of {len(rewards)} completions has a reward of threshold={config.threshold} or more, "
-        f"the best {max(rewards):.3g}: there is nothing to learn from; lower threshold, raise "
-        "num_generations, or begin with a policy that is sometimes right"
+        f"none of {len(rewards)} completions has a reward of {wanted} or more, the best "
+        f"{max(rewards):.3g}: there is nothing to learn from; lower it, raise num_generations, or "
+        "begin with a policy that is sometimes right"
     )
 
 
@@ -196,10 +197,11 @@ def sampled_pairs(
     Raises:
         InputError: no prompt has a right completion and a wrong one.
     """
+    least = config.reward_threshold
     texts: dict[tuple[int, bool], dict[str, Prompt]] = {}
     for one in draw_graded(policy, rewards, rows, config):
         if one.ended:
-            texts.setdefault((one.place, one.reward >= config.threshold), {})[one.text] = one.prompt
+            texts.setdefault((one.place, one.reward >= least), {})[one.text] = one.prompt
     pairs = [
         {"prompt": prompt, "chosen": right, "rejected": wrong}
         for place in range(len(rows))
@@ -209,7 +211,7 @@ def sampled_pairs(
     ]
     require(
         len(pairs) > 0,
-        f"no prompt of {len(rows)} has completions on both sides of threshold={config.threshold}: "
+        f"no prompt of {len(rows)} has completions on both sides of reward_threshold={least}: "
         "raise num_generations, or give more prompts",
     )
     return pairs

@@ -68,7 +68,7 @@ def always(scored: Scored) -> Tensor:
 
 def if_right(scored: Scored) -> Tensor:
     """1 where the reward reaches the threshold, else 0."""
-    return always(scored) * (scored.rewards >= scored.config.threshold)[:, None]
+    return always(scored) * (scored.rewards >= scored.config.reward_threshold)[:, None]
 
 
 def of_pair(scored: Scored) -> Tensor:
@@ -107,7 +107,7 @@ def over_tokens(scored: Scored) -> Tensor:
 
 
 def over_right_tokens(scored: Scored) -> Tensor:
-    right = scored.rewards >= scored.config.threshold
+    right = scored.rewards >= scored.config.reward_threshold
     share = right.sum() / len(right) if scored.config.online else 1.0
     return share / scored.mask[right].sum().clamp(min=1)
 
