@@ -150,8 +150,8 @@ class RewardModel:
             hidden = policy.forward(ids, attention, pattern).float()
             parts = (asked.attention_mask, hidden[:, :width]), (real, hidden[:, width:])
             means = [(m[..., None] * h).sum(1) / m.sum(1, keepdim=True) for m, h in parts]
-            last = hidden[torch.arange(len(ids)), width + real.sum(1) - 1]
-            found.append(torch.cat([*means, last], -1))
+            place = torch.arange(len(ids), device=ids.device), width + real.sum(1) - 1
+            found.append(torch.cat([*means, hidden[place]], -1))
         return torch.cat(found)
 
     def fingerprint(self) -> str:
