@@ -205,6 +205,11 @@ def toy(family="mdm"):
 TOY_ROWS = [{"prompt": "ab"}, {"prompt": "ba"}]
 
 
+def right_of(groups):
+    """How many completions are right."""
+    return sum(one.reward == 1 for group in groups for one in group)
+
+
 def rft(folder, policy, **changes):
     own = {"num_generations": 8, "max_completion_length": 4}
     own |= {"sampler": {"steps": 4}} if policy.denoises and policy.block_length else {}
@@ -215,20 +220,19 @@ def rft(folder, policy, **changes):
 def test_what_is_kept_is_right_and_different_and_becomes_more_probable(tmp_path, family):
     policy, reward = toy(family), rewarded("a")
     config = rft(tmp_path / "run", policy, max_steps=30, per_device_train_batch_size=16)
-    before = [one.reward for one in draw_graded(policy, [reward], TOY_ROWS * 8, config)]
-    drawn = draw_graded(policy, [reward], TOY_ROWS, config)
-    assert len(drawn) == 16
+    before = right_of(draw_graded(policy, [reward], TOY_ROWS * 8, config))
+    groups = draw_graded(policy, [reward], TOY_ROWS, config)
+    assert [len(group) for group in groups] == [8, 8]
+    assert [{one.ids[0] for one in group} for group in groups] == [{(0, 1)}, {(1, 0)}]
+    drawn = groups[0] + groups[1]
     assert all((one.reward == 1) == ("a" in one.text) for one in drawn)
-    assert {(one.place, one.prompt) for one in drawn} == {(0, "ab"), (1, "ba")}
     rows = read_rows(train_rft(policy, [reward], TOY_ROWS, config) / "metrics.jsonl")
-    right = [one for one in drawn if one.reward == 1]
-    assert rows[0]["right"] == len(right) / 16
-    assert rows[0]["kept"] == len({(one.place, one.ids[1]) for one in right})
+    assert rows[0]["right"] == right_of(groups) / 16
+    assert rows[0]["kept"] == len({one.ids for one in drawn if one.reward == 1})
     assert rows[0]["token_forwards"] > 0
     assert "token_forwards" not in rows[1]
     assert rows[29]["loss"] < rows[0]["loss"]
-    after = [one.reward for one in draw_graded(policy, [reward], TOY_ROWS * 8, config)]
-    assert sum(after) > sum(before) + 10
+    assert right_of(draw_graded(policy, [reward], TOY_ROWS * 8, config)) > before + 10
 
 
 @pytest.mark.parametrize("family", ["ar", "mdm"])

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
@@ -21,7 +22,7 @@ import torch
 from accelerate.utils import gather_object
 
 from mdmrl.config import InputError, require
-from mdmrl.policies import Policy, Prompt
+from mdmrl.policies import Policy
 from mdmrl.rl.config import RLConfig
 from mdmrl.rl.rollout import Rollout, collect
 from mdmrl.rl.rounds import Rounds
@@ -100,7 +101,9 @@ def train_rft(
     none_right, pool, at_first = 0, [], {}
     if not config.online:
         before = policy.positions_computed
-        graded = draw_graded(policy, rewards, rounds.rows, config, *rounds.share)
+        rank, processes = rounds.share
+        mine = draw_graded(policy, rewards, rounds.rows[rank::processes], config, rank)
+        graded = gather_object([*chain(*mine)])
         right = [one.ids for one in graded if one.reward >= config.reward_threshold]
         if not right:
             raise nothing_right([one.reward for one in graded], config)
@@ -142,11 +145,9 @@ def nothing_right(rewards: Sequence[float], config: RFTConfig) -> InputError:
 
 
 class Graded(NamedTuple):
-    """A completion that was drawn: the prompt's place among the rows and the prompt, token ids of
-    both, the text, whether it ends, and its reward (-inf where all rewards abstained)."""
+    """A completion that was drawn: token ids of its prompt and of itself, its text, whether it
+    ends, and its reward (-inf where all rewards abstained)."""
 
-    place: int
-    prompt: Prompt
     ids: tuple[tuple[int, ...], tuple[int, ...]]
     text: str
     ended: bool
@@ -154,30 +155,21 @@ class Graded(NamedTuple):
 
 
 def draw_graded(
-    policy: Policy,
-    rewards: Sequence[Callable],
-    rows: Sequence[dict],
-    config: RFTConfig,
-    rank: int = 0,
-    processes: int = 1,
-) -> list[Graded]:
-    """`num_generations` completions of every row's prompt, drawn from the policy as it is by all
-    processes together."""
-    mine = list(enumerate(rows))[rank::processes]
-    size, sampler = max(1, DRAWN_TOGETHER // config.num_generations), config.sampler_for(policy)
-    found = []
-    for start in range(0, len(mine), size):
-        places, batch = zip(*mine[start : start + size], strict=True)
+    policy: Policy, rewards: Sequence[Callable], rows: Sequence[dict], config: RFTConfig, rank=0
+) -> list[list[Graded]]:
+    """`num_generations` completions of each row's prompt, drawn from the policy as it is."""
+    count, sampler, found = config.num_generations, config.sampler_for(policy), []
+    size = max(1, DRAWN_TOGETHER // count)
+    for start in range(0, len(rows), size):
         generator = generator_for(config.seed, "rft", start, rank, policy.device)
-        asked = config.num_generations, sampler, generator
-        rollout, *_ = collect(policy, batch, rewards, *asked)
+        batch = rows[start : start + size]
+        rollout, *_ = collect(policy, batch, rewards, count, sampler, generator)
         texts = policy.decode(rollout.completion_ids, rollout.completion_mask)
         ended = policy.is_end(rollout.completion_ids).any(1).tolist()
         values = rollout.rewards.nan_to_num(-torch.inf).tolist()
-        for i, more in enumerate(zip(ids_of(rollout), texts, ended, values, strict=True)):
-            group = i // config.num_generations
-            found.append(Graded(places[group], batch[group]["prompt"], *more))
-    return gather_object(found)
+        graded = [*map(Graded, ids_of(rollout), texts, ended, values)]
+        found += [graded[i : i + count] for i in range(0, len(graded), count)]
+    return found
 
 
 def ids_of(rollout: Rollout) -> list[tuple]:
@@ -197,18 +189,14 @@ def sampled_pairs(
     Raises:
         InputError: no prompt has a right completion and a wrong one.
     """
-    least = config.reward_threshold
-    texts: dict[tuple[int, bool], dict[str, Prompt]] = {}
-    for one in draw_graded(policy, rewards, rows, config):
-        if one.ended:
-            texts.setdefault((one.place, one.reward >= least), {})[one.text] = one.prompt
-    pairs = [
-        {"prompt": prompt, "chosen": right, "rejected": wrong}
-        for place in range(len(rows))
-        for (right, prompt), wrong in zip(
-            texts.get((place, True), {}).items(), texts.get((place, False), {}), strict=False
+    least, pairs = config.reward_threshold, []
+    for row, group in zip(rows, draw_graded(policy, rewards, rows, config), strict=True):
+        right, wrong = (
+            dict.fromkeys(x.text for x in group if x.ended and (x.reward >= least) == side)
+            for side in (True, False)
         )
-    ]
+        for chosen, rejected in zip(right, wrong, strict=False):
+            pairs.append({"prompt": row["prompt"], "chosen": chosen, "rejected": rejected})
     require(
         len(pairs) > 0,
         f"no prompt of {len(rows)} has completions on both sides of reward_threshold={least}: "
