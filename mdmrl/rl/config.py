@@ -196,13 +196,6 @@ class GRPOConfig(RLConfig):
     def drawn_at(self) -> float:
         return self.temperature
 
-    def sampler_for(self, policy: Policy, greedy: bool = False) -> SamplerConfig:
-        own = {"remasking": policy.remasking} if policy.remasking else {}
-        asked = own | self.sampler | {"temperature": 0.0 if greedy else self.temperature}
-        drawn = ("order_temperature", "top_k", "top_p") if greedy else ()
-        asked = {name: value for name, value in asked.items() if name not in drawn}
-        return SamplerConfig(max_new_tokens=self.max_completion_length, **asked)
-
     def settings_for(self, policy: Policy) -> dict:
         named = self.logp_estimator or policy.logp_estimator
         return super().settings_for(policy) | {"logp_estimator": named}
