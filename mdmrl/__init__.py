@@ -22,6 +22,10 @@ _EXPORTS = {
     "train_grpo": "mdmrl.rl.grpo",
     "PPOConfig": "mdmrl.rl.config",
     "train_ppo": "mdmrl.rl.ppo",
+    "DPOConfig": "mdmrl.rl.preference",
+    "train_dpo": "mdmrl.rl.preference",
+    "RFTConfig": "mdmrl.rl.rejection",
+    "train_rft": "mdmrl.rl.rejection",
     "evaluate": "mdmrl.evaluation.accuracy",
 }
 __all__ = list(_EXPORTS)

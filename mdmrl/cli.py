@@ -63,7 +63,7 @@ TaskName = Annotated[Name, Option(metavar="NAME|FILE.py:NAME", help="Medcot with
 Rewards = Annotated[
     Words, Option(metavar="FILE.py:NAME", help="A reward instead of the task's; repeatable.")
 ]
-Draw = Annotated[Name, Option(metavar="FILE.py:NAME", help="What completes prompts (not ppo).")]
+Draw = Annotated[Name, Option(metavar="FILE.py:NAME", help="What completes prompts.")]
 Rank = Annotated[int, Option(help="LoRA rank; 0 trains every weight.")]
 Settings = Annotated[
     Words,
@@ -107,26 +107,17 @@ def _yaml(text: str | bytes, where: object):
         raise InputError(f"{where}: {wanted} ({' '.join(str(error).split())})") from None
 
 
-def _pairs(given: Words) -> dict[str, str]:
+def _pairs(given: Words) -> dict:
     """Fields of SamplerConfig by name, from `KEY=VALUE` pairs."""
     for pair in given or []:
         require("=" in pair, f"--sampler {pair}: expected KEY=VALUE, as in block_length=32")
-    return dict(pair.split("=", 1) for pair in given or [])
+    found = (pair.split("=", 1) for pair in given or [])
+    return {key: _yaml(value, repr(value)) for key, value in found}
 
 
 def _held_out(task: mdmrl.Task) -> Sequence[dict]:
     """What training is watched on."""
     return task.rows("validation", 48) if "validation" in task.splits else ()
-
-
-def _completed_as(task: mdmrl.Task, policy, config, settings: dict):
-    """The configuration, its length and steps the task's where the settings say nothing of them."""
-    said = dict(config.sampler)
-    if "max_completion_length" in settings:
-        said["max_new_tokens"] = config.max_completion_length
-    sampler = task.sampler_for(policy, **said)
-    length = sampler.pop("max_new_tokens", config.max_completion_length)
-    return config.replace(max_completion_length=length, sampler=sampler)
 
 
 @contextmanager
@@ -244,7 +235,7 @@ def sft(
     rows = mdmrl.load_rows(data, ("prompt", "completion")) if data else judged.rows("pretrain")
     trained = mdmrl.load_policy(policy, device=device, dtype=dtype, family=family)
     if judged:
-        config = _completed_as(judged, trained, config, given)
+        config = config.completed_as(judged, trained, given)
     if lora_r:
         mdmrl.add_lora(trained, r=lora_r, seed=config.seed)
     judging = {}
@@ -257,7 +248,7 @@ def sft(
 @app.command()
 def train(
     settings: Settings = None,
-    algorithm: Annotated[str, Option(help="grpo or ppo.")] = "grpo",
+    algorithm: Annotated[str, Option(help="grpo, ppo, dpo or rft.")] = "grpo",
     policy: PolicyName = "tiny-mdm",
     task: TaskName = None,
     data: Annotated[File, Option(help="JSONL with a prompt in each line.")] = None,
@@ -268,29 +259,43 @@ def train(
     device: Device = "auto",
     dtype: Dtype = "float32",
 ) -> None:
-    """Train with GRPO or PPO; on several processes by `torchrun --nproc-per-node N -m mdmrl train
-    ...` or `accelerate launch -m mdmrl train ...`."""
-    algorithms = {"grpo": mdmrl.GRPOConfig, "ppo": mdmrl.PPOConfig}
+    """Learn from rewards (grpo, ppo, rft) or from pairs (dpo); on several processes by `torchrun
+    --nproc-per-node N -m mdmrl train ...` or `accelerate launch -m mdmrl train ...`."""
+    algorithms = {
+        "grpo": (mdmrl.GRPOConfig, mdmrl.train_grpo),
+        "ppo": (mdmrl.PPOConfig, mdmrl.train_ppo),
+        "dpo": (mdmrl.DPOConfig, mdmrl.train_dpo),
+        "rft": (mdmrl.RFTConfig, mdmrl.train_rft),
+    }
     if algorithm not in algorithms:
         raise unknown("algorithm", algorithm, algorithms)
+    made, run = algorithms[algorithm]
     given = _settings(settings)
-    config = algorithms[algorithm].from_dict(given)
-    if data and not task:
-        judged = mdmrl.Task(name=data.stem, splits={"rl": mdmrl.load_rows(data)})
+    config = made.from_dict(given)
+    require(algorithm == "grpo" or not draw, f"--draw is for grpo, not {algorithm}: leave it out")
+    if algorithm == "dpo":
+        require(not reward, "--reward is not for dpo, which learns from pairs: leave it out")
+        wanted = "dpo learns from pairs: give --data FILE, JSONL with prompt, chosen and rejected"
+        require(data is not None, wanted)
+        rows = mdmrl.load_rows(data, ("prompt", "chosen", "rejected"))
+        judged = mdmrl.load_task(task) if task else mdmrl.Task(name=data.stem, splits={})
+        brought = [rows]
     else:
-        judged = mdmrl.load_task(task or "medcot", data=data)
-    rewards = [load_object(name) for name in reward or []] or list(judged.rewards)
-    require(len(rewards) > 0, "no reward: give --reward FILE.py:NAME, or a --task that has some")
-    require(algorithm == "grpo" or not draw, "--draw is for grpo: ppo has a sampler of its own")
+        if data and not task:
+            judged = mdmrl.Task(name=data.stem, splits={"rl": mdmrl.load_rows(data)})
+        else:
+            judged = mdmrl.load_task(task or "medcot", data=data)
+        rewards = [load_object(name) for name in reward or []] or list(judged.rewards)
+        require(bool(rewards), "no reward: give --reward FILE.py:NAME, or a --task that has some")
+        brought = [rewards, judged.rows("rl")]
     options = {"metric": judged.metric, "watch": judged.watch}
     options |= {"draw": load_object(draw)} if draw else {}
     trained = mdmrl.load_policy(policy, device=device, dtype=dtype, family=family)
-    config = _completed_as(judged, trained, config, given)
+    config = config.completed_as(judged, trained, given)
     if lora_r:
         mdmrl.add_lora(trained, r=lora_r, seed=config.seed)
-    run = mdmrl.train_grpo if algorithm == "grpo" else mdmrl.train_ppo
     with _resumable():
-        print(run(trained, rewards, judged.rows("rl"), config, _held_out(judged), **options))
+        print(run(trained, *brought, config, _held_out(judged), **options))
 
 
 @app.command()

@@ -120,7 +120,7 @@ def _default(field: dataclasses.Field):
 
 def _coerce(name: str, value, declared):
     """`value` as the `declared` type: bool, int, float, str, a list, a dict, or a union of one of
-    them with None, with `Callable`, or with both."""
+    them, or of a list and one of them, with None, with `Callable`, or with both."""
     if isinstance(declared, types.UnionType):
         kinds = typing.get_args(declared)
         if value is None and types.NoneType in kinds:
@@ -130,7 +130,9 @@ def _coerce(name: str, value, declared):
                 return value
             if isinstance(value, str) and IN_A_FILE.fullmatch(value):
                 return load_object(value)
-        declared = next(kind for kind in kinds if kind not in (types.NoneType, Callable))
+        kinds = [kind for kind in kinds if kind not in (types.NoneType, Callable)]
+        lists = [kind for kind in kinds if typing.get_origin(kind) is list]
+        declared = lists[0] if lists and isinstance(value, list | tuple) else kinds[0]
     origin = typing.get_origin(declared) or declared
     mistake = InputError(f"{name}={value!r}: expected {getattr(declared, '__name__', declared)}")
     text = str(value).lower()

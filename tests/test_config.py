@@ -185,6 +185,7 @@ IGNORED = {
     "kl_estimator": {"kl_estimator": "k1", "beta": 0},
     "kl_in_reward": {"kl_in_reward": True, "beta": 0},
     "log_kl": {"log_kl": True},
+    "target_kl": {"target_kl": 0.1, "beta": 0},
     "psi": {"psi": 2.0},
     "epsilon_high": {"epsilon_high": 0.3, "loss_type": "wd1", "beta": 0},
 }
@@ -194,6 +195,14 @@ IGNORED = {
 def test_an_option_that_would_be_ignored_is_refused(name):
     with pytest.raises(InputError, match=rf"{name.split()[0]}=.*would be ignored"):
         GRPOConfig(**IGNORED[name])
+
+
+@pytest.mark.parametrize(
+    "beside", [{"loss_type": "wd1"}, {"loss_type": "spg"}, {"kl_in_reward": True}]
+)
+def test_the_ratio_of_k3_ratio_must_exist(beside):
+    with pytest.raises(InputError, match=rf"k3_ratio' with {next(iter(beside))}=.*ratio"):
+        GRPOConfig(kl_estimator="k3_ratio", **beside)
 
 
 def test_scale_rewards_takes_what_trl_takes():

@@ -34,6 +34,7 @@ SHORT = "def short(completions, **columns): return [-len(text) / 100 for text in
 FILES = {
     "prompts.jsonl": [{"prompt": "Which test is decisive for gout?"}, {"prompt": "What is fever?"}],
     "mine.jsonl": [{"prompt": "What is fever?", "completion": "A raised temperature."}] * 2,
+    "pairs.jsonl": [{"prompt": "What is fever?", "chosen": "Raised", "rejected": "Cold"}] * 2,
 }
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

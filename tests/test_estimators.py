@@ -21,7 +21,7 @@ from mdmrl.rl.oracle import RULES, Oracle, all_texts, denoiser_of, tabulate
 from mdmrl.rl.rollout import Rollout, collect
 from mdmrl.runs import generator_for, read_rows
 from mdmrl.sampling import SamplerConfig, generate
-from mdmrl.sampling.denoise import evenly
+from mdmrl.sampling.schedule import evenly
 from mdmrl.zoo.toy import toy_policy
 
 PROMPT, LENGTH, BLOCK = "abca", 4, 2
@@ -149,7 +149,7 @@ def small_table(seed=0, letters=2, length=3):
     return lambda xt: table[xt.unbind(-1)]
 
 
-def brute(denoiser, x, rule, steps, letters=2):
+def brute(denoiser, x, rule, quotas, letters=2):
     """The probability that the sampler writes x: over every draw it can make at every step."""
     length = len(x)
 
@@ -176,7 +176,7 @@ def brute(denoiser, x, rule, steps, letters=2):
                     total += chance / len(sets) * rest(revealed, quotas[1:])
         return total
 
-    return rest([letters] * length, evenly(length, steps))
+    return rest([letters] * length, quotas)
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -185,7 +185,18 @@ def test_a_law_is_what_all_draws_of_the_sampler_add_up_to(rule, steps):
     denoiser = small_table()
     texts = torch.cartesian_prod(*[torch.arange(2)] * 3)
     found = Oracle(denoiser, texts, 2).law(rule, steps).exp()
-    expected = [brute(denoiser, x, rule, steps) for x in texts.tolist()]
+    expected = [brute(denoiser, x, rule, evenly(3, steps)) for x in texts.tolist()]
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("sizes", ["ascending", [2, 1], [1, 2]])
+def test_a_law_knows_the_sizes_of_steps(rule, sizes):
+    denoiser = small_table()
+    texts = torch.cartesian_prod(*[torch.arange(2)] * 3)
+    found = Oracle(denoiser, texts, 2).law(rule, 2, sizes).exp()
+    quotas = [1, 2] if sizes == "ascending" else sizes
+    expected = [brute(denoiser, x, rule, quotas) for x in texts.tolist()]
     torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64))
 
 

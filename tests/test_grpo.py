@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+import itertools
 import json
 import math
 import os
@@ -138,7 +139,9 @@ def scalar_loss(logp, old, ref, rollout, config):
             ratio = math.exp(logp[i][k] - old[i][k])
             surrogate -= min(ratio * a, min(max(ratio, low), high) * a) / n
             d = logp[i][k] - ref[i][k]
-            value = {"k1": d, "k2": d * d / 2, "k3": math.exp(-d) + d - 1}[config.kl_estimator]
+            k3 = math.exp(-d) + d - 1
+            value = {"k1": d, "k2": d * d / 2, "k3": k3, "k3_ratio": ratio * k3}
+            value = value[config.kl_estimator]
             kl += config.beta * value / n
     return surrogate, kl
 
@@ -157,7 +160,7 @@ def random_case(seed=0):
     return logp, old, ref, rollout
 
 
-@pytest.mark.parametrize("kl_estimator", ["k1", "k2", "k3"])
+@pytest.mark.parametrize("kl_estimator", KL_ESTIMATORS)
 @pytest.mark.parametrize("beta", [0.0, 0.3])
 def test_the_loss_equals_a_scalar_loop(kl_estimator, beta):
     logp, old, ref, rollout = random_case()
@@ -569,6 +572,7 @@ RESUMED = {
         "kl_estimator": "k1",
         "beta": 0.01,
     },
+    "mdm-adapted": {"kl_estimator": "k3_ratio", "beta": 0.2, "target_kl": 1e-3},
 }
 
 
@@ -622,6 +626,21 @@ def test_a_resumed_run_gives_the_bits_of_an_uninterrupted_one(uninterrupted, tmp
     assert all(torch.equal(found[name], value) for name, value in expected.items())
     assert timeless(tmp_path / "run") == timeless(whole)
     assert rows_of(tmp_path / "run", "samples") == rows_of(whole, "samples")
+
+
+def test_the_weight_of_the_kl_follows_its_target(mdm, tmp_path):
+    asked = {"beta": 0.4, "target_kl": 0.01, "ref_model_sync_steps": 100, "max_steps": 8}
+    config = settings(tmp_path / "run", mdm, learning_rate=0.02, **asked)
+    rows = rows_of(train_grpo(mdm, [parity], ROWS, config))
+    weights = [row["beta"] for row in rows[:8]]
+    assert weights[0] == 0.4
+    for row, weight, following in zip(rows, weights, weights[1:], strict=False):
+        kl = row["kl"]
+        factor = 2 if kl > 0.015 else 0.5 if kl < 0.01 / 1.5 else 1
+        assert following == weight * factor
+        assert row["loss/kl"] == pytest.approx(weight * kl, rel=0.5)
+    steps = {b / a for a, b in itertools.pairwise(weights)}
+    assert steps >= {0.5, 2.0}, weights
 
 
 def test_a_complete_run_is_not_trained_again(uninterrupted, tmp_path):

@@ -358,7 +358,7 @@ def gradient_of(value, policy):
     return torch.cat([s.flatten() for s in slopes if s is not None]).double()
 
 
-@pytest.mark.parametrize("name", ["k1", "k2", "k3"])
+@pytest.mark.parametrize("name", ["k1", "k2", "k3", "k3_ratio"])
 def test_the_expected_gradient_of_each_kl_form_in_closed_form(name):
     """Tokens drawn apart, of four a position: the KL of texts is the sum of that of tokens."""
     policy = toy(letters="ab")
@@ -376,11 +376,32 @@ def test_the_expected_gradient_of_each_kl_form_in_closed_form(name):
     )
     rollout.counted = p.detach()
     _, kl, _ = grpo_loss(logp, logp.detach(), ref, rollout, config)
-    target = {"k1": 0 * forward, "k2": forward, "k3": backward}[name]
+    target = {"k1": 0 * forward, "k2": forward, "k3": backward, "k3_ratio": forward}[name]
     expected = 0.7 * gradient_of(target, policy)
     close = 1e-4 * gradient_of(forward, policy).norm().item()
     torch.testing.assert_close(gradient_of(kl, policy), expected, atol=close, rtol=0)
     assert (gradient_of(forward, policy) - gradient_of(backward, policy)).norm() > 100 * close
+
+
+def test_with_the_ratio_k3_has_the_gradient_of_the_kl_wherever_samples_come_from():
+    """One token of seven, drawn from an old policy that is neither the new one nor the reference;
+    k3 without the ratio has another gradient there."""
+    generator = torch.Generator().manual_seed(1)
+    new, ref, old = (torch.randn(3, 7, dtype=torch.float64, generator=generator)).log_softmax(-1)
+    logits = new.clone().requires_grad_()
+    logp = logits.log_softmax(0)
+    ids, one = torch.arange(7)[:, None], torch.ones(7, 1, dtype=torch.bool)
+    sampler = SamplerConfig(max_new_tokens=1, temperature=1.0)
+    rollout = Rollout(ids, one, ids, one, torch.zeros(7).double(), old.exp(), sampler)
+    target = torch.autograd.grad((logp.exp() * (logp - ref)).sum(), logits, retain_graph=True)[0]
+    found = {}
+    for name in ("k3", "k3_ratio"):
+        config = settings(kl_estimator=name, beta=0.7, max_completion_length=1, steps=1)
+        columns = (x[:, None] for x in (logp, old, ref))
+        _, kl, _ = grpo_loss(*columns, rollout, config)
+        found[name] = torch.autograd.grad(kl, logits, retain_graph=True)[0]
+    torch.testing.assert_close(found["k3_ratio"], 0.7 * target)
+    assert (found["k3"] - 0.7 * target).norm() > 0.1 * target.norm()
 
 
 def test_of_whole_texts_k2_in_the_loss_and_k1_in_the_reward_have_the_gradient_of_the_kl():

@@ -7,6 +7,7 @@ import torch
 from scipy import stats
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
+from mdmrl.config import InputError
 from mdmrl.runs import generator_for
 from mdmrl.sampling import SamplerConfig, generate
 from mdmrl.sampling.choose import (
@@ -17,7 +18,7 @@ from mdmrl.sampling.choose import (
     keep_most_probable,
     likeliest,
 )
-from mdmrl.sampling.denoise import evenly
+from mdmrl.sampling.schedule import evenly, revealed_after
 
 PROMPTS = [
     "Which test is decisive?",
@@ -65,6 +66,67 @@ def test_quotas_are_even_and_spend_the_remainder_first(length, steps):
     assert len(quota) == steps
     assert quota == sorted(quota, reverse=True)
     assert quota[0] - quota[-1] <= 1
+
+
+SIZES = {
+    "doubling": ({"step_sizes": "ascending"}, [1, 2, 4, 5]),
+    "doubling in few steps": ({"step_sizes": "ascending", "steps": 3}, [1, 2, 9]),
+    "one step": ({"step_sizes": "ascending", "steps": 1}, [12]),
+    "doubling in blocks": ({"step_sizes": "ascending", "block_length": 6}, [1, 2, 3] * 2),
+    "doubling, uneven blocks": (
+        {"step_sizes": "ascending", "block_length": 6, "steps": 5},
+        [1, 2, 3, 1, 5],
+    ),
+    "a list": ({"step_sizes": [2, 7, 3]}, [2, 7, 3]),
+    "a list of blocks": ({"step_sizes": (3, 1), "block_length": 4, "steps": 6}, [3, 1] * 3),
+}
+
+
+@pytest.mark.parametrize("case", SIZES)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_steps_reveal_as_many_positions_as_their_sizes_say(mdm, case, temperature):
+    asked, expected = SIZES[case]
+    config = settings(**{"steps": None, "temperature": temperature, "stop_at_end": False} | asked)
+    assert config.denoising_steps == len(expected)
+    found = generate(mdm, PROMPTS, config, record=True)
+    counts = [torch.bincount(step.rows, minlength=4).tolist() for step in found.trajectory]
+    assert counts == [[size] * 4 for size in expected]
+    assert found.nfe == len(expected)
+    assert revealed_once(found)
+
+
+REFUSED_SIZES = {
+    "unknown": ({"step_sizes": "descending"}, "did you mean 'ascending'"),
+    "another sum": ({"step_sizes": [5, 5], "steps": None}, r"\[5, 5\]: .* add up to .* 12"),
+    "another block": ({"step_sizes": [6, 6], "steps": None, "block_length": 6}, "block of 6"),
+    "none": ({"step_sizes": [0, 12], "steps": None}, "at least 1"),
+    "empty": ({"step_sizes": [], "steps": None}, "add up to"),
+    "no number": ({"step_sizes": ["many"], "steps": None}, "step_sizes='many'"),
+    "other steps": ({"step_sizes": [6, 6], "steps": 3}, "make 2 steps"),
+    "more steps than doublings": ({"step_sizes": "ascending", "steps": 5}, "at most 4 steps"),
+    "the text decides": (
+        {"step_sizes": "ascending", "steps": None, "threshold": 0.9},
+        "leave step_sizes out",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED_SIZES)
+def test_sizes_of_steps_that_do_not_fit_are_refused(case):
+    asked, said = REFUSED_SIZES[case]
+    with pytest.raises(InputError, match=said):
+        settings(**asked)
+
+
+def test_where_fewer_positions_are_asked_the_last_steps_go_without():
+    asked = torch.tensor([12, 5, 3, 0])
+    expected = {
+        "equal": [[4, 2, 1, 0], [8, 4, 2, 0], [12, 5, 3, 0]],
+        "ascending": [[1, 1, 1, 0], [3, 3, 3, 0], [12, 5, 3, 0]],
+        (2, 6, 4): [[2, 2, 2, 0], [8, 5, 3, 0], [12, 5, 3, 0]],
+    }
+    for sizes, after in expected.items():
+        assert revealed_after(sizes, asked, 3).tolist() == after
 
 
 @pytest.mark.parametrize("steps", [1, 5, 12, None])

@@ -137,6 +137,7 @@ def seen_colour(colour: str, blindness: str) -> np.ndarray:
             *("base", "many steps", "few steps, equal updates", "few steps, equal cost"),
             "few steps, equal cost, depth capped",
         ),
+        ("SFT", "RFT", "Online RFT", "DPO", "PPO", "GRPO"),
     ],
     ids=lambda shown: shown[1],
 )

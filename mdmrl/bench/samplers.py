@@ -29,7 +29,8 @@ from mdmrl.policies.families import FAMILIES
 from mdmrl.policies.load import DTYPES
 from mdmrl.provenance import environment, pick_device
 from mdmrl.sampling import SamplerConfig, generate
-from mdmrl.sampling.denoise import Canvas, evenly
+from mdmrl.sampling.denoise import Canvas
+from mdmrl.sampling.schedule import evenly
 from mdmrl.zoo.pretrain import fresh_model
 from mdmrl.zoo.recipes import shipped_tokenizer
 

@@ -95,7 +95,8 @@ def evaluate_examples(
         run = None
         if output_dir is not None:
             identity = evaluation_identity(policy, task, rows, sampler, **how)
-            run = stack.enter_context(Run(output_dir, identity, device=policy.device))
+            since = {"sampler": SamplerConfig().to_dict()}
+            run = stack.enter_context(Run(output_dir, identity, since, device=policy.device))
         batches = run.logged() if run else []
         if run:
             run.rewind(len(batches), by="batch")

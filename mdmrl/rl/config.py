@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from mdmrl.config import require
 from mdmrl.policies import Policy
-from mdmrl.rl.kl import KL_ESTIMATORS
+from mdmrl.rl.kl import KL_ESTIMATORS, WITH_RATIO
 from mdmrl.sampling import SamplerConfig
 from mdmrl.training.config import TrainingConfig
 
@@ -98,7 +98,10 @@ class GRPOConfig(RLConfig):
         logp_estimator: what log pi of a completion is: a name of `mdmrl.rl.logprobs`, or a function
             f(policy, rollout, noise); None is the family's own, `exact` (autoregressive) or
             `trajectory`.
-        kl_estimator: `k1`, `k2` or `k3`, or a function of d = log pi - log pi_ref.
+        kl_estimator: `k1`, `k2`, `k3` or `k3_ratio` (`mdmrl.rl.kl`), or a function of
+            d = log pi - log pi_ref.
+        target_kl: nats a token that the KL (`kl` in the log) is to have, `beta` being where its
+            weight begins: see `adapted`.
         reward_weights: of the reward functions; None weighs all alike.
         scale_rewards: divide advantages by the standard deviation of the rewards of the `group` or
             of the whole `batch`, or by `none`.
@@ -114,6 +117,7 @@ class GRPOConfig(RLConfig):
     temperature: float = 1.0
     logp_estimator: str | Callable | None = None
     kl_estimator: str | Callable = "k2"
+    target_kl: float | None = None
     reward_weights: list[float] | None = None
     scale_rewards: str = "group"
     loss_type: str = "grpo"
@@ -124,7 +128,7 @@ class GRPOConfig(RLConfig):
     eubo_beta: float | None = None
     p_mask_prompt: float = 0.15
 
-    POSITIVE: ClassVar = (*RLConfig.POSITIVE, "psi", "temperature", "eubo_beta")
+    POSITIVE: ClassVar = (*RLConfig.POSITIVE, "psi", "temperature", "eubo_beta", "target_kl")
     NAMED: ClassVar = RLConfig.NAMED | {
         "loss_type": LOSS_TYPES,
         "importance_sampling_level": LEVELS,
@@ -172,6 +176,15 @@ class GRPOConfig(RLConfig):
             ignored["kl_estimator"] = "with beta=0 there is no KL, nor is it logged"
         if self.logp_estimator != "one_step" and not callable(self.logp_estimator):
             ignored["p_mask_prompt"] = f"only one_step masks prompts, not {self.logp_estimator!r}"
+        if self.beta == 0:
+            ignored["target_kl"] = "beta=0 is no weight to adapt"
+        lacking = {kind: self.loss_type in RATIO_FREE, "kl_in_reward=True": self.kl_in_reward}
+        for beside, lacks in lacking.items():
+            require(
+                not lacks or self.kl_estimator != WITH_RATIO,
+                f"kl_estimator={WITH_RATIO!r} with {beside}, which has no ratio: expected k1, k2, "
+                "k3 or a function of your own",
+            )
         for field in fields(self):
             value, why = getattr(self, field.name), ignored.get(field.name)
             require(
@@ -182,13 +195,6 @@ class GRPOConfig(RLConfig):
     @property
     def drawn_at(self) -> float:
         return self.temperature
-
-    def sampler_for(self, policy: Policy, greedy: bool = False) -> SamplerConfig:
-        own = {"remasking": policy.remasking} if policy.remasking else {}
-        asked = own | self.sampler | {"temperature": 0.0 if greedy else self.temperature}
-        drawn = ("order_temperature", "top_k", "top_p") if greedy else ()
-        asked = {name: value for name, value in asked.items() if name not in drawn}
-        return SamplerConfig(max_new_tokens=self.max_completion_length, **asked)
 
     def settings_for(self, policy: Policy) -> dict:
         named = self.logp_estimator or policy.logp_estimator

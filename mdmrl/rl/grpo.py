@@ -19,6 +19,7 @@ Deviations from the cited algorithm:
  * The reference is the starting policy (of LoRA the model without its adapter), replaced by the
    policy every `ref_model_sync_steps` updates (the thesis's "every 500 rounds"), not once an outer
    iteration.
+ * With `target_kl` beta changes from update to update (`mdmrl.rl.scoring.adapted`).
  * Dropout is off in scoring, new policy included: the ratio is 1 at the first inner step, which the
    first updates of a run check.
  * Rewards are outcome rewards without a trained reward model, so there is no algorithm line 10.
@@ -42,9 +43,9 @@ from mdmrl.rl.logprobs import Noise, draw_noise, estimator
 from mdmrl.rl.objectives import divisor, grpo_loss, sandwiched, wd1_weights
 from mdmrl.rl.rollout import Rollout
 from mdmrl.rl.rounds import Rounds
-from mdmrl.rl.scoring import charged, check_ratio, score_in_parts
+from mdmrl.rl.scoring import adapted, charged, check_ratio, score_in_parts
 from mdmrl.sampling import generate
-from mdmrl.training.loop import Metrics
+from mdmrl.training.loop import Metrics, averaged
 
 ALGORITHM = "grpo-1"  # part of a run's identity: raise it when its law changes
 CHECKED = 2  # updates whose ratio is checked: fresh LoRA is 0 at the first, dropout unseen
@@ -93,6 +94,9 @@ def train_grpo(
     brought = policy, rewards, rows, config, eval_rows, metric, probe, watch, draw
     rounds = Rounds(*brought, **judging)
     parameters, unchecked = policy.trainable_parameters(), CHECKED
+    group = {"params": [*parameters.values()], "lr": config.learning_rate}
+    if config.target_kl:
+        group["beta"] = config.beta  # kept with the optimizer's state
 
     def noise_for(rollout: Rollout, purpose: str, step: int, index: int = 0) -> Noise:
         random = rounds.generator(purpose, step, index)
@@ -100,6 +104,8 @@ def train_grpo(
 
     def make_update(step: int) -> tuple[Metrics, dict]:
         nonlocal unchecked
+        now, config = rounds.optimizer.adamw.param_groups[0], rounds.config
+        config = config.replace(beta=now.get("beta", config.beta))
         batch, rollout, metrics, sample = rounds.collect(step, sampler, scorer.records)
         if config.mask_truncated_completions:
             ended = policy.is_end(rollout.completion_ids).any(1)
@@ -122,11 +128,13 @@ def train_grpo(
         for noise, old in zip(noises, olds, strict=True):
             metrics |= update(policy, rollout, scorer, noise, old, parameters, config)
             metrics |= rounds.take_step(metrics["loss"], step, batch)
+        if config.target_kl:
+            kl = averaged({"kl": metrics["kl"]})["kl"]
+            metrics["beta"], now["beta"] = config.beta, adapted(config.beta, kl, config.target_kl)
         metrics["token_forwards/scoring"] = policy.positions_computed - before
         return metrics, sample
 
-    groups = [{"params": [*parameters.values()], "lr": config.learning_rate}]
-    return rounds.train(ALGORITHM, groups, make_update)
+    return rounds.train(ALGORITHM, [group], make_update)
 
 
 def update(

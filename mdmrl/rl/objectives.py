@@ -21,6 +21,9 @@ L is the constant `max_completion_length`, clip is to [1 - eps, 1 + eps], above 
     spg    scores log pi(o_i) by an ELBO B_i where A_i >= 0, by w U_i + (1 - w) B_i where A_i < 0,
            U_i being an upper bound and w `mix_weight`.
 
+`kl_estimator="k3_ratio"` is rho_ik k3(d_ik), its gradient through both factors: weighed so, samples
+of the old policy stand for those of the new one.
+
 With `kl_in_reward` the KL is taken off the reward instead, beta sum_k KL(d_ik). There k1 is right:
 the expected gradient is that of KL(pi || pi_ref), while of k2 and k3 a reward does not see how they
 themselves change with the policy.
@@ -53,7 +56,7 @@ from mdmrl.config import require
 from mdmrl.policies import Policy
 from mdmrl.rl.config import RATIO_FREE, GRPOConfig, PPOConfig
 from mdmrl.rl.estimators import Noise, upper_bound
-from mdmrl.rl.kl import kl_form
+from mdmrl.rl.kl import WITH_RATIO, kl_form
 from mdmrl.rl.logprobs import Estimator
 from mdmrl.rl.rollout import Rollout
 
@@ -91,7 +94,10 @@ def grpo_loss(
     charged = torch.zeros(())
     if ref is not None:
         d = logp - of_tokens(ref, mask)
-        tokens |= {"d": d, "kl": (kl := kl_form(config.kl_estimator)(d))}
+        kl = kl_form(config.kl_estimator)(d)
+        if config.kl_estimator == WITH_RATIO:
+            kl = ratio * kl
+        tokens |= {"d": d, "kl": kl}
         # An infinite KL must not reach a loss that does without it: 0 * inf is nan.
         if config.beta and not config.kl_in_reward:
             charged = config.beta * over_completions(kl)

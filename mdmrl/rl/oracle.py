@@ -18,9 +18,9 @@ logarithms add up; S and n are those of one block.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
-from itertools import accumulate, pairwise
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ from mdmrl.diffusion_exact import Denoiser, canvases, sets
 from mdmrl.policies import Policy, Prompt
 from mdmrl.rl.choice import log_binomial
 from mdmrl.rl.estimators import gauss_legendre
-from mdmrl.sampling.denoise import evenly
+from mdmrl.sampling.schedule import revealed_after
 
 RULES = ("random", "sequential", "state_confidence", "low_confidence")
 CHUNK = 256  # canvases a call of the denoiser
@@ -89,11 +89,12 @@ class Oracle:
             blocks.append(torch.cat(parts).unflatten(0, shape))
         return torch.stack(blocks)
 
-    def law(self, rule: str, steps: int) -> Tensor:
-        """log p of the sampler that shares the positions of a block out over `steps` steps and in
-        each reveals those that `rule` ranks first."""
+    def law(self, rule: str, steps: int, step_sizes: str | Sequence[int] = "equal") -> Tensor:
+        """log p of the sampler that shares the positions of a block out over `steps` steps, by
+        `SamplerConfig.step_sizes`, and in each reveals those that `rule` ranks first."""
         require(1 <= steps <= self.n, f"steps={steps}: expected 1 to {self.n}")
-        left = [self.n, *(self.n - done for done in accumulate(evenly(self.n, steps)))]
+        done = revealed_after(step_sizes, torch.tensor([self.n]), steps)[:, 0]
+        left = [self.n, *(self.n - done).tolist()]
         rest = self.logp.new_zeros(*self.logp.shape[:2], 1)  # log p of what is masked, from the end
         for after, before in pairwise(reversed(left)):
             after, before = self.size == after, self.size == before

@@ -106,7 +106,7 @@ class Rounds:
 
         def updated(step: int) -> tuple[Metrics, dict]:
             found = update(step)
-            if (step + 1) % config.ref_model_sync_steps == 0 and config.needs_reference:
+            if config.needs_reference and (step + 1) % config.ref_model_sync_steps == 0:
                 policy.sync_reference()
             return found
 

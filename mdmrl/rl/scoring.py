@@ -14,6 +14,7 @@ from mdmrl.rl.logprobs import Noise
 from mdmrl.rl.objectives import charge, of_tokens
 from mdmrl.rl.rollout import Rollout, group_advantages
 
+BAND = 1.5  # times the target, or a part of it, that the KL may be
 TOLERANCE = 1e-5  # of what must be 1 or 0 at the first inner step
 
 
@@ -37,6 +38,15 @@ def charged(
     left = rollout.rewards.cpu() - cost.cpu()
     advantages, _ = group_advantages(left, config.num_generations, config.scale_rewards)
     return replace(rollout, advantages=advantages.to(policy.device)), cost.mean().item()
+
+
+def adapted(beta: float, kl: float, target_kl: float) -> float:
+    """The weight of the next update's KL, whose last value was `kl`: twice `beta` where that is
+    more than 1.5 times the target, half of it where it is less than the target over 1.5 (Schulman
+    et al. 2017, PPO, section 4). In between the KL may oscillate."""
+    if kl > target_kl * BAND:
+        return beta * 2
+    return beta / 2 if kl < target_kl / BAND else beta
 
 
 def check_ratio(

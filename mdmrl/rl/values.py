@@ -31,7 +31,28 @@ PENALTIES = tuple(10.0**k for k in range(-3, 7))  # on squared weights; at the l
 FOLDS = 4
 
 
-class ValueHead(nn.Module):
+class Head(nn.Module):
+    """A function of features, saved and loaded the Hugging Face way; `config` is what its class is
+    called with."""
+
+    config: dict
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write `config.json` and `model.safetensors`."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(self.config, indent=1) + "\n")
+        save_file(self.state_dict(), folder / "model.safetensors")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path):
+        """The head that `save_pretrained` wrote."""
+        head = cls(**json.loads((Path(folder) / "config.json").read_text()))
+        head.load_state_dict(load_file(Path(folder) / "model.safetensors"))
+        return head
+
+
+class ValueHead(Head):
     """A linear function of the features of a state (`StateScores.features`) of a policy whose
     `hidden_size` is H; 0 everywhere at first.
 
@@ -57,20 +78,6 @@ class ValueHead(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """Values (...) of states with `features` (..., 3H+2)."""
         return self.inputs(features, self.mean, self.std) @ self.weight + self.bias
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write `config.json` and `model.safetensors`."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(self.config, indent=1) + "\n")
-        save_file(self.state_dict(), folder / "model.safetensors")
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path) -> ValueHead:
-        """The head that `save_pretrained` wrote."""
-        values = cls(**json.loads((Path(folder) / "config.json").read_text()))
-        values.load_state_dict(load_file(Path(folder) / "model.safetensors"))
-        return values
 
 
 def gae(rewards: Tensor, values: Tensor, gamma: float, lam: float) -> Tensor:

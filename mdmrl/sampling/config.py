@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 
 from mdmrl.config import Config, require, unknown
 from mdmrl.sampling.rules import RULES, Rule, rule_of
+from mdmrl.sampling.schedule import STEP_SIZES
 
 CACHES = ("prefix", "dual")
 FOR_EVERY_FAMILY = ("max_new_tokens", "temperature", "top_k", "top_p")
@@ -32,6 +33,10 @@ class SamplerConfig(Config):
             `max_new_tokens`, as in d1, or as the text needs with `threshold` or `entropy_bound`.
         block_length: reveal blocks of so many positions, left to right (semi-autoregressive, as
             LLaDA); None means the whole completion, and its own blocks for block diffusion.
+        step_sizes: how many positions of a block each step reveals: `"equal"` shares them out
+            evenly, the remainder to the first steps; `"ascending"` reveals 1, 2, 4, ... and at the
+            last step the rest, in as many steps as doubling needs where `steps` is None; or the
+            sizes themselves, a list that adds up to the block.
         remasking: which open positions a step reveals first (`mdmrl.sampling.rules`). By the drawn
             token, as LLaDA: `"low_confidence"`. From the state alone: `"state_confidence"`,
             `"margin"` (Dream's topk_margin), `"entropy"`, `"sequential"`, `"random"`.
@@ -66,6 +71,7 @@ class SamplerConfig(Config):
     max_new_tokens: int = 128
     steps: int | None = None
     block_length: int | None = None
+    step_sizes: str | list[int] = "equal"
     remasking: str | Callable = "low_confidence"
     order_temperature: float = 0.0
     threshold: float | None = None
@@ -113,7 +119,38 @@ class SamplerConfig(Config):
             self.cache_refresh is None or self.cache is not None,
             f"cache_refresh={self.cache_refresh} with cache=None: expected a cache to refresh",
         )
+        self._validate_step_sizes()
         self._validate_order()
+
+    def _validate_step_sizes(self) -> None:
+        """That they fit the block and the number of steps."""
+        sizes, block = self.step_sizes, self.block_length or self.max_new_tokens
+        blocks, given = self.max_new_tokens // block, f"step_sizes={self.step_sizes}"
+        if isinstance(sizes, list):
+            require(
+                sum(sizes) == block and min(sizes) >= 1,
+                f"{given}: expected sizes of at least 1 that add up to the block of {block} "
+                "(max_new_tokens, or block_length where it is given)",
+            )
+            require(
+                self.steps in (None, len(sizes) * blocks),
+                f"{given} with steps={self.steps}: the sizes make {len(sizes) * blocks} steps; "
+                "leave steps out",
+            )
+        elif sizes not in STEP_SIZES:
+            raise unknown("step_sizes", sizes, STEP_SIZES)
+        elif sizes == "ascending" and self.steps is not None:
+            most = block.bit_length() * blocks
+            require(
+                self.steps <= most,
+                f"{given} with steps={self.steps}: 1, 2, 4, ... reach the block of {block} in at "
+                f"most {most} steps in all; lower steps, or leave it out",
+            )
+        require(
+            sizes == "equal" or not self.parallel,
+            f"{given} with threshold={self.threshold}, entropy_bound={self.entropy_bound}: the "
+            "text decides how many positions a step reveals, so leave step_sizes out",
+        )
 
     def _validate_order(self) -> None:
         """Options that say which positions a step reveals, and how many."""
@@ -165,10 +202,14 @@ class SamplerConfig(Config):
     @property
     def denoising_steps(self) -> int:
         """Steps over all blocks; only an upper bound where `parallel`."""
-        length = self.max_new_tokens
+        length, block = self.max_new_tokens, self.block_length or self.max_new_tokens
         if self.parallel:
             return length
-        return self.steps or max(-(-length // 2), length // (self.block_length or length))
+        if self.step_sizes == "equal":
+            return self.steps or max(-(-length // 2), length // block)
+        if self.step_sizes == "ascending":
+            return self.steps or block.bit_length() * (length // block)
+        return len(self.step_sizes) * (length // block)
 
     def in_blocks_of(self, own: int | None) -> SamplerConfig:
         """The same for a policy with blocks of its `own`, or None."""

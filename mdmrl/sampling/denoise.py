@@ -27,6 +27,7 @@ from mdmrl.policies import Policy, Prompt, Prompts
 from mdmrl.sampling.choose import reveal
 from mdmrl.sampling.config import SamplerConfig
 from mdmrl.sampling.output import APPROXIMATE, EXACT, SamplerOutput, Step
+from mdmrl.sampling.schedule import evenly, revealed_after
 from mdmrl.sampling.windows import Predictor
 
 
@@ -58,12 +59,6 @@ def sample(
     return denoise(policy, *canvas, config, generator, record)
 
 
-def evenly(total: int | Tensor, parts: int) -> list:
-    """`total` shared out over `parts`, evenly, the remainder to the first ones."""
-    base, remainder = total // parts, total % parts
-    return [base + (remainder > part) for part in range(parts)]
-
-
 @torch.no_grad()
 def denoise(
     policy: Policy, canvas, attention, open_, width, config: SamplerConfig, generator, record=False
@@ -79,8 +74,7 @@ def denoise(
 
     for a, steps in zip(starts, evenly(config.denoising_steps, len(starts)), strict=True):
         b = a + block_length
-        quotas = evenly(asked[:, a:b].sum(1), steps)
-        targets = torch.stack(quotas).cumsum(0)  # (steps, B), revealed by then
+        targets = revealed_after(config.step_sizes, asked[:, a:b].sum(1), steps)  # (steps, B)
         for step in itertools.count():
             rows = open_[:, a:b].any(1).nonzero()[:, 0]  # (R,)
             if not len(rows):

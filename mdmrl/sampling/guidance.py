@@ -12,7 +12,7 @@ from torch import Tensor
 from mdmrl.config import Config, require, unknown
 from mdmrl.policies import Policy, Prompt
 from mdmrl.sampling.config import SamplerConfig, require_at_least
-from mdmrl.sampling.denoise import evenly
+from mdmrl.sampling.schedule import evenly
 
 FORMS = ("faithful", "two_gates")
 

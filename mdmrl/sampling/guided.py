@@ -46,9 +46,10 @@ from mdmrl.runs import generator_for
 from mdmrl.sampling import guidance
 from mdmrl.sampling.choose import reveal
 from mdmrl.sampling.config import SamplerConfig
-from mdmrl.sampling.denoise import Canvas, evenly
+from mdmrl.sampling.denoise import Canvas
 from mdmrl.sampling.guidance import GuideConfig, Thresholds
 from mdmrl.sampling.output import APPROXIMATE, SamplerOutput
+from mdmrl.sampling.schedule import revealed_after
 from mdmrl.sampling.states import States, Value, hidden_at_blocks, mean_embedding
 
 
@@ -185,8 +186,9 @@ class Attempts:
         self.block_length = config.block_length or length
         self.blocks = length // self.block_length
         self.steps = torch.tensor(guidance.steps_of_blocks(config), device=device)
-        quotas = [torch.tensor(evenly(self.block_length, steps)) for steps in self.steps.tolist()]
-        self.targets = pad_sequence(quotas, True).cumsum(1).to(device)
+        size, sizes = torch.tensor([self.block_length], device=device), config.step_sizes
+        done = [revealed_after(sizes, size, steps)[:, 0] for steps in self.steps.tolist()]
+        self.targets = pad_sequence(done, True, self.block_length)
         self.points = torch.tensor(guidance.points_of_blocks(config, guide), device=device)
         shape = (rows, *self.points.shape)
         self.values = torch.full(shape, torch.nan, dtype=torch.double)  # on the processor

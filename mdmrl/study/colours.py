@@ -36,6 +36,8 @@ TABLE = {
     # RL at few and at many steps
     "base": GREY, "equal updates": SKY, "depth capped": SAND, "equal cost": INDIGO,
     "many steps": BLACK,
+    # ways to train, of one model; `ppo` is above
+    "online rft": WINE, "rft": RED, "sft": SAND, "dpo": SKY, "grpo": INDIGO,
 }
 # fmt: on
 UNNAMED = GREY  # a policy or arm of the reader's own

@@ -26,6 +26,7 @@ CHECKPOINTS = range(6)
 FEW = range(3)  # checkpoints of the arms that are only measured
 LEARNING_RATES = (1e-4, 3e-4)
 PILOT = 100  # its seed, on the first checkpoint, with the validation items
+PILOT_UPDATES = 100
 RATES = "countdown_learning_rates"  # the table of their choices
 WATCHED = 200  # held-out items, of those that are looked at, every `eval_steps` updates
 ALL_STEPS = [1, 2, 3, 4, 6, 12]
@@ -174,7 +175,7 @@ def pilots(estimators: Iterable[str], profile: str, train: bool = True) -> pd.Da
     for estimator in estimators:
         name = next(name for name, (known, *_) in ARMS.items() if known == estimator)
         for rate in LEARNING_RATES:
-            own = {"learning_rate": rate, "eval_steps": SETTINGS["max_steps"]}
+            own = {"learning_rate": rate, "max_steps": PILOT_UPDATES, "eval_steps": PILOT_UPDATES}
             asked = arm(name, 0, looks=looks, settings=own)
             run = train_arm(asked, PILOT, profile, train)
             if run is not None:

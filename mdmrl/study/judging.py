@@ -207,8 +207,11 @@ def _piece(
         "version": VERSION,
         **settings,
     }
+    since = {"settings": {"sampler": SamplerConfig().to_dict()}}
     slug = f"{Path(name).name}-{kind}-s{config.seed}"
-    table = cached_table(profile, slug, identity, lambda _: (compute(policy, task, draw), {}))
+    table = cached_table(
+        profile, slug, identity, lambda _: (compute(policy, task, draw), {}), since
+    )
     table.insert(0, "seed", config.seed)
     return table
 

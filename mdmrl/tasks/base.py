@@ -68,7 +68,9 @@ class Task:
         """The fields of `SamplerConfig` that are `said`, and the task's own for length and steps
         where these say nothing of them."""
         own = dict(self.sampler)
-        if not policy.denoises or said.keys() & {"max_new_tokens", "threshold", "entropy_bound"}:
+        sized = said.get("step_sizes", "equal") != "equal"
+        given = said.keys() & {"max_new_tokens", "threshold", "entropy_bound"}
+        if not policy.denoises or sized or given:
             own.pop("steps", None)
         return own | said
 

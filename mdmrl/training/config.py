@@ -10,6 +10,7 @@ from typing import ClassVar
 from mdmrl.config import Config, require, unknown
 from mdmrl.policies import Policy
 from mdmrl.sampling import SamplerConfig
+from mdmrl.tasks import Task
 
 FLAT = {"max_new_tokens": "max_completion_length", "temperature": "temperature"}
 NESTED = [field.name for field in fields(SamplerConfig) if field.name not in FLAT]
@@ -100,7 +101,21 @@ class TrainingConfig(Config):
     def sampler_for(self, policy: Policy, greedy: bool = False) -> SamplerConfig:
         """What completes the prompts of `policy`; `greedy` takes the most probable tokens and the
         surest positions."""
-        return SamplerConfig(max_new_tokens=self.max_completion_length, **self.sampler)
+        own = {name: getattr(policy, name) for name in self.OWN_SAMPLER if getattr(policy, name)}
+        asked = own | self.sampler | {"temperature": 0.0 if greedy else self.drawn_at}
+        drawn = ("order_temperature", "top_k", "top_p") if greedy else ()
+        asked = {name: value for name, value in asked.items() if name not in drawn}
+        return SamplerConfig(max_new_tokens=self.max_completion_length, **asked)
+
+    def completed_as(self, task: Task, policy: Policy, given: Mapping):
+        """The same, length and steps the task's where the settings that were `given` say nothing of
+        them."""
+        said = dict(self.sampler)
+        if "max_completion_length" in given:
+            said["max_new_tokens"] = self.max_completion_length
+        sampler = task.sampler_for(policy, **said)
+        length = sampler.pop("max_new_tokens", self.max_completion_length)
+        return self.replace(max_completion_length=length, sampler=sampler)
 
     def settings_for(self, policy: Policy) -> dict:
         """Every setting as it holds for `policy`, the sampler's among them, the folder left out."""

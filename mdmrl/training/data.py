@@ -27,6 +27,16 @@ def checked_rows(
     return complete[: len(rows)], complete[len(rows) :]
 
 
+def refuse_learnt(rows: Sequence[dict], eval_rows: Sequence[dict]) -> None:
+    """Refuse held-out prompts that are among the training rows."""
+    learnt = {repr(row["prompt"]) for row in rows}
+    for row in eval_rows:
+        require(
+            repr(row["prompt"]) not in learnt,
+            f"the held-out prompt {row['prompt']!r:.80} is among the training rows: take it out",
+        )
+
+
 def rows_of_step(
     rows: Sequence[dict], count: int, step: int, rank: int, processes: int, seed: int
 ) -> list[dict]:

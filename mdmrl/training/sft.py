@@ -21,7 +21,7 @@ from mdmrl.evaluation.accuracy import evaluate
 from mdmrl.policies import Policy, merge_lora
 from mdmrl.runs import derived_seed, generator_for, kept_random_state
 from mdmrl.training.config import SFTConfig
-from mdmrl.training.data import rows_of_step
+from mdmrl.training.data import refuse_learnt, rows_of_step
 from mdmrl.training.loop import Metrics, Optimizer, accelerator_for, open_run, train
 from mdmrl.training.supervised import Pair, collate, encode_pairs
 
@@ -45,10 +45,11 @@ def train_sft(
     checkpoint keeps it apart.
 
     Each row of `metrics.jsonl` holds `loss` in nats a position, `grad_norm` before clipping,
-    `learning_rate`, `epoch`, `num_tokens` (of completions, filling not counted) and `step_time` in
-    seconds. `eval/loss` is the loss of `eval_rows`, under the same noise every time; with a
-    `metric`, `eval/accuracy` and what `evaluate` says of greedy completions; all before the update
-    of that step; the last row has nothing else.
+    `learning_rate`, `epoch`, `num_tokens` (of completions, filling not counted), `step_time` in
+    seconds and `token_forwards/scoring`, positions computed. `eval/loss` is the loss of
+    `eval_rows`, under the same noise every time; with a `metric`, `eval/accuracy` and what
+    `evaluate` says of greedy completions; all before the update of that step; the last row has
+    nothing else.
 
     Raises:
         InputError: no rows, one that does not fit (see `encode_pairs`), or a held-out prompt
@@ -59,19 +60,10 @@ def train_sft(
     rank, processes = accelerator.process_index, accelerator.num_processes
     rows, eval_rows = list(rows), list(eval_rows)
     require(len(rows) > 0, "no training rows given: expected at least one")
-    own, length = policy.block_length, config.max_completion_length
-    require(
-        own is None or length % own == 0,
-        f"max_completion_length={length}: expected a multiple of the policy's blocks of {own}",
+    pairs, held_out_pairs = (
+        encode_pairs(policy, part, config.max_completion_length) for part in (rows, eval_rows)
     )
-    pairs = encode_pairs(policy, rows, length)
-    held_out_pairs = encode_pairs(policy, eval_rows, length)
-    learnt = {repr(row["prompt"]) for row in rows}
-    for row in eval_rows:
-        require(
-            repr(row["prompt"]) not in learnt,
-            f"the held-out prompt {row['prompt']!r:.80} is among the training rows: take it out",
-        )
+    refuse_learnt(rows, eval_rows)
     parameters = [*policy.trainable_parameters().values()]
     groups = [{"params": parameters, "weight_decay": config.weight_decay}]
 
@@ -84,19 +76,8 @@ def train_sft(
 
     def make_update(step: int) -> tuple[Metrics, None]:
         drawn = rows_of_step(pairs, config.batch, step, rank, processes, config.seed)
-        loss, count = backward(policy, drawn, config, step, rank, processes)
-        mean = sum(gather_object([count])) / processes  # the gradient is averaged over processes
-        for parameter in parameters:
-            parameter.grad /= mean
-        rate = config.learning_rate_at(step)
-        optimizer.adamw.param_groups[0]["lr"] = rate
-        return {
-            "loss": loss / mean,
-            **optimizer.step(loss / mean, f"step {step}"),
-            "learning_rate": rate,
-            "epoch": (step + 1) * config.batch * processes / len(pairs),
-            "num_tokens": sum(len(completion) for _, completion in drawn),
-        }, None
+        metrics = learn(policy, drawn, config, step, optimizer, f"step {step}")
+        return metrics | {"epoch": (step + 1) * config.batch * processes / len(pairs)}, None
 
     parts = {"eval_rows": eval_rows, "metric": metric, "watch": watch}
     with open_run(policy, rows, config, ALGORITHM, accelerator, **parts) as run:
@@ -107,6 +88,36 @@ def train_sft(
         if accelerator.is_main_process:
             policy.save_pretrained(run.folder / "model")
         return run.folder
+
+
+def learn(
+    policy: Policy,
+    drawn: Sequence[Pair],
+    config: SFTConfig,
+    step: int,
+    optimizer: Optimizer,
+    batch: str,
+    share: float = 1.0,
+) -> Metrics:
+    """Make the update of that number, on the mean loss over what all processes have `drawn`, times
+    `share`; returns its metrics. `batch` is what an error calls it."""
+    accelerator, before = optimizer.accelerator, policy.positions_computed
+    rank, processes = accelerator.process_index, accelerator.num_processes
+    loss, count = backward(policy, drawn, config, step, rank, processes)
+    counts = sum(gather_object([count])) or 1  # of nothing the gradient is 0
+    mean = counts / processes / (share or 1.0)  # the gradient is averaged over processes
+    for parameter in policy.trainable_parameters().values():
+        slope = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        parameter.grad = slope.div_(mean)
+    rate = config.learning_rate_at(step)
+    optimizer.adamw.param_groups[0]["lr"] = rate
+    return {
+        "loss": loss / mean,
+        **optimizer.step(loss / mean, batch),
+        "learning_rate": rate,
+        "num_tokens": sum(len(completion) for _, completion in drawn),
+        "token_forwards/scoring": policy.positions_computed - before,
+    }
 
 
 def backward(

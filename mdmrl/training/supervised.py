@@ -68,6 +68,12 @@ def encode_pairs(policy: Policy, rows: Sequence[dict], max_completion_length: in
         require(fit, f"row {number} has the fields {held}: expected prompt and completion")
     if not rows:
         return []
+    own = policy.block_length
+    require(
+        own is None or max_completion_length % own == 0,
+        f"max_completion_length={max_completion_length}: expected a multiple of the policy's "
+        f"blocks of {own}",
+    )
     encoded = policy.encode([row["prompt"] for row in rows])
     both = zip(encoded.input_ids, encoded.attention_mask, strict=True)
     prompts = [ids[real].tolist() for ids, real in both]
