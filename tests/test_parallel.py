@@ -1,5 +1,6 @@
 """Right solutions and what positions of one step know of each other, against the sampler itself."""
 
+import math
 import random
 
 import pytest
@@ -16,10 +17,11 @@ PATH = SamplerConfig(
 ITEM = {"prompt": "3,5,7:15", "nums": [3, 5, 7], "target": 15}
 
 
-@pytest.mark.parametrize("name", ["tiny-mdm-countdown", "tiny-ar-countdown-matched"])
+@pytest.mark.parametrize("name", ["tiny-mdm-countdown", "tiny-ar-countdown-matched", "ascending"])
 def test_a_text_has_the_probability_with_which_the_sampler_drew_it(name):
-    policy = load_policy(name)
+    policy = load_policy("tiny-mdm-countdown" if name == "ascending" else name)
     sampler = PATH if policy.denoises else SamplerConfig(max_new_tokens=12, temperature=1.0)
+    sampler = sampler.replace(step_sizes=name) if name == "ascending" else sampler
     prompts = ["8,13,14:35", "3,5,7:15"] * 8
     output = generate(policy, prompts, sampler, generator_for(0, "drawn"))
     ended = policy.is_end(output.completion_ids) | output.completion_mask
@@ -79,3 +81,9 @@ def test_agreement_looks_at_one_token_at_a_time():
     means = [sum(x) / len(x) for x in (alone, together)]
     assert len(alone) > 4
     assert [found["alone"], found["together"]] == pytest.approx(means, abs=1e-5)
+
+
+def test_what_is_written_one_by_one_has_nothing_to_agree_with():
+    policy = load_policy("tiny-mdm-countdown")
+    found = agreement(policy, ["8,13,14:35"], PATH.replace(steps=12), seed=0)
+    assert math.isnan(found["alone"]) and math.isnan(found["together"])

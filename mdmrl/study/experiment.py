@@ -130,7 +130,9 @@ def runs(
                 found.append(run)
             else:
                 missing.append(f"{name} on checkpoint {checkpoint}" + ", unshipped" * (not shipped))
-    return pd.concat(found or [pd.DataFrame(columns=COLUMNS, dtype=float)], ignore_index=True), missing
+    return pd.concat(
+        found or [pd.DataFrame(columns=COLUMNS, dtype=float)], ignore_index=True
+    ), missing
 
 
 def per_checkpoint(values: pd.Series) -> pd.DataFrame:

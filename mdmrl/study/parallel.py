@@ -9,18 +9,21 @@ seen.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
 import torch
+from scipy.special import entr
 from torch import Tensor
 
 from mdmrl.policies import Policy, Prompt
 from mdmrl.runs import generator_for
 from mdmrl.sampling import SamplerConfig, generate
 from mdmrl.sampling.choose import choose, likeliest
-from mdmrl.sampling.denoise import Canvas, evenly
+from mdmrl.sampling.denoise import Canvas
+from mdmrl.sampling.schedule import revealed_after
 from mdmrl.tasks.countdown import solutions
 
 ROWS = 256  # of one forward pass
@@ -38,10 +41,10 @@ def right_solutions(policy: Policy, rows: Sequence[dict], sampler: SamplerConfig
     prompts = [rows[i]["prompt"] for i in items]
     parts = [slice(start, start + ROWS) for start in range(0, len(texts), ROWS)]
     logp = torch.cat([text_logprobs(policy, prompts[now], texts[now], sampler) for now in parts])
-    p = pd.Series(logp.double().exp().cpu().numpy()).groupby(np.array(items))
-    share = p.transform(lambda own: own / own.sum())
-    entropy = (-share * np.log(share)).groupby(np.array(items)).sum()
-    return pd.DataFrame({"right": p.sum(), "entropy": entropy})
+    logp, of = pd.Series(logp.double().cpu().numpy()), np.array(items)
+    p = np.exp(logp - logp.groupby(of).transform("max"))  # of a collapsed policy all may underflow
+    entropy = pd.Series(entr(p / p.groupby(of).transform("sum"))).groupby(of).sum()
+    return pd.DataFrame({"right": np.exp(logp).groupby(of).sum(), "entropy": entropy})
 
 
 def _item(row: dict) -> dict:
@@ -68,13 +71,15 @@ def text_logprobs(
         return (logp * policy.completion_mask(x0)).sum(1)
     sampler = sampler.replace(remasking="state_confidence")
     total = torch.zeros(len(ids), device=ids.device)
-    for quota in evenly(open_.sum(1), sampler.denoising_steps):
+    asked, steps = open_.sum(1), sampler.denoising_steps
+    for done in revealed_after(sampler.step_sizes, asked, steps):
         ids[:, width:] = x0.masked_fill(open_, policy.mask_token_id)
         logits = policy.head(policy.forward(ids, attention)[:, width:][open_])  # (N, V)
         logits[:, policy.mask_token_id] = -torch.inf
         logits -= logits.amax(-1, keepdim=True)
         logp = logits.log_softmax(-1)
         postponed = likeliest(logits, list(policy.end_token_ids)) & sampler.end_last
+        quota = done - asked + open_.sum(1)
         chosen = choose(logp.amax(-1), postponed, None, open_, quota, sampler)
         now = torch.zeros_like(open_).masked_scatter(open_, chosen)
         drawn = logp[chosen].gather(1, x0[now][:, None])[:, 0]
@@ -89,7 +94,8 @@ def agreement(
 ) -> dict[str, float]:
     """The mean probability of tokens that a step of the sampler drew beside others, one completion
     a prompt: `alone`, as they were drawn, and `together`, once the others of the step are seen.
-    What comes behind the end, and what a step drew as the only one, does not count."""
+    What comes behind the end, and what a step drew as the only one, does not count; nan where
+    nothing does."""
     generator = generator_for(seed, "agreement", device=policy.device)
     own = sampler.replace(stop_at_end=False)
     output = generate(policy, prompts, own, generator, record=True)
@@ -101,6 +107,9 @@ def agreement(
     before, itself = when[:, None] < when[:, :, None], torch.eye(length, dtype=torch.bool)
     beside = (when[:, None] == when[:, :, None]) & ~itself.to(x0.device)  # (B, L of j, L of k)
     counted = output.completion_mask & (beside & output.completion_mask[:, None]).any(-1)
+
+    if not counted.any():
+        return {"alone": math.nan, "together": math.nan}
 
     def probability(seen: Tensor) -> float:
         """Of the tokens that count, given what is `seen` for each, (B, L, L)."""
