@@ -3,16 +3,18 @@
 import shutil
 from types import SimpleNamespace
 
+import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 
 from mdmrl import SamplerConfig, generate, load_policy, load_task
 from mdmrl.config import InputError
-from mdmrl.study import experiment
+from mdmrl.study import experiment, plots
 from mdmrl.study.looks import areas, looked, with_costs
 from mdmrl.study.pieces import facts
 from mdmrl.study.training import project_root
 
+NAMES = ["trajectory", "trajectory-4-2"]
 SMALL = {
     "looks": {"items": 4, "samples": 2, "steps": [2], "solutions": 2},
     "eval_prompts": 2,
@@ -27,12 +29,11 @@ def root(tmp_path, monkeypatch):
 
 
 def test_a_stage_begins_with_the_weights_of_the_one_before():
-    names = ["trajectory", "trajectory-4-2"]
-    assert experiment.runs(names, [0], "quick", train=False, **SMALL)[1] == [
+    assert experiment.runs(NAMES, [0], "quick", train=False, **SMALL)[1] == [
         "trajectory on checkpoint 0",
         "trajectory-4-2 on checkpoint 0",
     ]
-    found, missing = experiment.runs(names, [0], "quick", **SMALL)
+    found, missing = experiment.runs(NAMES, [0], "quick", **SMALL)
     assert missing == [] and found.step.tolist() == [0, 1, 0, 1]
     first, second = found.run[0], found.run[2]
     base = load_policy("tiny-mdm-countdown").weights_fingerprint()
@@ -43,7 +44,7 @@ def test_a_stage_begins_with_the_weights_of_the_one_before():
     assert before["steps2/accuracy"].tolist() == after["steps2/accuracy"].tolist()
 
     shutil.rmtree(project_root() / "runs" / "quick" / "grpo")  # reading does not need it
-    again, _ = experiment.runs(names, [0], "quick", train=False, **SMALL)
+    again, _ = experiment.runs(NAMES, [0], "quick", train=False, **SMALL)
     pd.testing.assert_frame_equal(again, found)
     stage = experiment.arm("trajectory-4-2", 0, **SMALL).replace(eval_prompts=1)
     with pytest.raises(InputError, match="not on this machine"):
@@ -113,3 +114,32 @@ def test_nothing_is_judged_as_long_as_a_checkpoint_lacks():
     (((_, _, first, second), named),) = recorded
     assert (second == 2 * first).all() and named["prompts"] == 500
     assert sorted(named["checkpoints"]) == list(range(6))
+
+
+def test_accuracy_by_steps_is_of_the_start_and_of_the_end_of_each_stage():
+    """And an arm whose runs lack is left out of the table and of the figure."""
+    log = {"look/steps2/accuracy": [0.1, 0.3], "look/steps12/accuracy": [0.4, 0.5]}
+    first = pd.DataFrame(log | {"name": "trajectory", "seed": 0, "step": [0, 300]})
+    later = first.assign(name="trajectory-4-2", **{"look/steps2/accuracy": [0.3, 0.6]})
+    table = experiment.by_steps(pd.concat([first, later]), [*NAMES, "trajectory-4-2-1"])
+    found = table.pivot(index="curve", columns="steps", values="accuracy").T.to_dict("list")
+    assert found == {
+        "before RL": [0.1, 0.4],
+        "MDM trajectory, 4 steps": [0.3, 0.5],
+        "MDM trajectory, 2 steps, after 4": [0.6, 0.5],
+    }
+    speeds = pd.Series({2: 400.0, 12: 80.0})
+    figure = plots.moved_trade_off(table, speeds, {"AR": (200.0, 0.45)})
+    against, fast = figure.axes
+    curves = {line.get_label(): list(line.get_ydata()) for line in against.get_lines()}
+    assert {name: curves[name] for name in found} == found and curves["AR"] == [0.45, 0.45]
+    assert list(fast.get_lines()[0].get_xdata()) == [400, 80]
+
+
+def test_dumbbells_go_from_before_to_after():
+    index = pd.MultiIndex.from_product([["before", "after"], ["AR"], [0, 1]])
+    values = pd.Series([0.1, 0.3, 0.5, 0.7], index.set_names(["end", "arm", "seed"]))
+    _, axes = plt.subplots()
+    plots.moved(axes, values, ["AR"])
+    means = [line.get_xdata()[0] for line in axes.get_lines() if line.get_marker() == "o"]
+    assert means == pytest.approx([0.2, 0.6])

@@ -132,7 +132,7 @@ def moved(axes: Axes, values: Series, arms: Iterable[str]) -> None:
         for value, filled in ((before, "white"), (after, colour(arm))):
             axes.plot(value, place, "o", color=colour(arm), markerfacecolor=filled, markersize=4)
     axes.set_yticks(range(len(arms)), arms, fontsize=6)
-    axes.invert_yaxis()
+    axes.set_ylim(len(arms) - 0.5, -0.5)
     sns.despine(ax=axes)
 
 
