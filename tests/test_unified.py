@@ -190,7 +190,7 @@ def drawn_rollout(policy, config, record):
     return collect(policy, ROWS, [some], 4, sampler, generator, record)[0]
 
 
-@pytest.mark.parametrize("kl_estimator", ["k1", "k2", "k3"])
+@pytest.mark.parametrize("kl_estimator", ["k1", "k2", "k3", "k3_ratio"])
 @pytest.mark.parametrize("named", ["path", "elbo-2"])
 def test_grpo(toy, named, kl_estimator):
     """At a later inner step, where ratios are off 1 and some of them clipped."""

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from mdmrl.rl.config import GRPOConfig, PPOConfig
-from mdmrl.rl.kl import kl_form
+from mdmrl.rl.kl import WITH_RATIO, kl_form
 from mdmrl.rl.preference import DPOConfig
 
 
@@ -91,10 +91,13 @@ def if_not_clipped(scored: Scored) -> Tensor:
 
 def less_kl(scored: Scored) -> Tensor:
     """rho A as above, minus beta times the slope of the KL's form at d: 1 - exp(-d) for k3, which
-    is the paper's beta (pi_ref / pi - 1)."""
+    is the paper's beta (pi_ref / pi - 1); of k3_ratio that of the product with rho."""
+    form = kl_form(scored.config.kl_estimator)
     with torch.enable_grad():
         d = scored.d.detach().requires_grad_()
-        (slope,) = torch.autograd.grad(kl_form(scored.config.kl_estimator)(d).sum(), d)
+        (slope,) = torch.autograd.grad(form(d).sum(), d)
+    if scored.config.kl_estimator == WITH_RATIO:
+        slope = scored.change.exp() * (slope + form(scored.d))
     return if_not_clipped(scored) - scored.config.beta * slope
 
 
