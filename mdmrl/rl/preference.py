@@ -4,8 +4,9 @@ The chosen completion o+ of a prompt is made more probable than the rejected o-.
 
     r(o) = beta [log pi(o) - log pi_ref(o)],    m = r(o+) - r(o-)
 
-the policy minimises the mean over pairs of -log sigmoid(m), or (m / beta - 1 / (2 beta))^2 (Azar et
-al. 2024, `ipo`). The reference is the starting policy (of LoRA the model without its adapter).
+the policy minimises the mean over pairs of Bradley and Terry's -log sigmoid(m), or of (m / beta -
+1 / (2 beta))^2 (Azar et al. 2024, `ipo`). The reference is the starting policy (of LoRA the model
+without its adapter).
 
  * Of a policy that denoises log pi is an estimate, by default of the ELBO from 8 samples (Zhu et
    al. 2025, LLaDA 1.5, VRPO). Policy and reference are scored under the same noise, drawn anew each
@@ -23,7 +24,6 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mdmrl.config import require
@@ -31,6 +31,7 @@ from mdmrl.evaluation.accuracy import evaluate
 from mdmrl.policies import Policy
 from mdmrl.rl.config import RLConfig
 from mdmrl.rl.logprobs import Estimator, draw_noise, estimator
+from mdmrl.rl.reward_models import bradley_terry_loss
 from mdmrl.rl.rollout import Rollout
 from mdmrl.runs import generator_for
 from mdmrl.sampling import SamplerConfig
@@ -42,8 +43,8 @@ from mdmrl.training.supervised import Pair, collate, encode_pairs
 ALGORITHM = "dpo-1"  # part of a run's identity: raise it when results change
 
 LOSSES = {
-    "sigmoid": lambda margin, beta: -F.logsigmoid(margin),
-    "ipo": lambda margin, beta: (margin / beta - 1 / (2 * beta)).square(),
+    "sigmoid": lambda chosen, rejected, beta: bradley_terry_loss(chosen, rejected),
+    "ipo": lambda chosen, rejected, beta: ((chosen - rejected) / beta - 1 / (2 * beta)).square(),
 }
 
 
@@ -185,7 +186,7 @@ def dpo_loss(logp: Tensor, ref: Tensor, config: DPOConfig) -> dict[str, Tensor]:
     margin = rewards[0] - rewards[1]
     sides = {"chosen": 0, "rejected": 1}.items()
     return {
-        "loss": LOSSES[config.loss_type](margin, config.beta),
+        "loss": LOSSES[config.loss_type](*rewards, config.beta),
         **{f"rewards/{name}": rewards[side] for name, side in sides},
         "rewards/accuracies": (margin > 0).to(margin.dtype),
         "rewards/margins": margin,

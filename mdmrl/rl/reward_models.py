@@ -5,7 +5,7 @@ With s_k the score of completion o_k of a prompt,
     Bradley-Terry    P(o_1 before o_2)              = sigmoid(s_1 - s_2)
     Plackett-Luce    P(o_1 before o_2 ... before o_K) = prod_k exp(s_k) / sum_{j >= k} exp(s_j)
 
-and the loss is the mean of -log P (Bradley & Terry 1952; Plackett 1975; Ouyang et al. 2022). Of two
+and the loss is -log P (Bradley & Terry 1952; Plackett 1975; Ouyang et al. 2022). Of two
 completions the second is the first. Rankings say nothing of a constant that all completions of a
 prompt have in common.
 """
@@ -31,16 +31,16 @@ NOWHERE = -1e9  # a score that takes no part; of -inf the gradient would be no n
 
 
 def bradley_terry_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
-    """The mean over pairs of -log P, from scores (N,) of what was chosen and what was rejected."""
-    return -F.logsigmoid(chosen - rejected).mean()
+    """-log P of pairs, (N,), from scores (N,) of what was chosen and what was rejected."""
+    return -F.logsigmoid(chosen - rejected)
 
 
 def plackett_luce_loss(scores: Tensor, ranked: Tensor | None = None) -> Tensor:
-    """The mean over rankings of -log P, from scores (N, K), the best first; `ranked` (N, K) bool is
-    False behind the end of a ranking of fewer than K."""
+    """-log P of rankings, (N,), from scores (N, K), the best first; `ranked` (N, K) bool is False
+    behind the end of a ranking of fewer than K."""
     ranked = torch.ones_like(scores, dtype=torch.bool) if ranked is None else ranked
     left = scores.masked_fill(~ranked, NOWHERE).flip(1).logcumsumexp(1).flip(1)
-    return torch.where(ranked, left - scores, 0.0).sum(1).mean()
+    return torch.where(ranked, left - scores, 0.0).sum(1)
 
 
 class RewardHead(Head):
@@ -78,7 +78,7 @@ class RewardHead(Head):
 
         def loss() -> Tensor:
             solver.zero_grad()
-            total = plackett_luce_loss((z @ weight)[rows], ranked)
+            total = plackett_luce_loss((z @ weight)[rows], ranked).mean()
             total = total + penalty / 2 * weight.square().sum()
             total.backward()
             return total
