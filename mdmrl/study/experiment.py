@@ -71,6 +71,24 @@ ARMS: dict[str, tuple[str, int | None, dict, range, str | None]] = {
     "trajectory-12": ("trajectory", 12, {"max_steps": 150}, FEW, None),
 }
 MAIN = ("ar", "ar_style", "one_step", "complementary", "trajectory")  # drawn in one figure
+# Arguments of `runs` by scale. As a whole only what is kept is read: a run is its own process.
+SCALES: dict[str, dict] = {
+    "whole": {"names": list(ARMS), "checkpoints": CHECKPOINTS, "train": False},
+    "short": {
+        "names": ["ar", "ar_style", "one_step", "trajectory"],
+        "checkpoints": [0],
+        "settings": {"max_steps": 60},
+        "looks": {"items": 200, "samples": 2, "steps": [1, 2, 4, 12], "solutions": 40},
+        "eval_prompts": 100,
+    },
+    "tiny": {
+        "names": ["ar", "ar_style", "one_step", "trajectory"],
+        "checkpoints": [0],
+        "settings": {"max_steps": 2, "eval_steps": 2, "per_device_train_batch_size": 16},
+        "looks": {"items": 8, "samples": 2, "steps": [1, 2, 4, 12], "solutions": 2},
+        "eval_prompts": 8,
+    },
+}
 SAMPLING = ("remasking", "step_sizes")
 # What is drawn of a log, which no run leaves empty.
 COLUMNS = ["name", "arm", "seed", "run", "step", "loss", "kl/sum", "step_time", "rollout_time"]

@@ -52,6 +52,8 @@ def curves(
             continue
         if log:
             table = table.where(table > 0)
+            if not table.notna().any(axis=None):
+                continue
             middle, band = table.median(axis=1), [table.min(axis=1), table.max(axis=1)]
         else:
             middle, band = table.mean(axis=1), None
@@ -62,7 +64,7 @@ def curves(
         axes.plot(at, middle, styles[arm], color=shade, linewidth=1.5, label=arm)
         if band is not None:
             axes.fill_between(at, *band, color=shade, alpha=0.15, linewidth=0)
-    if log:
+    if log and axes.has_data():
         axes.set_yscale("log")
     axes.set_xlabel("update" if against == "step" else against.removeprefix("spent/"))
     sns.despine(ax=axes)
