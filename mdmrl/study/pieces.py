@@ -38,17 +38,27 @@ def cached_table(
         compute: takes the piece's name; returns the table, and what the JSON is to hold.
         since: values of what the identity of an older piece does not name yet.
     """
-    folder, wanted = pieces_folder(profile), json.loads(as_json(identity))
-    for path in sorted(folder.glob(f"{slug}-??????????.json")):
-        if filled(_identity(path), since or {}) == wanted:
-            return read_table(path.with_suffix(".csv"))
-    path = folder / f"{slug}-{digest(described(wanted))}.csv"
+    if (kept := kept_table(profile, slug, identity, since)) is not None:
+        return kept
+    wanted = json.loads(as_json(identity))
+    path = pieces_folder(profile) / f"{slug}-{digest(described(wanted))}.csv"
     made_on = {"machine": machine(pick_device()), "revision": revision()}
     table, known = compute(path.stem)  # hours, in which the sources may change
     text = as_json(known | {"identity": identity, **made_on}, indent=1)
     write_atomically(path, table.to_csv(index=False, float_format="%.6g"))
     write_atomically(path.with_suffix(".json"), text + "\n")  # last: without it there is no piece
     return read_table(path)
+
+
+def kept_table(
+    profile: str, slug: str, identity: Mapping, since: Mapping | None = None
+) -> pd.DataFrame | None:
+    """The table that an earlier `cached_table` of the same arguments left, None without one."""
+    wanted = json.loads(as_json(identity))
+    for path in sorted(pieces_folder(profile).glob(f"{slug}-??????????.json")):
+        if filled(_identity(path), since or {}) == wanted:
+            return read_table(path.with_suffix(".csv"))
+    return None
 
 
 @lru_cache(maxsize=1024)

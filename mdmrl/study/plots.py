@@ -33,17 +33,20 @@ def curves(
     arms: Iterable[str],
     smooth: int = 1,
     log: bool = False,
+    against: str = "step",
 ) -> None:
     """One line an arm, in its colour and style: the mean over seeds, each seed thin behind it, and
     with two seeds or more the 95 % t-interval of the mean as a band. `smooth` is the width of the
-    running mean in updates (1 shows the raw trace).
+    running mean in updates (1 shows the raw trace); `against`, what the other axis has, of which
+    the mean over seeds is taken at each update.
 
     With `log`, for positive quantities that span powers of ten, where a mean is its largest value
     and a t-interval reaches below 0: a log axis, the median over seeds, their range as the band. A
     value of 0 is a gap."""
     styles = line_styles(arms)
     for arm, shade in palette(styles).items():
-        table = runs[runs.arm == arm].pivot(index="step", columns="seed", values=column)
+        own = runs[runs.arm == arm]
+        table = own.pivot(index="step", columns="seed", values=column)
         table = table.dropna(how="all").rolling(smooth, min_periods=1).mean()
         if table.empty:
             continue
@@ -54,13 +57,14 @@ def curves(
             middle, band = table.mean(axis=1), None
             if table.shape[1] > 1:
                 band = np.array([t_interval(row.dropna())[1:] for _, row in table.iterrows()]).T
-        axes.plot(table.index, table, color=shade, linewidth=0.4, alpha=0.4)
-        axes.plot(table.index, middle, styles[arm], color=shade, linewidth=1.5, label=arm)
+        at = own.groupby("step")[against].mean()[table.index] if against != "step" else table.index
+        axes.plot(at, table, color=shade, linewidth=0.4, alpha=0.4)
+        axes.plot(at, middle, styles[arm], color=shade, linewidth=1.5, label=arm)
         if band is not None:
-            axes.fill_between(table.index, *band, color=shade, alpha=0.15, linewidth=0)
+            axes.fill_between(at, *band, color=shade, alpha=0.15, linewidth=0)
     if log:
         axes.set_yscale("log")
-    axes.set_xlabel("update")
+    axes.set_xlabel("update" if against == "step" else against.removeprefix("spent/"))
     sns.despine(ax=axes)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from itertools import product
 from pathlib import Path
 
@@ -28,9 +28,11 @@ from mdmrl.rl.divergence import path_kl
 from mdmrl.runs import generator_for, read_rows
 from mdmrl.sampling import SamplerConfig
 from mdmrl.sampling.hierarchy import Hierarchical
+from mdmrl.study.looks import Looks, look, noted, sampled
 from mdmrl.study.outputs import project_root
-from mdmrl.study.pieces import cached_table, facts
+from mdmrl.study.pieces import cached_table, facts, kept_table
 from mdmrl.tasks import load_task
+from mdmrl.tasks.base import Task
 from mdmrl.tasks.medcot import SYSTEM_PROMPT
 from mdmrl.training.config import SFTConfig
 from mdmrl.training.sft import train_sft
@@ -66,6 +68,11 @@ class Arm(Config):
             that have all four tags.
         hierarchy: settings of `Hierarchical`, which then draws all completions (grpo alone).
         rewards: reward options of `load_task`; empty for the thesis's rewards.
+        task: what is learnt.
+        looks: settings of `mdmrl.study.looks.Looks`: what is looked at before and after training,
+            item by item (columns `look/...`, the items in the piece's JSON). Its first
+            `eval_prompts` items are then completed meanwhile, greedily and sampled.
+        after: the arm, as `to_dict` has it, whose trained weights this one begins with.
     """
 
     name: str
@@ -81,6 +88,9 @@ class Arm(Config):
     sft: dict = field(default_factory=dict)
     hierarchy: dict = field(default_factory=dict)
     rewards: dict = field(default_factory=dict)
+    task: str = "medcot"
+    looks: dict = field(default_factory=dict)
+    after: dict = field(default_factory=dict)
 
     def config(self, seed: int) -> GRPOConfig | PPOConfig:
         """The run's settings. What the figures draw is logged: the KL, and the gradient norms of
@@ -91,7 +101,7 @@ class Arm(Config):
 
     def beside_settings(self) -> dict:
         """What decides the results beside the run's settings, policy and algorithm."""
-        aside = ("name", "policy", "settings", "algorithm")
+        aside = ("name", "policy", "settings", "algorithm", "after")  # its weights count
         return {k: v for k, v in self.to_dict().items() if k not in aside}
 
     def validate(self) -> None:
@@ -110,20 +120,30 @@ def train_arms(arms: Sequence[Arm], seeds: Sequence[int], profile: str) -> pd.Da
     return pd.concat(runs, ignore_index=True)
 
 
-def train_arm(arm: Arm, seed: int, profile: str) -> pd.DataFrame:
-    """Train one arm with one seed, or read what an earlier run of the same identity left."""
+def train_arm(arm: Arm, seed: int, profile: str, train: bool = True) -> pd.DataFrame | None:
+    """Train one arm with one seed, or read what an earlier run of the same identity left; without
+    `train`, None where there is no such run."""
     policy = load_policy(arm.policy, dtype=arm.dtype)
     if arm.lora:
         add_lora(policy, **arm.lora, seed=seed)
+    start, earlier = policy.fingerprint(), None
+    if arm.after:
+        before = train_arm(Arm.from_dict(arm.after), seed, profile, train)
+        if before is None:
+            return None
+        earlier = before.run[0]
+        start = facts(profile, earlier)["trained"]
     config = arm.config(seed)
     *_, version = ALGORITHMS[arm.algorithm]
     identity = {
         "arm": arm.beside_settings(),
         "settings": known(config.settings_for(policy)),
-        "policy": policy.fingerprint(),
-        "rows": rl_rows(),
+        "policy": start,
+        "rows": rows_of(arm.task, "rl"),
         "algorithm": version,
     }
+    if arm.looks:
+        identity["looked_at"] = rows_of(arm.task, Looks.from_dict(arm.looks).split)
     plain = Arm(name="", policy="", algorithm=arm.algorithm)
     since = {"arm": plain.beside_settings()}
     since["settings"] = known(plain.config(seed).settings_for(policy))
@@ -132,29 +152,52 @@ def train_arm(arm: Arm, seed: int, profile: str) -> pd.DataFrame:
     slug = "-".join([Path(arm.policy).name, kind, f"s{seed}"])
 
     def compute(name: str) -> tuple[pd.DataFrame, dict]:
-        folder = project_root() / "runs" / profile / arm.algorithm / name
-        frame = _train(policy, arm, config.replace(output_dir=str(folder)))
-        return frame, read_rows(folder / "samples.jsonl")[-1]
+        folders = project_root() / "runs" / profile / arm.algorithm
+        begun = policy if earlier is None else _trained(folders / earlier, start)
+        frame, found = _train(begun, arm, config.replace(output_dir=str(folders / name)))
+        return frame, read_rows(folders / name / "samples.jsonl")[-1] | found
 
-    frame = cached_table(profile, slug, identity, compute, since)
-    frame.insert(0, "seed", seed)
-    frame.insert(0, "arm", arm.name)
+    if train:
+        frame = cached_table(profile, slug, identity, compute, since)
+    else:
+        frame = kept_table(profile, slug, identity, since)
+    if frame is not None:
+        frame.insert(0, "seed", seed)
+        frame.insert(0, "arm", arm.name)
     return frame
 
 
+def _trained(folder: Path, wanted: dict) -> Policy:
+    """The policy that the run in `folder` ended with."""
+    found = sorted(folder.glob("checkpoints/step-*/pretrained"))
+    here = f"runs/{folder.parent.parent.name}/{folder.parent.name}/{folder.name}"
+    mend = "delete that run's piece, so that it is trained again, and then this one"
+    require(len(found) > 0, f"{here}: the weights of this run are not on this machine: {mend}")
+    policy = load_policy(found[-1])
+    same = policy.fingerprint()["weights"] == wanted["weights"]
+    require(same, f"{here}: other weights than those that its piece was made with: {mend}")
+    return policy
+
+
 @cache
-def rl_rows() -> str:
-    """The fingerprint of the rows that every arm learns from."""
-    return digest(described(load_task("medcot").rows("rl")))
+def rows_of(task: str, split: str) -> str:
+    """The fingerprint of the rows that every arm of a task learns from, or is looked at on."""
+    return digest(described(load_task(task).rows(split)))
 
 
-def _train(policy: Policy, arm: Arm, config: GRPOConfig | PPOConfig) -> pd.DataFrame:
-    task = load_task("medcot-sections", **arm.rewards)  # rows and rewards of medcot, and units
+def _train(policy: Policy, arm: Arm, config: GRPOConfig | PPOConfig) -> tuple[pd.DataFrame, dict]:
+    """The log of a run, and what else its piece is to hold."""
+    sections = {"medcot": "medcot-sections"}  # the rows and rewards of medcot, and units
+    task = load_task(sections.get(arm.task, arm.task), **arm.rewards)
     system = SYSTEM_PROMPT if arm.instruct else None
     drawn = {"draw": Hierarchical(tuple(task.units), **arm.hierarchy)} if arm.hierarchy else {}
-    held_out = task.rows("validation", arm.eval_prompts, system) if arm.eval_prompts else []
+    looks = Looks.from_dict(arm.looks)
+    looked_at = task.rows(looks.split, looks.items, system) if arm.looks else []
+    held_out = looked_at[: arm.eval_prompts]
+    if arm.eval_prompts and not arm.looks:
+        held_out = task.rows("validation", arm.eval_prompts, system)
     _, train, _ = ALGORITHMS[arm.algorithm]
-    rows, probe = task.rows("rl", system=system), _probe(arm, config, held_out)
+    rows, probe = task.rows("rl", system=system), _probe(arm, task, config, held_out)
     if arm.sft:
         shown = [row for row in rows if all(tag in row["completion"] for tag in TAGS)]
         own = {"output_dir": f"{config.output_dir}-sft", "seed": config.seed}
@@ -162,8 +205,12 @@ def _train(policy: Policy, arm: Arm, config: GRPOConfig | PPOConfig) -> pd.DataF
         if arm.lora:  # that of the cold start is merged
             add_lora(policy, **arm.lora, seed=config.seed)
     drawn["watch"] = task.watch
+    before = look(policy, task, looked_at, looks, config) if arm.looks else {}
     folder = train(policy, task.rewards, rows, config, held_out, task.metric, probe, **drawn)
-    frame = pd.DataFrame(read_rows(folder / "metrics.jsonl"))
+    frame, found = pd.DataFrame(read_rows(folder / "metrics.jsonl")), {}
+    if arm.looks:
+        found["looks"] = noted(frame, before, look(policy, task, looked_at, looks, config))
+        found["trained"] = policy.fingerprint()
     for steps in arm.final_steps:
         own = {"steps": steps, "suppress_mask": False} if policy.denoises else {}
         sampler = SamplerConfig(max_new_tokens=config.max_completion_length, temperature=1.0, **own)
@@ -171,13 +218,17 @@ def _train(policy: Policy, arm: Arm, config: GRPOConfig | PPOConfig) -> pd.DataF
         final = evaluate(policy, held_out, sampler, *judged, seed=config.seed, **drawn)
         for column, value in final.items():
             frame.loc[frame.index[-1], column] = value
-    return frame
+    return frame, found
 
 
-def _probe(arm: Arm, config: GRPOConfig | PPOConfig, held_out: Sequence[dict]) -> Callable | None:
+def _probe(
+    arm: Arm, task: Task, config: GRPOConfig | PPOConfig, held_out: Sequence[dict]
+) -> Callable | None:
+    if arm.looks:
+        looks = Looks.from_dict(arm.looks)
+        return partial(sampled, task=task, rows=held_out, looks=looks, config=config)
     if not arm.path_kl:
         return None
-    task = load_task("medcot", **arm.rewards)
     start = load_policy(arm.policy, dtype=arm.dtype)
     prompts = [row["prompt"] for row in held_out]
     length = config.max_completion_length

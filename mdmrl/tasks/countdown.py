@@ -12,9 +12,10 @@ from __future__ import annotations
 import operator
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import permutations, product
 
 from mdmrl.config import require
 from mdmrl.rewards.countdown import countdown_expression, countdown_reward, countdown_right
@@ -64,6 +65,24 @@ def _tree(nums: Sequence[int], rng: random.Random, outermost: bool = True):
         return None
     text = f"{left}{name}{right}"
     return value, text if outermost else f"({text})"
+
+
+def solutions(nums: Sequence[int], target: int) -> list[str]:
+    """Every right expression over `nums`, with and without brackets around the parts of one."""
+
+    def forms(part: Sequence[int]) -> Iterator[str]:
+        if len(part) == 1:
+            yield str(part[0])
+        for cut in range(1, len(part)):
+            for left, right in product(sides(part[:cut]), sides(part[cut:])):
+                yield from (f"{left}{name}{right}" for name in OPERATORS)
+
+    def sides(part: Sequence[int]) -> Iterator[str]:
+        for text in forms(part):
+            yield from (text, f"({text})")[: len(part)]
+
+    found = {text for order in permutations(nums) for text in forms(order)}
+    return sorted(text for text in found if countdown_right(text, nums, target))
 
 
 def read(fields: dict) -> dict:

@@ -125,6 +125,12 @@ def optimizers(policy: Policy, config: PretrainConfig) -> list[torch.optim.Optim
     ]
 
 
+def native_bfloat16() -> bool:
+    """Whether this processor has instructions for it; without them it is slower than float32."""
+    held = torch.cpu.get_capabilities()
+    return any(held.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
 def learning_rate_factor(progress: float, config: PretrainConfig) -> float:
     """Linear warm-up, a plateau, linear decay to zero over the last `decay_share`."""
     rise = progress / config.warmup_share if config.warmup_share else 1.0
@@ -153,6 +159,7 @@ def pretrain(config: PretrainConfig, tokenizer, stream, folder: str | Path) -> P
         state = {"optimizers": [optim.state_dict() for optim in optims], "seen": seen}
         torch.save(state, checkpoint / "state.pt")
 
+    autocast = config.bf16 and native_bfloat16()
     policy.model.train()
     clock, losses = time.perf_counter(), []
     for batch in batches(policy, stream, config, step):
@@ -162,7 +169,7 @@ def pretrain(config: PretrainConfig, tokenizer, stream, folder: str | Path) -> P
         learn_prompt = torch.rand((), generator=draw).item() < PROMPT_SHARE
         for optim, rate in zip(optims, base_rates, strict=True):
             optim.param_groups[0]["lr"] = rate * learning_rate_factor(seen / config.tokens, config)
-        with torch.autocast("cpu", torch.bfloat16, enabled=config.bf16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             total, count = resolve(policy.loss)(policy, batch, learn_prompt, draw)
             loss = total / count
         if not loss.isfinite():
@@ -212,6 +219,7 @@ def pretrain_by_name(
     documents = "".join(map(str, itertools.islice(stream(config.seed, 0), HASHED_DOCUMENTS)))
     recipe = config.to_dict() | {
         "parameters": policy.model.num_parameters(),
+        "autocast": config.bf16 and native_bfloat16(),
         "data_sha256_of_first_documents": hashlib.sha256(documents.encode()).hexdigest(),
         "documents_hashed": HASHED_DOCUMENTS,
         **environment(policy.device),

@@ -62,7 +62,7 @@ class PretrainConfig(Config):
     max_grad_norm: float = 1.0
     logging_steps: int = 50
     save_steps: int = 200
-    bf16: bool = True
+    bf16: bool = True  # mixed precision, where the processor has it
     attn_implementation: str = "sdpa"  # "eager" is faster in bf16 where sequences are short
     seed: int = 0
 

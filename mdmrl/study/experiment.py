@@ -1,0 +1,197 @@
+"""The main experiment: RL on Countdown, where the reward is the answer.
+
+One run is one arm on one pair of checkpoints; a checkpoint is a seed. From a shell, as one process
+of one thread, whose piece (`mdmrl.study.pieces`) is kept when it ends:
+
+    python -m mdmrl.study.experiment                                  what is there, and what is not
+    python -m mdmrl.study.experiment --pilot trajectory               choose its learning rate
+    python -m mdmrl.study.experiment --arm trajectory --checkpoint 2
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Sequence
+
+import pandas as pd
+import torch
+
+from mdmrl.config import require, unknown
+from mdmrl.policies.load import ZOO
+from mdmrl.runs import write_atomically
+from mdmrl.study.outputs import Outputs, figures_folder
+from mdmrl.study.training import Arm, train_arm
+
+CHECKPOINTS = range(6)
+FEW = range(3)  # checkpoints of the arms that are only measured
+LEARNING_RATES = (1e-4, 3e-4)
+PILOT = 100  # its seed, on the first checkpoint, with the validation items
+RATES = "countdown_learning_rates"  # the table of their choices
+ALL_STEPS = [1, 2, 3, 4, 6, 12]
+SETTINGS = {
+    "max_steps": 300,
+    "per_device_train_batch_size": 64,  # 8 prompts
+    "num_generations": 8,
+    "max_completion_length": 12,
+    "eval_steps": 20,
+    "epsilon": 0.1,
+    "beta": 0.0,
+    "kl_estimator": "k2",
+}
+LOOKS = {"items": 500, "samples": 4, "steps": ALL_STEPS, "solutions": 100}
+THESIS = {"beta": 1.0, "kl_estimator": "k3"}
+WEAK = {"beta": 0.05}
+
+# By name: estimator, denoising steps (None: autoregressive), other settings, checkpoints, and after
+# which arm.
+ARMS: dict[str, tuple[str, int | None, dict, range, str | None]] = {
+    "ar": ("exact", None, {}, CHECKPOINTS, None),
+    "ar_style": ("ar_style", 4, {}, CHECKPOINTS, None),
+    "one_step": ("one_step", 4, {}, CHECKPOINTS, None),
+    "complementary": ("complementary", 4, {}, CHECKPOINTS, None),
+    "trajectory": ("trajectory", 4, {}, CHECKPOINTS, None),
+    "ar-k2": ("exact", None, WEAK, CHECKPOINTS, None),
+    "one_step-k2": ("one_step", 4, WEAK, CHECKPOINTS, None),
+    "trajectory-k2": ("trajectory", 4, WEAK, CHECKPOINTS, None),
+    "trajectory-4-2": ("trajectory", 2, {}, CHECKPOINTS, "trajectory"),
+    "trajectory-4-2-1": ("trajectory", 1, {}, CHECKPOINTS, "trajectory-4-2"),
+    "trajectory-2": ("trajectory", 2, {}, CHECKPOINTS, None),
+    "one_step-4-2": ("one_step", 2, {}, CHECKPOINTS, "one_step"),
+    "one_step-4-2-1": ("one_step", 1, {}, CHECKPOINTS, "one_step-4-2"),
+    "trajectory-low_confidence": ("trajectory", 4, {"remasking": "low_confidence"}, FEW, None),
+    "trajectory-ascending": ("trajectory", 4, {"step_sizes": "ascending"}, FEW, None),
+    "ar-k3": ("exact", None, THESIS, FEW, None),
+    "ar_style-k3": ("ar_style", 4, THESIS, FEW, None),
+    "one_step-k3": ("one_step", 4, THESIS, FEW, None),
+    "trajectory-k3": ("trajectory", 4, THESIS, FEW, None),
+    "ar_order": ("ar_order", 4, {}, FEW, None),
+    "one_step-12": ("one_step", 12, {"max_steps": 150}, FEW, None),
+    "trajectory-12": ("trajectory", 12, {"max_steps": 150}, FEW, None),
+}
+SAMPLING = ("remasking", "step_sizes")
+
+
+def pair(checkpoint: int) -> tuple[str, str]:
+    """The autoregressive and the masked diffusion policy of a pre-training seed."""
+    suffix = f"-s{checkpoint}" if checkpoint else ""
+    return f"tiny-ar-countdown-matched{suffix}", f"tiny-mdm-countdown{suffix}"
+
+
+def label(name: str) -> str:
+    """How figures and tables call an arm."""
+    estimator, steps, own, _, before = ARMS[name]
+    said = [f"MDM {estimator}", f"{steps} step{'s' * (steps > 1)}"] if steps else ["AR"]
+    said += [f"after {ARMS[before][1]}"] if before else []
+    said += [own[key] + " sizes" * (key == "step_sizes") for key in SAMPLING if key in own]
+    said += [f"β = {own['beta']:g}"] if "beta" in own else []
+    return ", ".join(said)
+
+
+def arm(name: str, checkpoint: int, **changes) -> Arm:
+    """The arm of `ARMS` on one of the checkpoints. `changes` are settings of `Arm`, as of a smaller
+    run; `settings` among them change some of GRPO's, in the arms before it too."""
+    if name not in ARMS:
+        raise unknown("arm", name, ARMS)
+    estimator, steps, own, _, before = ARMS[name]
+    settings = SETTINGS | {k: v for k, v in own.items() if k not in SAMPLING}
+    settings |= {"logp_estimator": estimator, "learning_rate": learning_rate(estimator)}
+    if steps:
+        order = {"remasking": "state_confidence", **{k: own[k] for k in SAMPLING if k in own}}
+        settings["sampler"] = order | {"steps": steps}
+    made = {"name": label(name), "policy": pair(checkpoint)[bool(steps)], "task": "countdown"}
+    made |= {"eval_prompts": 200, "looks": LOOKS, **changes}
+    made["settings"] = settings | changes.get("settings", {})
+    return Arm(**made, after=arm(before, checkpoint, **changes).to_dict() if before else {})
+
+
+def runs(
+    names: Iterable[str], checkpoints: Sequence[int], profile: str, train: bool = True, **changes
+) -> tuple[pd.DataFrame, list[str]]:
+    """The logs of those arms on those of the checkpoints that the arm is meant for, with columns
+    `name`, `arm` (its label) and `seed` (its checkpoint), and what is missing, in words.
+
+    Without `train` only what is kept is read; with it, checkpoints alone can be missing.
+    """
+    found, missing = [], []
+    for name in names:
+        for checkpoint in sorted({*ARMS[name][3]} & {*checkpoints}):
+            shipped, run = pair(checkpoint)[bool(ARMS[name][1])] in ZOO, None
+            if shipped:
+                run = train_arm(arm(name, checkpoint, **changes), checkpoint, profile, train)
+            if run is not None:
+                run.insert(0, "name", name)
+                found.append(run)
+            else:
+                missing.append(f"{name} on checkpoint {checkpoint}" + ", unshipped" * (not shipped))
+    columns = ["name", "arm", "seed", "step"]
+    return pd.concat(found, ignore_index=True) if found else pd.DataFrame(columns=columns), missing
+
+
+def judge(outputs: Outputs, row: int, line: str, *columns: pd.Series, **facts) -> str:
+    """`outputs.judge` of columns with a value a checkpoint, which is their index; or, as long as
+    one of the six lacks in any of them, that nothing is judged."""
+    table = pd.concat(columns, axis=1, join="inner").dropna()
+    if missing := [str(one) for one in CHECKPOINTS if one not in table.index]:
+        return f"row {row}, {line}: not judged, no runs on checkpoint {', '.join(missing)}"
+    values = (table.iloc[:, place].to_numpy() for place in range(len(columns)))
+    return outputs.judge(row, line, *values, checkpoints=[*table.index], **facts)
+
+
+def pilots(estimators: Iterable[str], profile: str, train: bool = True) -> pd.DataFrame:
+    """What the validation items say after a run at each of `LEARNING_RATES`: a row an estimator and
+    rate with the final accuracies, `greedy` and `sampled`; `chosen` is the rate of the largest
+    mean of the two."""
+    looks, rows = LOOKS | {"split": "validation", "steps": [], "solutions": 0}, []
+    for estimator in estimators:
+        name = next(name for name, (known, *_) in ARMS.items() if known == estimator)
+        for rate in LEARNING_RATES:
+            own = {"learning_rate": rate, "eval_steps": SETTINGS["max_steps"]}
+            asked = arm(name, 0, looks=looks, settings=own)
+            run = train_arm(asked, PILOT, profile, train)
+            if run is not None:
+                last = run.iloc[-1]
+                ends = last["look/greedy/accuracy"], last["look/sampled/accuracy"]
+                rows.append((estimator, rate, *ends, last.run))
+    table = pd.DataFrame(rows, columns=["estimator", "learning_rate", "greedy", "sampled", "run"])
+    best = (table.greedy + table.sampled).groupby(table.estimator).transform("max")
+    return table.assign(chosen=table.greedy + table.sampled == best)
+
+
+def learning_rate(estimator: str) -> float:
+    """What the pilots of the `full` profile chose; the largest where there was none."""
+    path = figures_folder("full") / "data" / f"{RATES}.csv"
+    if path.exists():
+        table = pd.read_csv(path).query("chosen and estimator == @estimator")
+        if len(table):
+            return float(table.learning_rate.iloc[0])
+    return max(LEARNING_RATES)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="mdmrl.study.experiment", description=__doc__)
+    parser.add_argument("--profile", default="full")
+    parser.add_argument("--arm", choices=ARMS)
+    parser.add_argument("--checkpoint", type=int, choices=CHECKPOINTS, default=0)
+    parser.add_argument("--pilot", choices=sorted({estimator for estimator, *_ in ARMS.values()}))
+    asked = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    folder = figures_folder(asked.profile) / "data"
+    if asked.pilot:
+        pilots([asked.pilot], asked.profile)
+        known = pilots(
+            dict.fromkeys(estimator for estimator, *_ in ARMS.values()), asked.profile, False
+        )
+        write_atomically(folder / f"{RATES}.csv", known.to_csv(index=False, float_format="%.6g"))
+        print(known.to_string(index=False))
+    elif asked.arm:
+        frame, missing = runs([asked.arm], [asked.checkpoint], asked.profile)
+        require(not missing, f"missing: {', '.join(missing)}")
+        print(frame.iloc[[0, -1]].filter(like="look/").T.to_string())
+    else:
+        frame, missing = runs(ARMS, CHECKPOINTS, asked.profile, train=False)
+        print(f"{frame.groupby('name').seed.nunique().to_string()}\n\nmissing:", *missing, sep="\n")
+
+
+if __name__ == "__main__":
+    main()
