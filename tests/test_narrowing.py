@@ -7,11 +7,12 @@ from functools import partial
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from test_sampling import double
 
 from mdmrl.evaluation.stats import bootstrap_interval
-from mdmrl.rl.config import GRPOConfig
-from mdmrl.sampling import SamplerConfig
+from mdmrl.runs import derived_seed, generator_for
+from mdmrl.sampling import SamplerConfig, generate
 from mdmrl.study import narrowing
 from mdmrl.study.narrowing import chosen_items, crossing, curves, solutions
 from mdmrl.tasks.base import Task
@@ -83,6 +84,7 @@ def toy(mdm, tmp_path, monkeypatch):
     monkeypatch.setattr(
         narrowing, "countdown_solution", lambda text, nums: f"{nums[0]} {text.count('e') > 4}"
     )
+    return start
 
 
 def test_solutions_are_counted_of_the_items_asked_before_training_and_after(toy, monkeypatch):
@@ -95,21 +97,22 @@ def test_solutions_are_counted_of_the_items_asked_before_training_and_after(toy,
     assert base.groupby("item")["count"].sum().to_dict() == {2: 40, 0: 40}
     right = base[base.solution != "wrong"]
     assert all(row.solution.startswith(str(row.item)) for row in right.itertuples())
-    config = GRPOConfig(
-        max_steps=12,
-        max_completion_length=8,
-        learning_rate=3e-3,
-        num_generations=6,
-        per_device_train_batch_size=12,
-        beta=0.0,
-        sampler={"steps": 4},
+    tuned = copy.deepcopy(toy)
+    with torch.no_grad():
+        tuned.model.lm_head.weight.mul_(3.0)  # surer
+    monkeypatch.setattr(narrowing, "facts", lambda profile, run: {"trained": tuned.fingerprint()})
+    monkeypatch.setattr(narrowing, "trained_policy", lambda profile, run: tuned)
+    after = solutions("toy", sampler, [2, 0], 40, "smoke", "a-run")
+    prompts = [ITEMS[item]["prompt"] for item in (2, 0) for _ in range(40)]
+    expected = generate(
+        tuned, prompts, sampler, generator_for(derived_seed(0, "count"), "evaluate")
     )
-    tuned = solutions("toy", sampler, [2, 0], 40, "smoke", config)
-    counts = [part[part.solution != "wrong"]["count"].sum() for part in (base, tuned)]
-    assert counts[1] > counts[0]
-    monkeypatch.setattr(narrowing, "tune", lambda *_: pytest.fail("trained again"))
-    again = solutions("toy", sampler, [2, 0], 40, "smoke", config)
-    pd.testing.assert_frame_equal(again, tuned)
+    right = [text.count("e") > 3 for text in expected.completions]
+    counts = after[after.solution != "wrong"].groupby("item")["count"].sum()
+    assert counts.reindex([2, 0], fill_value=0).tolist() == [sum(right[:40]), sum(right[40:])]
+    monkeypatch.setattr(narrowing, "trained_policy", lambda *_: pytest.fail("counted again"))
+    again = solutions("toy", sampler, [2, 0], 40, "smoke", "a-run")
+    pd.testing.assert_frame_equal(again, after)
     monkeypatch.setattr(narrowing, "BETWEEN", (2.0, 3.0))
     with pytest.raises(ValueError, match="0 of 3 items of toy have pass@1 in"):
         chosen_items("toy", sampler, 1, 20, "smoke")

@@ -18,15 +18,13 @@ import pandas as pd
 from mdmrl.config import require
 from mdmrl.evaluation.examples import evaluate_examples
 from mdmrl.evaluation.stats import pass_at_k
-from mdmrl.identity import described, digest, known
+from mdmrl.identity import described, digest
 from mdmrl.policies import Policy, load_policy
 from mdmrl.rewards.countdown import countdown_solution
-from mdmrl.rl import grpo
-from mdmrl.rl.config import GRPOConfig
-from mdmrl.runs import as_json, derived_seed
+from mdmrl.runs import derived_seed
 from mdmrl.sampling import SamplerConfig
-from mdmrl.study.outputs import project_root
-from mdmrl.study.pieces import cached_table
+from mdmrl.study.pieces import cached_table, facts
+from mdmrl.study.training import trained_policy
 from mdmrl.tasks import load_task
 from mdmrl.tasks.base import Task
 
@@ -71,43 +69,29 @@ def solutions(
     items: Sequence[int],
     samples: int,
     profile: str,
-    config: GRPOConfig | None = None,
+    run: str | None = None,
 ) -> pd.DataFrame:
     """How often each solution (`countdown_solution`) is written in `samples` completions of each of
-    the `items`, by the policy as it is or, with a `config`, after that run of GRPO: columns `item`,
-    `solution`, which is "wrong" for all that is, and `count`."""
+    the `items`, by the policy as it is or after the `run` of that name, of an arm with looks:
+    columns `item`, `solution`, which is "wrong" for all that is, and `count`."""
     policy, task = load_policy(name), load_task("countdown")
     rows = [task.rows("test")[item] for item in items]
     identity = {"piece": "solutions", "items": list(items), "samples": samples}
     identity |= _asked(policy, task, sampler)
-    slug, since = f"{Path(name).name}-solutions", SINCE
-    if config is not None:
-        slug = f"{slug}-{config.logp_estimator or policy.logp_estimator}-s{config.seed}"
-        identity["tuning"] = _tuning(policy, task, config)
-        since = since | {"tuning": {"settings": known(GRPOConfig().settings_for(policy))}}
+    if run is not None:
+        identity["policy"] = facts(profile, run)["trained"]
 
     def compute(_: str) -> tuple[pd.DataFrame, dict]:
-        if config is not None:
-            tune(policy, task, config, profile)
-        examples = _examples(policy, task, rows, sampler, samples, derived_seed(0, "count"))
+        asked = policy if run is None else trained_policy(profile, run)
+        examples = _examples(asked, task, rows, sampler, samples, derived_seed(0, "count"))
         counts = Counter()
-        for place, text, right in zip(
-            examples["index"], examples.completion, examples.score, strict=True
-        ):
+        for place, text, right in examples[["index", "completion", "score"]].itertuples(False):
             said = countdown_solution(text, rows[place]["nums"]) if right else WRONG
             counts[items[place], said] += 1
         found = [(*key, count) for key, count in counts.items()]
-        return pd.DataFrame(found, columns=["item", "solution", "count"]), {}
+        return pd.DataFrame(found, columns=["item", "solution", "count"]), {"after": run}
 
-    return cached_table(profile, slug, identity, compute, since)
-
-
-def tune(policy: Policy, task: Task, config: GRPOConfig, profile: str) -> None:
-    """Train `policy` in place, or load what an earlier run of the same identity left of it."""
-    run = digest(as_json(_tuning(policy, task, config) | {"policy": policy.fingerprint()}))
-    folder = project_root() / "runs" / profile / "grpo" / f"countdown-{policy.kind}-{run}"
-    config = config.replace(output_dir=str(folder))
-    grpo.train_grpo(policy, task.rewards, task.rows("rl"), config)
+    return cached_table(profile, f"{Path(name).name}-solutions", identity, compute, SINCE)
 
 
 def curves(found: pd.DataFrame, ks: Sequence[int]) -> pd.DataFrame:
@@ -146,9 +130,3 @@ def _asked(policy: Policy, task: Task, sampler: SamplerConfig) -> dict:
     rows = digest(described(task.rows("test")))
     asked = {"policy": policy.fingerprint(), "rows": rows, "sampler": sampler.to_dict()}
     return asked | {"version": VERSION}
-
-
-def _tuning(policy: Policy, task: Task, config: GRPOConfig) -> dict:
-    rows = digest(described(task.rows("rl")))
-    settings = known(config.settings_for(policy))
-    return {"settings": settings, "rows": rows, "algorithm": grpo.ALGORITHM}

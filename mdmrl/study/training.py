@@ -153,7 +153,7 @@ def train_arm(arm: Arm, seed: int, profile: str, train: bool = True) -> pd.DataF
 
     def compute(name: str) -> tuple[pd.DataFrame, dict]:
         folders = project_root() / "runs" / profile / arm.algorithm
-        begun = policy if earlier is None else _trained(folders / earlier, start)
+        begun = policy if earlier is None else trained_policy(profile, earlier)
         frame, found = _train(begun, arm, config.replace(output_dir=str(folders / name)))
         return frame, read_rows(folders / name / "samples.jsonl")[-1] | found
 
@@ -167,15 +167,16 @@ def train_arm(arm: Arm, seed: int, profile: str, train: bool = True) -> pd.DataF
     return frame
 
 
-def _trained(folder: Path, wanted: dict) -> Policy:
-    """The policy that the run in `folder` ended with."""
-    found = sorted(folder.glob("checkpoints/step-*/pretrained"))
-    here = f"runs/{folder.parent.parent.name}/{folder.parent.name}/{folder.name}"
+def trained_policy(profile: str, run: str) -> Policy:
+    """The policy with which the run of that name ended, of an arm with `looks`."""
+    folders = project_root() / "runs" / profile
+    found = sorted(folders.glob(f"*/{run}/checkpoints/step-*/pretrained"))
     mend = "delete that run's piece, so that it is trained again, and then this one"
-    require(len(found) > 0, f"{here}: the weights of this run are not on this machine: {mend}")
+    said = f"runs/{profile}, {run}"
+    require(len(found) > 0, f"{said}: the weights of this run are not on this machine: {mend}")
     policy = load_policy(found[-1])
-    same = policy.fingerprint()["weights"] == wanted["weights"]
-    require(same, f"{here}: other weights than those that its piece was made with: {mend}")
+    same = policy.fingerprint()["weights"] == facts(profile, run)["trained"]["weights"]
+    require(same, f"{said}: other weights than those that its piece was made with: {mend}")
     return policy
 
 
