@@ -73,14 +73,35 @@ class ValueHead(nn.Module):
         return values
 
 
+def shaped(rewards: Tensor, potentials: Tensor, gamma: float) -> Tensor:
+    """r_t + gamma Phi(s_t+1) - Phi(s_t), all (B, T), with Phi(end) = 0: undiscounted they sum to as
+    much as r_t, less Phi(s_0) (Ng, Harada and Russell 1999)."""
+    return rewards + gamma * F.pad(potentials[:, 1:], (0, 1)) - potentials
+
+
 def gae(rewards: Tensor, values: Tensor, gamma: float, lam: float) -> Tensor:
     """Generalised advantage estimates (Schulman et al. 2016) of r_t and V(s_t), all (B, T); V(end)
-    is 0."""
-    delta = rewards + gamma * F.pad(values[:, 1:], (0, 1)) - values
+    is 0. With lam=0 they are the rewards `shaped` by V."""
+    delta = shaped(rewards, values, gamma)
     advantages, following = torch.empty_like(delta), torch.zeros_like(delta[:, 0])
     for t in reversed(range(delta.shape[1])):
         advantages[:, t] = following = delta[:, t] + gamma * lam * following
     return advantages
+
+
+def in_halves(rewards: Tensor, values: Tensor, halfway: Tensor, gamma: float, lam: float) -> Tensor:
+    """Advantages (B, T) of episodes that get `halfway` (B,) after T // 2 of their steps, and at the
+    end what is left of their reward, so that the sum is unchanged.
+
+    Each half is an episode of its own: V(s_t) is what the first is compared with, and nothing the
+    second, which already lacks `halfway`.
+    """
+    half, paid = rewards.shape[1] // 2, rewards.clone()
+    paid[:, half - 1] += halfway
+    paid[:, -1] -= halfway
+    first = gae(paid[:, :half], values[:, :half], gamma, lam)
+    second = gae(paid[:, half:], torch.zeros_like(values[:, half:]), gamma, lam)
+    return torch.cat([first, second], 1)
 
 
 def normalised(advantages: Tensor, counted: Tensor, accelerator) -> tuple[Tensor, float]:
