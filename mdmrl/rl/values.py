@@ -23,7 +23,7 @@ from mdmrl.rl.rollout import Rollout, collect
 from mdmrl.runs import derived_seed, generator_for
 from mdmrl.sampling.guidance import GuideConfig
 from mdmrl.sampling.guided import generate_guided
-from mdmrl.sampling.states import Recorder
+from mdmrl.sampling.states import Recorder, States
 from mdmrl.training.data import rows_of_step
 from mdmrl.training.loop import accelerator_for
 
@@ -57,6 +57,10 @@ class ValueHead(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """Values (...) of states with `features` (..., 3H+2)."""
         return self.inputs(features, self.mean, self.std) @ self.weight + self.bias
+
+    def judge(self, states: States) -> Tensor:
+        """Of states that a guided sampler shows, (R,)."""
+        return self(states.features).detach()
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `config.json` and `model.safetensors`."""

@@ -27,10 +27,12 @@ from mdmrl.rl.config import GRPOConfig, PPOConfig
 from mdmrl.rl.divergence import path_kl
 from mdmrl.runs import generator_for, read_rows
 from mdmrl.sampling import SamplerConfig
+from mdmrl.sampling.guidance import GuideConfig
 from mdmrl.sampling.hierarchy import Hierarchical
 from mdmrl.study.looks import Looks, look, noted, sampled
 from mdmrl.study.outputs import project_root
 from mdmrl.study.pieces import cached_table, facts, kept_table
+from mdmrl.study.rejecting import guided_draw
 from mdmrl.tasks import load_task
 from mdmrl.tasks.base import Task
 from mdmrl.tasks.medcot import SYSTEM_PROMPT
@@ -68,6 +70,9 @@ class Arm(Config):
             that have all four tags.
         hierarchy: settings of `Hierarchical`, which then draws all completions (grpo alone).
         rewards: reward options of `load_task`; empty for the thesis's rewards.
+        guide: settings of `GuideConfig`: V, fitted to the starting policy, judges what is drawn in
+            training (`mdmrl.study.rejecting`; grpo alone); the first row's `token_forwards` count
+            that fit too.
         task: what is learnt.
         looks: settings of `mdmrl.study.looks.Looks`: what is looked at before and after training,
             item by item (columns `look/...`, the items in the piece's JSON). Its first
@@ -88,6 +93,7 @@ class Arm(Config):
     sft: dict = field(default_factory=dict)
     hierarchy: dict = field(default_factory=dict)
     rewards: dict = field(default_factory=dict)
+    guide: dict = field(default_factory=dict)
     task: str = "medcot"
     looks: dict = field(default_factory=dict)
     after: dict = field(default_factory=dict)
@@ -205,10 +211,14 @@ def _train(policy: Policy, arm: Arm, config: GRPOConfig | PPOConfig) -> tuple[pd
         train_sft(policy, shown, SFTConfig.from_dict(arm.sft | own))
         if arm.lora:  # that of the cold start is merged
             add_lora(policy, **arm.lora, seed=config.seed)
-    drawn["watch"] = task.watch
+    drawn["watch"], already = task.watch, policy.positions_computed
+    if arm.guide:
+        drawn["draw"] = guided_draw(policy, task, config, GuideConfig(**arm.guide))
+    already = policy.positions_computed - already
     before = look(policy, task, looked_at, looks, config) if arm.looks else {}
     folder = train(policy, task.rewards, rows, config, held_out, task.metric, probe, **drawn)
     frame, found = pd.DataFrame(read_rows(folder / "metrics.jsonl")), {}
+    frame.loc[0, "token_forwards"] += already
     if arm.looks:
         found["looks"] = noted(frame, before, look(policy, task, looked_at, looks, config))
         found["trained"] = policy.fingerprint()
