@@ -11,6 +11,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from mdmrl.config import require
 from mdmrl.identity import known
 from mdmrl.policies import Policy, load_policy
 from mdmrl.rl import grpo
@@ -53,7 +54,8 @@ def selected_gradients(
     rollouts, of `plain again`, other ones of the same prompts, and of `guided` ones. A row a pair,
     with their `cosine` and the second's `norm` in units of the first's; the pair of plain ones says
     what chance alone leaves."""
-    policy, task = load_policy(name), load_task("countdown")
+    require(config.beta == 0, f"beta={config.beta}: expected 0, for the reward's gradient alone")
+    policy, task, config = load_policy(name), load_task("countdown"), config.replace(log_kl=False)
     identity = {"piece": "selected", "batches": batches, "guide": guide.to_dict()}
     identity |= {"settings": known(config.settings_for(policy)), "policy": policy.fingerprint()}
     identity |= {"version": VERSION, "algorithm": grpo.ALGORITHM, "fitted_to": FITTED_TO}
