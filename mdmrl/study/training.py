@@ -114,10 +114,12 @@ class Arm(Config):
         if self.algorithm not in ALGORITHMS:
             raise unknown("algorithm", self.algorithm, ALGORITHMS)
         require(
-            not self.hierarchy or self.algorithm == "grpo",
-            f"hierarchy={self.hierarchy} with algorithm={self.algorithm!r}: expected 'grpo', since "
-            "the hierarchy's completions have no denoising states",
+            not (self.hierarchy or self.guide) or self.algorithm == "grpo",
+            f"hierarchy={self.hierarchy}, guide={self.guide} with algorithm={self.algorithm!r}: "
+            "expected 'grpo', since PPO's episodes are the plain sampler's",
         )
+        both = f"hierarchy={self.hierarchy}, guide={self.guide}: expected one of them"
+        require(not (self.hierarchy and self.guide), both)
 
 
 def train_arms(arms: Sequence[Arm], seeds: Sequence[int], profile: str) -> pd.DataFrame:
@@ -211,10 +213,10 @@ def _train(policy: Policy, arm: Arm, config: GRPOConfig | PPOConfig) -> tuple[pd
         train_sft(policy, shown, SFTConfig.from_dict(arm.sft | own))
         if arm.lora:  # that of the cold start is merged
             add_lora(policy, **arm.lora, seed=config.seed)
-    drawn["watch"], already = task.watch, policy.positions_computed
+    drawn["watch"], start = task.watch, policy.positions_computed
     if arm.guide:
         drawn["draw"] = guided_draw(policy, task, config, GuideConfig(**arm.guide))
-    already = policy.positions_computed - already
+    already = policy.positions_computed - start
     before = look(policy, task, looked_at, looks, config) if arm.looks else {}
     folder = train(policy, task.rewards, rows, config, held_out, task.metric, probe, **drawn)
     frame, found = pd.DataFrame(read_rows(folder / "metrics.jsonl")), {}
