@@ -20,6 +20,7 @@ FIGURES = {
     "08_block_rl": ("block_rl", (0.5, 0.045, 1.0, 0.47)),
     "09_value_guided": ("few_steps", (0.5, 0.06, 1.0, 0.775)),
     "10_hierarchy": ("hierarchy", (0.0, 0.0, 0.5, 0.46)),
+    "14_pass_at_k": ("fig_5_2_pass_at_k", (0.33, 0.045, 0.67, 0.5)),
 }
 
 if __name__ == "__main__":

@@ -9,13 +9,13 @@ import torch
 from scipy import stats
 from test_sampling import PROMPTS, double, ender
 
-from mdmrl.rl.episodes import score_states
+from mdmrl.rl.episodes import score_episodes, score_states
 from mdmrl.rl.oracle import denoiser_of, tabulate
 from mdmrl.rl.rollout import Rollout
 from mdmrl.runs import generator_for
 from mdmrl.sampling import SamplerConfig, generate
 from mdmrl.sampling.guidance import GuideConfig, Thresholds
-from mdmrl.sampling.guided import calibrate, generate_guided
+from mdmrl.sampling.guided import Guided, calibrate, generate_guided
 from mdmrl.sampling.selection import (
     Permuted,
     PromptOnly,
@@ -547,3 +547,27 @@ def test_other_input_that_is_refused(ar, mdm):
     with pytest.raises(ValueError, match="n=1: expected at least 2"):
         base = generate_guided(mdm, PROMPTS, settings(), guide, constant)
         Permuted(base, 1, generator_for(0, "x"))
+
+
+# -- in training -----------------------------------------------------------------------------------
+
+
+def test_the_recorded_path_is_that_of_the_attempts_that_were_kept(denoiser):
+    """Scored again state by state it has the probabilities that its tokens were drawn with."""
+    guide, length = GuideConfig(budget=PLENTY), {"end_last": False, "stop_at_end": False}
+    sampler, value, prompts = settings(**length), Recorder(), PROMPTS[:2] * 3
+    asked = denoiser, prompts, sampler, guide, value, bands({(0, 1): 0.6, (1, 2): 0.7, (2, 1): 0.6})
+    output = generate_guided(*asked, generator_for(0, "x"), record=True)
+    assert {judgement.move for row in output.judgements for judgement in row} > {"again", "back"}
+    rollout = Rollout.of(output, torch.zeros(6), torch.ones(6, dtype=torch.bool), sampler)
+    assert (rollout.revealed_at.sort(1).values == torch.arange(12)).all()
+    rollout.rewards = torch.zeros(6)
+    assert score_episodes(denoiser, rollout, 24, reference=False).max_logprob_mismatch < 1e-4
+    drawn = Guided(value=Recorder(), guide=guide, thresholds=asked[-1])
+    again = drawn(denoiser, prompts, sampler, generator_for(0, "x"), record=True)
+    assert torch.equal(again.sequences, output.sequences)
+    greedy = sampler.replace(temperature=0.0)
+    plain = generate(denoiser, prompts, greedy)
+    assert torch.equal(drawn(denoiser, prompts, greedy).sequences, plain.sequences)
+    with pytest.raises(ValueError, match="expected 0; no order is kept"):
+        drawn(denoiser, prompts, sampler.replace(order_temperature=0.5), record=True)

@@ -126,8 +126,8 @@ def test_half_of_a_text_is_a_state_only_between_blocks(policy):
         odd_number = CONFIG.replace(**settings)
         with pytest.raises(ValueError, match="an even number of blocks"):
             judging.what_is_decided("toy", odd_number, 4, 2, "quick")
-        with pytest.raises(ValueError, match="an even number of blocks"):
-            judging.guided_completions("toy", odd_number, 2, 2, 2, 3, "quick")
+    with pytest.raises(ValueError, match="an even number of blocks"):
+        judging.guided_completions("toy", odd_number, 2, 2, 2, 3, "quick")
 
 
 def test_v_explains_what_it_said_it_explains(policy):

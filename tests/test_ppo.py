@@ -19,7 +19,13 @@ from test_sampling import ender
 import mdmrl.rl.ppo as ppo
 from mdmrl.policies import add_lora
 from mdmrl.rl.config import PPOConfig
-from mdmrl.rl.episodes import kl_divergence, log_probabilities, score_episodes, score_states
+from mdmrl.rl.episodes import (
+    finished_greedily,
+    kl_divergence,
+    log_probabilities,
+    score_episodes,
+    score_states,
+)
 from mdmrl.rl.ppo import check_first_inner_step, ppo_loss, train_ppo, update
 from mdmrl.rl.rollout import Rollout, collect
 from mdmrl.rl.values import (
@@ -30,8 +36,10 @@ from mdmrl.rl.values import (
     fit,
     fit_to_base,
     gae,
+    in_halves,
     normalised,
     prompts_of,
+    shaped,
     value_loss,
 )
 from mdmrl.runs import derived_seed, generator_for
@@ -158,6 +166,39 @@ def test_advantages_in_closed_form():
     torch.testing.assert_close(gae(rewards, values, 0.9, 0.0), one_step)
     exact = gae(rewards, to_go, 1.0, 0.3)  # nothing is left to say about the right V
     torch.testing.assert_close(exact, torch.zeros_like(exact))
+
+
+def exact_values(seed=0):
+    """Multiples of 1/64, whose sums are exact in float64."""
+    rewards, values = random_values(seed)
+    return (rewards * 64).round() / 64, (values * 64).round() / 64
+
+
+def test_rewards_shaped_by_a_potential_sum_to_as_much_less_that_of_the_start():
+    rewards, potentials = exact_values()
+    found = shaped(rewards, potentials, 1.0)
+    assert torch.equal(found.sum(1), rewards.sum(1) - potentials[:, 0])
+    assert torch.equal(gae(rewards, potentials, 1.0, 0.0), found)
+    # Any weights of the steps: only potentials that differ from one state to the next count.
+    assert torch.equal(shaped(rewards, potentials + 1, 1.0)[:, :-1], found[:, :-1])
+
+
+@pytest.mark.parametrize(("gamma", "lam"), [(1.0, 0.95), (0.9, 0.5), (1.0, 1.0)])
+def test_advantages_in_halves_are_those_of_two_episodes(gamma, lam):
+    (rewards, values), halfway = exact_values(3), torch.arange(5).double() / 4
+    found = in_halves(rewards, values, halfway, gamma, lam)
+    for b in range(5):
+        paid = rewards[b].tolist()
+        paid[2], paid[6] = paid[2] + halfway[b].item(), paid[6] - halfway[b].item()
+        for t in range(7):
+            end = 3 if t < 3 else 7
+            v = [*values[b, :3].tolist(), 0.0] if t < 3 else [0.0] * 8
+            steps = range(t, end)
+            delta = [paid[u] + gamma * v[u + 1] - v[u] for u in steps]
+            expected = sum((gamma * lam) ** k * x for k, x in enumerate(delta))
+            assert found[b, t].item() == pytest.approx(expected)
+    if gamma == lam == 1:  # what both halves are rewarded with is the whole reward
+        assert torch.equal(found[:, 0] + values[:, 0] + found[:, 3], rewards.sum(1))
 
 
 def test_advantages_are_normalised_over_the_states_that_count():
@@ -683,6 +724,42 @@ def test_without_the_reference_states_are_looked_at_once(denoiser):
     assert torch.equal(alone.features, both.features)
     assert all(torch.equal(*pair) for pair in zip(alone.logp, both.logp, strict=True))
     assert (alone.kl == 0).all()
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_half_a_text_is_finished_greedily(shared_policies, blocks):
+    """Against a loop over single positions of single texts."""
+    base = shared_policies["mdm"]
+    policy = ender(type(base)(copy.deepcopy(base.model), base.tokenizer), 4)
+    policy.model.double()
+    policy.model.lm_head.float()
+    rollout = a_rollout(policy, steps=8, block_length=8 // blocks)
+    found = finished_greedily(policy, rollout)
+    width = rollout.prompt_ids.shape[1]
+    for row in range(0, len(rollout), 5):
+        prompt = rollout.prompt_ids[row][rollout.prompt_mask[row]]
+        revealed_at = rollout.revealed_at[row]
+        text = rollout.completion_ids[row].masked_fill(revealed_at >= 4, policy.mask_token_id)
+        for _ in range(4):
+            hidden = policy.forward(torch.cat([prompt, text])[None])[0, len(prompt) :]
+            logp = single_logp(policy, hidden)
+            surest = logp.amax(-1).masked_fill(text != policy.mask_token_id, -torch.inf)
+            place = int(surest.argmax())
+            text[place] = logp[place].argmax()
+        assert torch.equal(found.sequences[row, width:], text)
+    with pytest.raises(ValueError, match="expected 2 steps or more"):
+        finished_greedily(policy, a_rollout(policy, steps=8, max_completion_length=12))
+
+
+def test_a_run_rewarded_halfway_learns_another_policy(mdm, tmp_path):
+    start, weights = copy.deepcopy(mdm.model.state_dict()), []
+    for half in (False, True):
+        mdm.model.load_state_dict(start)
+        config = settings(tmp_path / str(half), steps=4, half_text=half, beta=0.0)
+        rows = rows_of(train_ppo(mdm, [parity], ROWS, config))
+        assert all(("halfway" in row) == half for row in rows[:3])
+        weights.append(torch.cat([p.detach().flatten() for p in mdm.model.parameters()]))
+    assert not torch.equal(*weights)
 
 
 # -- runs ------------------------------------------------------------------------------------------

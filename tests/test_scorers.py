@@ -30,7 +30,7 @@ from mdmrl.rewards import (
     sudoku_reward,
     sudoku_right,
 )
-from mdmrl.rewards.countdown import countdown_value
+from mdmrl.rewards.countdown import countdown_solution, countdown_value
 from mdmrl.rewards.maths import _worker
 
 LABELLED = Path(__file__).parent / "labelled"
@@ -106,6 +106,34 @@ def test_countdown_knows_precedence():
         space = rng.choice(["", " "])
         text = space.join(map(str, itertools.chain(*zip(["", *signs], nums, strict=True)))).strip()
         assert countdown_value(text, rng.sample(nums, len(nums))) == total + term, text
+
+
+def test_solutions_are_one_if_they_are_one_function_of_their_numbers():
+    """Against the values of every expression at random numbers in the place of the given ones."""
+    nums, rng = (2, 3, 4), random.Random(0)
+    points = [[Fraction(rng.randint(10**6, 10**7)) for _ in nums] for _ in range(2)]
+    by_solution, by_values = {}, {}
+    for order in itertools.permutations(range(3)):
+        written_as = expressions(tuple(nums[i] for i in order))
+        at_points = [expressions(tuple(point[i] for i in order)) for point in points]
+        for (text, value, _), *there in zip(written_as, *at_points, strict=True):
+            solution = countdown_solution(text, nums)
+            assert countdown_value(solution, nums) == value
+            assert countdown_solution(solution, nums) == solution
+            assert countdown_solution(f"<answer>{text[1:-1]} = {value}</answer>", nums) == solution
+            by_solution.setdefault(solution, set()).add(text)
+            by_values.setdefault(tuple(value for _, value, _ in there), set()).add(text)
+    assert {*map(frozenset, by_solution.values())} == {*map(frozenset, by_values.values())}
+
+
+def test_solutions_of_other_forms():
+    assert countdown_solution("8-(13-14)", [8, 13, 14]) == "14+8-13"
+    assert countdown_solution("8-(13-14)", [8, 13]) is None
+    assert countdown_solution("1/0", [1, 0]) is None
+    assert countdown_solution("7", [7]) == "7"
+    assert countdown_solution("8+13=21,14+21=35", [8, 13, 14]) == "8+13=21,14+21=35"
+    with_factors = countdown_solution("(8-3)*(9-2)", [2, 3, 8, 9])
+    assert with_factors != countdown_solution("(3-8)*(2-9)", [2, 3, 8, 9])
 
 
 # ------------------------------------------------------------------ numbers and grids

@@ -7,7 +7,7 @@ Values of another shape, number or length than expected, or not finite, are an `
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -64,6 +64,22 @@ def ratio_interval(a: Values, b: Values, confidence: float = 0.95) -> Interval:
         return Interval(estimate, -math.inf, math.inf)
     half = math.sqrt(max(middle**2 - square * rest, 0.0))
     return Interval(estimate, float((middle - half) / square), float((middle + half) / square))
+
+
+def bootstrap_interval(
+    statistic: Callable[..., float], *columns: np.ndarray, draws: int = 2000, confidence=0.95
+) -> Interval:
+    """Efron's percentile interval of a statistic of items, each a row of every one of `columns`
+    (N, ...); items are drawn with replacement, `draws` times, by a generator of seed 0. A value may
+    be infinite."""
+    for column in columns:
+        _require_as_many(columns[0], column)
+    require(len(columns[0]) > 0 and draws >= 100, f"draws={draws}: expected 100, and an item")
+    n, rng = len(columns[0]), np.random.default_rng(0)
+    drawn = (rng.integers(n, size=n) for _ in range(draws))
+    found = np.sort([statistic(*(column[rows] for column in columns)) for rows in drawn])
+    tail = int((1 - confidence) / 2 * draws)
+    return Interval(float(statistic(*columns)), float(found[tail]), float(found[-1 - tail]))
 
 
 def wilson_interval(successes: float, n: float, confidence: float = 0.95) -> Interval:

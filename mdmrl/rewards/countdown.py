@@ -144,6 +144,42 @@ def countdown_right(completion: str | list[dict], nums: Sequence[int], target: i
     return countdown_value(written(completion), nums) == int(target)
 
 
+def countdown_solution(completion: str | list[dict], nums: Sequence[int]) -> str | None:
+    """The solution in a completion, the same text for all ways to write it; None where it has no
+    value (`countdown_value`).
+
+    Two expressions are one solution if commuting and regrouping make one of the other, where a - b
+    adds the opposite of b and a / b multiplies by its inverse: 8+(14-13) is (8-13)+14. No factor
+    changes its sign, (a-b)*(c-d) for (b-a)*(d-c), which takes four numbers; nothing is computed, so
+    that 7*1 and 7/1 are two. A solution in steps stands as it is.
+    """
+    text = written(completion)
+    if countdown_value(text, nums) is None:
+        return None
+    found = countdown_expression(text)
+    if _expression_value(found, Counter(int(number) for number in nums)) is None:
+        return found
+    return _normal(_parsed(found.partition("=")[0])).removeprefix("(").removesuffix(")")
+
+
+def _normal(node: ast.expr) -> str:
+    """A tree as text, in brackets where it is a sum or a product, whose operands are in order."""
+    if isinstance(node, ast.Constant):
+        return str(node.value)
+    signs = "+-" if NODES[type(node.op)] in "+-" else "*/"
+    operands = sorted(_operands(node, signs, False))
+    return "(" + "".join(signs[inverse] + text for inverse, text in operands)[1:] + ")"
+
+
+def _operands(node: ast.expr, signs: str, inverse: bool) -> Iterator[tuple[bool, str]]:
+    """What a sum adds or a product multiplies, each with whether it is its opposite or inverse."""
+    if isinstance(node, ast.BinOp) and (name := NODES[type(node.op)]) in signs:
+        yield from _operands(node.left, signs, inverse)
+        yield from _operands(node.right, signs, inverse != (name == signs[1]))
+    else:
+        yield inverse, _normal(node)
+
+
 def countdown_reward(
     prompts, completions, completion_ids=None, nums=None, target=None, **columns
 ) -> list[float]:

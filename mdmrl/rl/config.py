@@ -212,7 +212,10 @@ class PPOConfig(RLConfig):
     Attributes:
         states_per_forward: states scored in one forward pass; few fit a CPU's cache, a card wants
             hundreds, and block diffusion all `steps`, or it sees the text again for each part.
-        lam: lambda of advantages and returns.
+        lam: lambda of advantages and returns: at 1 the terminal reward less V(s_t), at 0 the reward
+            of one step's own, r_t + gamma V(s_t+1) - V(s_t) (potential-based).
+        half_text: reward the first half of the steps for the text that the policy makes of it
+            greedily, and the second half for what it adds to that (`rl.values.in_halves`).
         value_batches: batches of base rollouts that V is fitted to first, of one completion a
             prompt; what V explains grows with them (notebook 08).
         sampler: `steps` and `block_length`; the rest is fixed (`EPISODE`), at temperature 1.
@@ -226,6 +229,7 @@ class PPOConfig(RLConfig):
     value_learning_rate: float = 1e-4
     cliprange_value: float = 0.2
     value_batches: int = 40
+    half_text: bool = False
 
     COUNTS: ClassVar = (*RLConfig.COUNTS, "states_per_forward")
     POSITIVE: ClassVar = (*RLConfig.POSITIVE, "value_learning_rate", "cliprange_value")

@@ -33,6 +33,8 @@ from mdmrl.config import require
 from mdmrl.policies import MaskedDiffusionPolicy
 from mdmrl.policies.patterns import hidden_beside
 from mdmrl.rl.rollout import Rollout
+from mdmrl.sampling.denoise import denoise
+from mdmrl.sampling.output import SamplerOutput
 from mdmrl.sampling.states import features, mean_embedding
 
 # Not -inf, which would make the KL's 0 * (inf - inf) no number.
@@ -142,6 +144,24 @@ def score_episodes(
         off = max(off, (drawn - states.logprobs[at]).abs().max().item())
     seen, kl = torch.cat(features).view(batch, steps, -1), torch.cat(kls).view(batch, steps)
     return OldPolicyScores(rollout, parts, logps, references, seen, kl, off)
+
+
+def finished_greedily(policy: MaskedDiffusionPolicy, rollout: Rollout) -> SamplerOutput:
+    """The texts that the policy makes greedily of what a recorded `rollout` has after half of its
+    steps, in as many steps as are left."""
+    steps, length = len(block_starts(policy, rollout)), rollout.completion_ids.shape[1]
+    blocks = length // rollout.block_length(policy)
+    fit = policy.block_length is None and steps > 1 and (blocks == 1 or blocks % 2 == 0)
+    said = f"{steps} steps in {blocks} blocks of a policy of kind {policy.kind!r}"
+    require(fit, f"{said}: expected 2 steps or more, one block or an even number, and an 'mdm'")
+    written = rollout.revealed_at < steps // 2
+    ids = rollout.completion_ids.masked_fill(~written, policy.mask_token_id)
+    parts = (rollout.prompt_ids, ids), (rollout.prompt_mask, torch.ones_like(written))
+    parts += ((torch.zeros_like(rollout.prompt_mask), ~written),)
+    canvas = (torch.cat(pair, 1) for pair in parts)
+    left = steps - steps // 2 if blocks == 1 else steps  # finished blocks take none
+    greedy = rollout.sampler.replace(temperature=0.0, steps=left)
+    return denoise(policy, *canvas, rollout.prompt_ids.shape[1], greedy, None)
 
 
 def block_starts(policy: MaskedDiffusionPolicy, rollout: Rollout) -> Tensor:

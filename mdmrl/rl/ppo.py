@@ -17,7 +17,8 @@ Deviations from the cited algorithm, and what the thesis leaves open:
  * The ratio is one position's, with the advantage of its step, and the sum is divided by the
    constant L, never by |U_t|. U_t is a function of the state: where the new policy would choose
    otherwise (`selection_drift`), the ratio does not say so.
- * r_t is 0 before the last step. Advantages are normalised over all episodes and steps.
+ * r_t is 0 before the last step, but for `half_text`. Advantages are normalised over all episodes
+   and steps.
  * KL_i is KL(pi || pi_ref) at a revealed position over the whole vocabulary. As a loss it leaves
    out that the policy decides which states are visited. `kl_in_reward` adds that part: step t is
    also charged beta times its state's KL, and the loss keeps the part that no reward carries, on
@@ -42,6 +43,7 @@ from mdmrl.policies import Policy
 from mdmrl.rl.config import PPOConfig
 from mdmrl.rl.episodes import (
     OldPolicyScores,
+    finished_greedily,
     kl_divergence,
     log_probabilities,
     score_episodes,
@@ -58,6 +60,7 @@ from mdmrl.rl.values import (
     explained_variance,
     fit,
     gae,
+    in_halves,
     normalised,
     value_loss,
 )
@@ -109,7 +112,8 @@ def train_ppo(
     fit's cross-validation), `values/loss`, `values/mean`, `advantages/std` before normalisation,
     `max_logprob_mismatch`: the largest difference between a log-probability and the sampler's own,
     `selection_drift`: the share of states where the policy would now reveal other positions, at
-    the last inner step. The first row's `token_forwards` count V's first fit too.
+    the last inner step; with `half_text` `halfway`, the mean reward of half texts that are finished
+    greedily. The first row's `token_forwards` count V's first fit too.
 
     Raises:
         InputError: an autoregressive policy, blocks it was not trained with, bad input.
@@ -144,6 +148,12 @@ def train_ppo(
             predicted = values(old.features)  # (B, T)
         advantages = gae(gains, predicted, config.gamma, config.lam)
         returns = advantages + predicted
+        if config.half_text:
+            finished = finished_greedily(policy, rollout)
+            halfway = rounds.judge(batch, finished).nan_to_num(0).to(gains)
+            metrics["halfway"] = halfway.mean().item()
+            metrics["token_forwards"] += finished.token_forwards
+            advantages = in_halves(gains, predicted, halfway, config.gamma, config.lam)
         advantages, divisor = normalised(advantages, counted, rounds.accelerator)
         beta = config.beta / divisor if config.kl_in_reward else config.beta
         outcome = gae(gains, torch.zeros_like(gains), config.gamma, 1.0)

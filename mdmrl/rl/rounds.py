@@ -12,10 +12,10 @@ from torch import Tensor
 
 from mdmrl.config import InputError
 from mdmrl.evaluation.accuracy import evaluate
-from mdmrl.rewards import RewardLog, check_rewards
+from mdmrl.rewards import RewardLog, check_rewards, reward_values, total_reward
 from mdmrl.rl.rollout import Rollout, collect
 from mdmrl.runs import generator_for
-from mdmrl.sampling import SamplerConfig, generate
+from mdmrl.sampling import SamplerConfig, SamplerOutput, generate
 from mdmrl.training.data import checked_rows, rows_of_step
 from mdmrl.training.loop import MAX_SKIPPED, Metrics, Optimizer, accelerator_for, open_run, train
 
@@ -63,6 +63,12 @@ class Rounds:
         rollout, metrics, sample = collect(self.policy, batch, self.rewards, *asked, **ways)
         self._say_if_nothing_counts(rollout.counted, step)
         return batch, rollout, metrics, sample
+
+    def judge(self, batch: Sequence[dict], output: SamplerOutput) -> Tensor:
+        """The rewards of other completions of a round's prompts, (B,), nan where all abstain."""
+        rows = [row for row in batch for _ in range(self.config.num_generations)]
+        written = [row["prompt"] for row in rows], output.completions, output.token_lists()
+        return total_reward(reward_values(self.rewards, *written, rows), self.weights)
 
     def _say_if_nothing_counts(self, counted: Tensor, step: int) -> None:
         """Warn of a round in which no sample got a reward, and refuse several in a row."""

@@ -23,7 +23,7 @@ from mdmrl.rl.rollout import Rollout, collect
 from mdmrl.runs import derived_seed, generator_for
 from mdmrl.sampling.guidance import GuideConfig
 from mdmrl.sampling.guided import generate_guided
-from mdmrl.sampling.states import Recorder
+from mdmrl.sampling.states import Recorder, States
 from mdmrl.training.data import rows_of_step
 from mdmrl.training.loop import accelerator_for
 
@@ -79,15 +79,40 @@ class ValueHead(Head):
         """Values (...) of states with `features` (..., 3H+2)."""
         return self.inputs(features, self.mean, self.std) @ self.weight + self.bias
 
+    def judge(self, states: States) -> Tensor:
+        """Of states that a guided sampler shows, (R,)."""
+        return self(states.features).detach()
+
+
+def shaped(rewards: Tensor, potentials: Tensor, gamma: float) -> Tensor:
+    """r_t + gamma Phi(s_t+1) - Phi(s_t), all (B, T), with Phi(end) = 0: undiscounted they sum to as
+    much as r_t, less Phi(s_0) (Ng, Harada and Russell 1999)."""
+    return rewards + gamma * F.pad(potentials[:, 1:], (0, 1)) - potentials
+
 
 def gae(rewards: Tensor, values: Tensor, gamma: float, lam: float) -> Tensor:
     """Generalised advantage estimates (Schulman et al. 2016) of r_t and V(s_t), all (B, T); V(end)
-    is 0."""
-    delta = rewards + gamma * F.pad(values[:, 1:], (0, 1)) - values
+    is 0. With lam=0 they are the rewards `shaped` by V."""
+    delta = shaped(rewards, values, gamma)
     advantages, following = torch.empty_like(delta), torch.zeros_like(delta[:, 0])
     for t in reversed(range(delta.shape[1])):
         advantages[:, t] = following = delta[:, t] + gamma * lam * following
     return advantages
+
+
+def in_halves(rewards: Tensor, values: Tensor, halfway: Tensor, gamma: float, lam: float) -> Tensor:
+    """Advantages (B, T) of episodes that get `halfway` (B,) after T // 2 of their steps, and at the
+    end what is left of their reward, so that the sum is unchanged.
+
+    Each half is an episode of its own: V(s_t) is what the first is compared with, and nothing the
+    second, which already lacks `halfway`.
+    """
+    half, paid = rewards.shape[1] // 2, rewards.clone()
+    paid[:, half - 1] += halfway
+    paid[:, -1] -= halfway
+    first = gae(paid[:, :half], values[:, :half], gamma, lam)
+    second = gae(paid[:, half:], torch.zeros_like(values[:, half:]), gamma, lam)
+    return torch.cat([first, second], 1)
 
 
 def normalised(advantages: Tensor, counted: Tensor, accelerator) -> tuple[Tensor, float]:

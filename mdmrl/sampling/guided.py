@@ -47,8 +47,9 @@ from mdmrl.sampling import guidance
 from mdmrl.sampling.choose import reveal
 from mdmrl.sampling.config import SamplerConfig
 from mdmrl.sampling.denoise import Canvas
+from mdmrl.sampling.generate import generate
 from mdmrl.sampling.guidance import GuideConfig, Thresholds
-from mdmrl.sampling.output import APPROXIMATE, SamplerOutput
+from mdmrl.sampling.output import APPROXIMATE, SamplerOutput, Step
 from mdmrl.sampling.schedule import revealed_after
 from mdmrl.sampling.states import States, Value, hidden_at_blocks, mean_embedding
 
@@ -109,8 +110,10 @@ def generate_guided(
     value: Value,
     thresholds: Thresholds | None = None,
     generator: Generator | None = None,
+    record: bool = False,
 ) -> GuidedOutput:
     """Complete `prompts`, guided by `value`; without `thresholds` a base rollout, with V looked at.
+    `record` keeps the trajectory of what was kept, for estimators that follow it.
 
     Raises:
         InputError: a sampler whose rows cannot be at different blocks, thresholds of another shape
@@ -123,6 +126,8 @@ def generate_guided(
     >>> generate_guided(policy, prompts, sampler, guide, value, thresholds).completions
     """
     config = guidance.checked(policy, prompts, config, guide, thresholds)
+    said = f"record=True with order_temperature={config.order_temperature}"
+    require(not (record and config.order_temperature), f"{said}: expected 0; no order is kept")
     generator = generator or generator_for(0, "guided", device=policy.device)
     batch = Attempts(policy, prompts, config, guide, thresholds)
     nfe = token_forwards = 0
@@ -153,8 +158,28 @@ def generate_guided(
     drawn = batch.attention[:, : batch.width], batch.logprobs[:, batch.width :]
     costs = {"nfe": nfe, "token_forwards": token_forwards, "spent": batch.spent}
     saved = {"value guidance": APPROXIMATE} if thresholds else {}
+    if record:
+        costs["trajectory"] = batch.trajectory()
     found = {"values": batch.values, "judgements": batch.judgements, "optimisations": saved}
     return GuidedOutput.of(policy, batch.ids, *drawn, **found, **costs)
+
+
+@dataclass
+class Guided:
+    """What draws the completions of a run (`draw=` of `train_grpo`), guided as the thresholds say;
+    greedy ones are not guided."""
+
+    value: Value
+    guide: GuideConfig
+    thresholds: Thresholds
+
+    def __call__(
+        self, policy: Policy, prompts, config: SamplerConfig, generator=None, record: bool = False
+    ) -> SamplerOutput:
+        if config.temperature == 0:
+            return generate(policy, prompts, config, generator, record)
+        guided = self.guide, self.value, self.thresholds
+        return generate_guided(policy, prompts, config, *guided, generator, record)
 
 
 def judged(value: Value, states: States) -> list[float]:
@@ -170,7 +195,8 @@ def judged(value: Value, states: States) -> list[float]:
 class Attempts:
     """The rows: what is written, where each stands, what it has spent, its best attempts.
 
-    ids, attention, open_, width: see `Canvas`. logprobs: (B, P+L). values: (B, blocks, points).
+    ids, attention, open_, width: see `Canvas`. logprobs: (B, P+L). revealed_at: the step of all
+    blocks' steps that revealed a position, (B, P+L), -1 for none. values: (B, blocks, points).
     block, step: (B,); a row whose block is `blocks` is done. points: step of every point, (blocks,
     points). targets: how many positions of a block are revealed after a step, (blocks, S). cost:
     positions that a row computes in a step of a block, to_go: in all steps from a block's first on,
@@ -193,6 +219,7 @@ class Attempts:
         shape = (rows, *self.points.shape)
         self.values = torch.full(shape, torch.nan, dtype=torch.double)  # on the processor
         self.logprobs = torch.zeros(self.ids.shape, device=device)
+        self.revealed_at = torch.full_like(self.ids, -1)
         standing = torch.zeros(4, rows, dtype=torch.long, device=device)
         self.block, self.step, self.failures, self.spent = standing
         seen = torch.full((self.blocks,), length, device=device)
@@ -222,6 +249,8 @@ class Attempts:
     def write(self, rows: Tensor, columns: Tensor, tokens: Tensor, logprobs: Tensor) -> None:
         self.ids[rows, columns] = tokens
         self.logprobs[rows, columns] = logprobs
+        before = self.steps.cumsum(0) - self.steps
+        self.revealed_at[rows, columns] = before[self.block[rows]] + self.step[rows]
         self.open_[rows, columns] = False
 
     def judge(self, row: int, point: int, v: float) -> None:
@@ -231,7 +260,8 @@ class Attempts:
         low, high = self.bands[:, block, point].tolist()
         move = "on"
         if high > -torch.inf:
-            written = [x[row] for x in (self.ids, self.open_, self.logprobs, self.values)]
+            held = self.ids, self.open_, self.logprobs, self.revealed_at, self.values
+            written = [x[row] for x in held]
             key = row, block, point
             if key not in self.best or v > self.best[key][0]:
                 self.best[key] = v, [x.clone() for x in written]
@@ -261,8 +291,18 @@ class Attempts:
         self.ids[row, first:] = self.policy.mask_token_id
         self.open_[row, first:] = True
         self.logprobs[row, first:] = 0
+        self.revealed_at[row, first:] = -1
         self.values[row, block:] = torch.nan
         self.block[row], self.step[row] = block, 0
+
+    def trajectory(self) -> list[Step]:
+        """The path of the attempts that were kept, as `mdmrl.sampling.denoise` records one."""
+        found = []
+        for step in range(int(self.steps.sum())):
+            rows, columns = at = (self.revealed_at == step).nonzero(as_tuple=True)
+            drawn = self.ids[at], self.logprobs[at]
+            found.append(Step(rows, columns - self.width, *drawn, rows.new_zeros(2, 0)))
+        return found
 
     def finish_blocks(self, rows: Tensor) -> None:
         """Move those of `rows` (R,) that have made a block's last step to the next one."""

@@ -27,7 +27,7 @@ from mdmrl.sampling.denoise import denoise
 from mdmrl.sampling.guidance import GuideConfig, Thresholds
 from mdmrl.sampling.guided import GuidedOutput, generate_guided
 from mdmrl.sampling.selection import Permuted, PromptOnly, mean_logprob
-from mdmrl.sampling.states import Recorder, States, Value
+from mdmrl.sampling.states import Recorder, Value
 from mdmrl.study.pieces import cached_table
 from mdmrl.tasks import load_task
 from mdmrl.tasks.base import Task
@@ -118,6 +118,7 @@ def guided_completions(
     n: int,
     times: int,
     profile: str,
+    task: str = "medcot",
 ) -> pd.DataFrame:
     """Completions of test prompts, plain and guided by V and by what it is compared with.
 
@@ -131,19 +132,17 @@ def guided_completions(
         `accuracy`; `answer`, empty where there is none; `spent`, see `GuidedOutput`; of plain ones
         also what V and the mean log-probability said at every look, `V/00` and so on, `logp/00`
         and so on; `V`, before the last step; `stopped`: whether the two gates would have stopped
-        it at the first check of the block behind half of the text.
+        it at the first check of the block behind half of the text, or of the only block at half.
 
     Raises:
-        ValueError: an odd number of blocks, which leaves none behind half of the text.
+        ValueError: an odd number of blocks above 1, which leaves none behind half of the text.
     """
 
     def compute(policy: Policy, task: Task, draw: Callable) -> pd.DataFrame:
         sampler = config.sampler_for(policy)
-        half = _half(sampler)
-        values, _ = fit_to_base(policy, task.rewards, task.rows("rl"), config)
-
-        def value(states: States) -> Tensor:
-            return values(states.features).detach()
+        whole = (sampler.block_length or sampler.max_new_tokens) == sampler.max_new_tokens
+        half = (0, 2) if whole else (_half(sampler), 1)
+        value = fit_to_base(policy, task.rewards, task.rows("rl"), config)[0].judge
 
         def looked(rows: Sequence[dict], purpose: str) -> tuple[GuidedOutput, Tensor]:
             """Base rollouts with V looked at, and the mean log-probability at the same looks."""
@@ -151,12 +150,13 @@ def guided_completions(
             output = draw(rows, purpose, GuideConfig(), judge)
             return output, judge.looks.cpu().double().view_as(output.values)
 
+        block = sampler.block_length or sampler.max_new_tokens
         rows, others = task.rows("test", prompts), task.rows("validation", calibration_prompts)
         first, first_logp = looked(others, "calibrate")
         calibrated_on = [row["prompt"] for row in others]
 
         def thresholds(said: Tensor, form: str = "two_gates") -> Thresholds:
-            return Thresholds.of(said, GuideConfig(form=form), sampler.block_length, calibrated_on)
+            return Thresholds.of(said, GuideConfig(form=form), block, calibrated_on)
 
         gates, bands = thresholds(first.values), thresholds(first.values, "faithful")
         several, each = ([row for row in rows for _ in range(k)] for k in (n * times, n))
@@ -164,7 +164,7 @@ def guided_completions(
         said = {"V": base.final_values}
         for judge, looks in (("V", base.values), ("logp", base_logp)):
             said |= {f"{judge}/{at:02d}": x for at, x in enumerate(looks.flatten(1).T)}
-        said["stopped"] = base.values[:, half, 1] < gates.high[half, 1]
+        said["stopped"] = base.values[:, *half] < gates.high[half]
         tables = [_table("plain", task, base, rows, said)]
 
         def run(arm: str, judge: Value, given: Thresholds, form: str = "two_gates") -> GuidedOutput:
@@ -183,15 +183,41 @@ def guided_completions(
 
     settings = {"prompts": prompts, "calibration_prompts": calibration_prompts}
     settings |= {"n": n, "times": times}
-    return _piece("guided", name, config, settings, profile, compute)
+    return _piece("guided", name, config, settings, profile, compute, task)
+
+
+def judged_halfway(
+    name: str, config: PPOConfig, prompts: int, n: int, profile: str, task: str = "countdown"
+) -> pd.DataFrame:
+    """What V and the mean log-probability say after half of the steps of `n` completions of each of
+    so many test prompts: columns `V`, `logp`, and as of plain `guided_completions`."""
+
+    def compute(policy: Policy, task: Task, draw: Callable) -> pd.DataFrame:
+        value = fit_to_base(policy, task.rewards, task.rows("rl"), config)[0].judge
+        judge, rows = Recorder(mean_logprob, value), task.rows("test", prompts)
+        output = draw(
+            [row for row in rows for _ in range(n)], "base", GuideConfig(checks=None), judge
+        )
+        half = config.sampler_for(policy).denoising_steps // 2
+        said = {"V": output.values.flatten(1)[:, half], "logp": judge.looks[:, half]}
+        return _table("plain", task, output, rows, said)
+
+    settings = {"prompts": prompts, "n": n}
+    return _piece("halfway", name, config, settings, profile, compute, task)
 
 
 def _piece(
-    kind: str, name: str, config: PPOConfig, settings: dict, profile: str, compute: Callable
+    kind: str,
+    name: str,
+    config: PPOConfig,
+    settings: dict,
+    profile: str,
+    compute: Callable,
+    task_name: str = "medcot",
 ) -> pd.DataFrame:
     """What `compute(policy, task, draw)` makes, or what is kept of it, with a column `seed`;
     `draw(rows, purpose, guide, judge, thresholds)` completes rows."""
-    policy, task = load_policy(name), load_task("medcot")
+    policy, task = load_policy(name), load_task(task_name)
     settled, sampler = config.settings_for(policy), config.sampler_for(policy)
 
     def draw(rows, purpose, guide, judge, thresholds=None) -> GuidedOutput:
@@ -237,7 +263,8 @@ def _table(
     known |= said
     table = pd.DataFrame({name: column.cpu().numpy() for name, column in known.items()})
     table.insert(0, "arm", arm)
-    return table.assign(answer=[extract_answer(text) or "" for text in output.completions])
+    extract = task.extract or extract_answer
+    return table.assign(answer=[extract(text) or "" for text in output.completions])
 
 
 def _rewards(task: Task, output: SamplerOutput, rows: Sequence[dict]) -> Tensor:

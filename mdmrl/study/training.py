@@ -27,10 +27,12 @@ from mdmrl.rl.config import GRPOConfig, PPOConfig
 from mdmrl.rl.divergence import path_kl
 from mdmrl.runs import generator_for, read_rows
 from mdmrl.sampling import SamplerConfig
+from mdmrl.sampling.guidance import GuideConfig
 from mdmrl.sampling.hierarchy import Hierarchical
 from mdmrl.study.looks import Looks, look, noted, sampled
 from mdmrl.study.outputs import project_root
 from mdmrl.study.pieces import cached_table, facts, kept_table
+from mdmrl.study.rejecting import guided_draw
 from mdmrl.tasks import load_task
 from mdmrl.tasks.base import Task
 from mdmrl.tasks.medcot import SYSTEM_PROMPT
@@ -68,6 +70,9 @@ class Arm(Config):
             that have all four tags.
         hierarchy: settings of `Hierarchical`, which then draws all completions (grpo alone).
         rewards: reward options of `load_task`; empty for the thesis's rewards.
+        guide: settings of `GuideConfig`: V, fitted to the starting policy, judges what is drawn in
+            training (`mdmrl.study.rejecting`; grpo alone); the first row's `token_forwards` count
+            that fit too.
         task: what is learnt.
         looks: settings of `mdmrl.study.looks.Looks`: what is looked at before and after training,
             item by item (columns `look/...`, the items in the piece's JSON). Its first
@@ -88,6 +93,7 @@ class Arm(Config):
     sft: dict = field(default_factory=dict)
     hierarchy: dict = field(default_factory=dict)
     rewards: dict = field(default_factory=dict)
+    guide: dict = field(default_factory=dict)
     task: str = "medcot"
     looks: dict = field(default_factory=dict)
     after: dict = field(default_factory=dict)
@@ -108,10 +114,12 @@ class Arm(Config):
         if self.algorithm not in ALGORITHMS:
             raise unknown("algorithm", self.algorithm, ALGORITHMS)
         require(
-            not self.hierarchy or self.algorithm == "grpo",
-            f"hierarchy={self.hierarchy} with algorithm={self.algorithm!r}: expected 'grpo', since "
-            "the hierarchy's completions have no denoising states",
+            not (self.hierarchy or self.guide) or self.algorithm == "grpo",
+            f"hierarchy={self.hierarchy}, guide={self.guide} with algorithm={self.algorithm!r}: "
+            "expected 'grpo', since PPO's episodes are the plain sampler's",
         )
+        both = f"hierarchy={self.hierarchy}, guide={self.guide}: expected one of them"
+        require(not (self.hierarchy and self.guide), both)
 
 
 def train_arms(arms: Sequence[Arm], seeds: Sequence[int], profile: str) -> pd.DataFrame:
@@ -153,7 +161,7 @@ def train_arm(arm: Arm, seed: int, profile: str, train: bool = True) -> pd.DataF
 
     def compute(name: str) -> tuple[pd.DataFrame, dict]:
         folders = project_root() / "runs" / profile / arm.algorithm
-        begun = policy if earlier is None else _trained(folders / earlier, start)
+        begun = policy if earlier is None else trained_policy(profile, earlier)
         frame, found = _train(begun, arm, config.replace(output_dir=str(folders / name)))
         return frame, read_rows(folders / name / "samples.jsonl")[-1] | found
 
@@ -167,15 +175,16 @@ def train_arm(arm: Arm, seed: int, profile: str, train: bool = True) -> pd.DataF
     return frame
 
 
-def _trained(folder: Path, wanted: dict) -> Policy:
-    """The policy that the run in `folder` ended with."""
-    found = sorted(folder.glob("checkpoints/step-*/pretrained"))
-    here = f"runs/{folder.parent.parent.name}/{folder.parent.name}/{folder.name}"
+def trained_policy(profile: str, run: str) -> Policy:
+    """The policy with which the run of that name ended, of an arm with `looks`."""
+    folders = project_root() / "runs" / profile
+    found = sorted(folders.glob(f"*/{run}/checkpoints/step-*/pretrained"))
     mend = "delete that run's piece, so that it is trained again, and then this one"
-    require(len(found) > 0, f"{here}: the weights of this run are not on this machine: {mend}")
+    said = f"runs/{profile}, {run}"
+    require(len(found) > 0, f"{said}: the weights of this run are not on this machine: {mend}")
     policy = load_policy(found[-1])
-    same = policy.fingerprint()["weights"] == wanted["weights"]
-    require(same, f"{here}: other weights than those that its piece was made with: {mend}")
+    same = policy.fingerprint()["weights"] == facts(profile, run)["trained"]["weights"]
+    require(same, f"{said}: other weights than those that its piece was made with: {mend}")
     return policy
 
 
@@ -204,10 +213,14 @@ def _train(policy: Policy, arm: Arm, config: GRPOConfig | PPOConfig) -> tuple[pd
         train_sft(policy, shown, SFTConfig.from_dict(arm.sft | own))
         if arm.lora:  # that of the cold start is merged
             add_lora(policy, **arm.lora, seed=config.seed)
-    drawn["watch"] = task.watch
+    drawn["watch"], start = task.watch, policy.positions_computed
+    if arm.guide:
+        drawn["draw"] = guided_draw(policy, task, config, GuideConfig(**arm.guide))
+    already = policy.positions_computed - start
     before = look(policy, task, looked_at, looks, config) if arm.looks else {}
     folder = train(policy, task.rewards, rows, config, held_out, task.metric, probe, **drawn)
     frame, found = pd.DataFrame(read_rows(folder / "metrics.jsonl")), {}
+    frame.loc[0, "token_forwards"] += already
     if arm.looks:
         found["looks"] = noted(frame, before, look(policy, task, looked_at, looks, config))
         found["trained"] = policy.fingerprint()
