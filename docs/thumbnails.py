@@ -21,6 +21,7 @@ FIGURES = {
     "09_value_guided": ("few_steps", (0.5, 0.06, 1.0, 0.775)),
     "10_hierarchy": ("hierarchy", (0.0, 0.0, 0.5, 0.46)),
     "14_pass_at_k": ("fig_5_2_pass_at_k", (0.33, 0.045, 0.67, 0.5)),
+    "15_unified_objective": ("unified_objective", (0.0, 0.045, 0.5, 0.9)),
 }
 
 if __name__ == "__main__":
