@@ -209,12 +209,16 @@ def pilots(estimators: Iterable[str], profile: str, train: bool = True) -> pd.Da
 
 def learning_rate(estimator: str) -> float:
     """What the pilots of the `full` profile chose; the largest where there was none."""
+    return piloted(estimator) or max(LEARNING_RATES)
+
+
+def piloted(estimator: str) -> float | None:
+    """The learning rate that the pilots chose, if there were any."""
     path = figures_folder("full") / "data" / f"{RATES}.csv"
-    if path.exists():
-        table = pd.read_csv(path).query("chosen and estimator == @estimator")
-        if len(table):
-            return float(table.learning_rate.iloc[0])
-    return max(LEARNING_RATES)
+    if not path.exists():
+        return None
+    table = pd.read_csv(path).query("chosen and estimator == @estimator")
+    return float(table.learning_rate.iloc[0]) if len(table) else None
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -235,6 +239,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         write_atomically(folder / f"{RATES}.csv", known.to_csv(index=False, float_format="%.6g"))
         print(known.to_string(index=False))
     elif asked.arm:
+        estimator = ARMS[asked.arm][0]
+        if piloted(estimator) is None:
+            print(f"{estimator} had no pilot: its learning rate is {learning_rate(estimator)}")
         frame, missing = runs([asked.arm], [asked.checkpoint], asked.profile)
         require(not missing, f"missing: {', '.join(missing)}")
         print(frame.iloc[[0, -1]].filter(like="look/").T.to_string())
