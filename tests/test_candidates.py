@@ -43,9 +43,9 @@ def test_the_effect_is_that_of_a_signed_step(setting):
     policy, task, rows, config = setting
     config = config.replace(log_kl=False, log_gradients=False)
     sampler, kept, effects = config.sampler_for(policy), policy.model, []
-    start = right_solutions(policy, rows, sampler).right.mean()
+    start, prompts = right_solutions(policy, rows, sampler).right.mean(), task.rows("rl")
     for batch in range(2):
-        rollout = candidates._rollout(policy, task, config, sampler, batch)
+        rollout = candidates._rollout(policy, task, prompts, config, sampler, batch)
         gradient = candidates._gradient(policy, rollout, "trajectory", config, batch)
         moved = copy.deepcopy(kept)
         parts = gradient.split([w.numel() for w in moved.parameters()])

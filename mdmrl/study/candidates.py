@@ -68,9 +68,9 @@ def measured(
     config = config.replace(beta=0.0, log_kl=False, log_gradients=False)
     sampler, items = config.sampler_for(policy), held_out[: asked.items]
     weights = [*policy.trainable_parameters().values()]
-    own, path = [], []
+    rows, own, path = task.rows("rl"), [], []
     for batch in range(asked.batches):
-        rollout = _rollout(policy, task, config, sampler, batch)
+        rollout = _rollout(policy, task, rows, config, sampler, batch)
         for gradients, name in ((own, config.logp_estimator), (path, "trajectory")):
             gradients.append(_gradient(policy, rollout, name, config, batch))
     before = _looks(policy, items, sampler)
@@ -94,16 +94,21 @@ def measured(
 
 
 def _rollout(
-    policy: Policy, task: Task, config: GRPOConfig, sampler: SamplerConfig, batch: int
+    policy: Policy,
+    task: Task,
+    rows: Sequence[dict],
+    config: GRPOConfig,
+    sampler: SamplerConfig,
+    batch: int,
 ) -> Rollout:
     """Completions of one update's prompts, with their trajectory."""
     asked = config.prompts_per_process, batch, 0, 1, config.seed
-    rows = rows_of_step(task.rows("rl"), *asked)
+    prompts = rows_of_step(rows, *asked)
     random = generator_for(config.seed, "candidates", batch, device=policy.device)
     drawn_by = sampler.replace(stop_at_end=False)
     n, scale = config.num_generations, config.scale_rewards
     rollout, *_ = collect(
-        policy, rows, task.rewards, n, drawn_by, random, record=True, scale_rewards=scale
+        policy, prompts, task.rewards, n, drawn_by, random, record=True, scale_rewards=scale
     )
     return rollout
 

@@ -28,7 +28,14 @@ from mdmrl.config import require, resolve, unknown
 from mdmrl.policies import Policy, load_policy
 from mdmrl.policies.families import FAMILIES
 from mdmrl.provenance import environment
-from mdmrl.runs import Run, generator_for, kept_random_state, read_rows, write_atomically
+from mdmrl.runs import (
+    Run,
+    flushed_denormals,
+    generator_for,
+    kept_random_state,
+    read_rows,
+    write_atomically,
+)
 from mdmrl.tasks import load_task
 from mdmrl.training.supervised import Batch, collate, encode_pairs
 from mdmrl.zoo import tokenizer_corpus
@@ -137,6 +144,7 @@ def learning_rate_factor(progress: float, config: PretrainConfig) -> float:
     return max(0.0, min(1.0, rise + 1e-3, (1.0 - progress) / config.decay_share))
 
 
+@flushed_denormals()
 def pretrain(config: PretrainConfig, tokenizer, stream, folder: str | Path) -> Policy:
     """Train a tiny model on `stream(seed, start)` of documents with `prompt` and `completion`, and
     save it in `folder/model`; resumes where it stopped."""
