@@ -63,10 +63,7 @@ class Limits:
 
 class Ended(Exception):
     """A session ended, or cannot go on: `outcome` is one of `judge`'s, or "killed". `error` is the
-    name of the exception that it was, if any, and its text; `of_tests` says that it is the tests'
-    end that ended."""
-
-    of_tests = False
+    name of the exception that it was, if any, and its text."""
 
     def __init__(self, outcome: str, detail: str, error: tuple[str, str] = ("", "")):
         super().__init__(detail)

@@ -192,11 +192,9 @@ class _Batch:
             return wrong
         for place in self.places:
             found = self._tried(source, tests, place)
-            found.outcome, certain = _trusted(
-                found,
-                program if place[0] is monty else None,
-                _Wanted.of(tests).read if place[1] is monty else None,
-            )
+            read = [program] if place[0] is monty else []
+            read += [_Wanted.of(tests).read] if place[1] is monty else []
+            found.outcome, certain = _trusted(found, read)
             if certain:
                 break
         return Verdict(found.outcome, _clean(found.detail), program["stub"])
@@ -223,22 +221,16 @@ class _Batch:
                 return _raised(*map(str, (*reply, "", "")[1:3]), loading=True)
             names = json.loads(program(_line("names", wanted.names), started + self.wall))
             used = time.monotonic() - started
-            with beside("tests") as turn:
+            with beside("tests") as asserts:  # which come into being only now
                 deadline = time.monotonic() + self.wall - used
-
-                def asserts(line: str) -> str:
-                    try:
-                        return turn(line, deadline)
-                    except Ended as error:
-                        error.of_tests = True
-                        raise
-
-                asserts(_line("bind", names[1]))
+                steps = [(_line("bind", names[1]), "")]
                 for test in (*(f"import {name}" for name in wanted.modules), *tests):
-                    line = asserts(_line("load", test))
+                    steps.append((_line("load", test), test))
+                for line, test in steps:
+                    line = _fit(asserts(line, deadline))
                     while not line.startswith(('["loaded"', '["failed"')):
-                        line = program(_fit(line), deadline)
-                        line = asserts(_fit(line))
+                        line = _fit(program(line, deadline))
+                        line = _fit(asserts(line, deadline))
                     if line.startswith('["failed"'):
                         return _raised(*json.loads(line)[1:], test=test)
         return Ended("passed", "")
@@ -288,35 +280,24 @@ def _fit(line: str) -> str:
     return line
 
 
-def _trusted(found: Ended, program: dict | None, tests: dict | None) -> tuple[str, bool]:
+def _trusted(found: Ended, in_monty: list[dict]) -> tuple[str, bool]:
     """The outcome, and whether it is CPython's for sure, by what was read of the program and of the
     tests where they ran in Monty. What Monty lacks is no fault of the program's."""
     outcome, (name, message) = found.outcome, found.error
-    in_monty = [read for read in (program, tests) if read is not None]
     if not in_monty:  # a value that CPython could not hold has been made up
         return "runtime" if outcome == "unsupported" else outcome, True
-    lacks = _lacks(name, message)
-    if outcome in ("passed", "infra_error") or (name in _OWN_ERRORS and not lacks):
-        return outcome, True
-    if outcome == "unsupported" or (
-        outcome == "runtime"
-        and (
-            name == "SyntaxError"  # of what CPython compiled
-            or "monty" in message.lower()
-            or "not supported" in message.lower()
-            or (name == "TypeError" and any(read["special"] for read in in_monty))
-            or lacks
-        )
-    ):
+    lacks = _lacks(name, message) or (name == "TypeError" and any(x["special"] for x in in_monty))
+    if outcome == "unsupported" or (outcome == "runtime" and lacks):
         return "unsupported", False
     if outcome == "failed":
         return outcome, not any(read["doubted"] for read in in_monty)
-    # Without a name it was a limit, or the end of the process.
-    return outcome, not name and (tests if found.of_tests else program) is None
+    return outcome, outcome in ("passed", "infra_error") or name in _OWN_ERRORS
 
 
 def _lacks(name: str, message: str) -> bool:
-    """Whether an error is about what CPython has: a module, a name, an attribute."""
+    """Whether an error is about what CPython has: syntax, a module, a name, an attribute."""
+    if name == "SyntaxError" or "monty" in message.lower() or "not supported" in message.lower():
+        return True
     if name in ("ModuleNotFoundError", "ImportError"):
         found = _NO_MODULE.search(message)
         return found is None or (found[1] or found[2]) in sys.stdlib_module_names

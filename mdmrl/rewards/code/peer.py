@@ -1,14 +1,14 @@
 """One end of the channel between the tests and a program: the same file at both, in every box.
 
-A message is one line of JSON and is answered by one. The ends take turns; while one runs, the other
+A message is a line of JSON and is answered by one. The ends take turns; while one runs, the other
 waits, so that a call may be answered by a call back. What crosses is data: plain values, tagged
 where JSON has no such value, subclasses reduced to the base's; for anything else a handle, whose
 calls come back. A call's lists, dicts and sets are known to both ends by number, so that the caller
 sees what was changed in place, and which of the results are the arguments themselves.
 
-    load source                  run it in the program's or the tests' namespace -> loaded | failed
-    names [name]                 the values of these globals                     -> return
-    bind dict                    make them globals here                          -> loaded
+    load source                  run it among the program's, or the tests', names -> loaded | failed
+    names [name]                 the values that these names have                 -> return
+    bind dict                    give names values                                -> loaded
     call target args kwargs      target: an operation, or one of the receiver's handles
     return value states          states: the contents of the call's containers
     raise error states           after a call too
@@ -23,30 +23,20 @@ are each box's own.
 
 INTEGERS = 10**18  # beyond it in hexadecimal, for which Python has no limit of digits
 CALLABLES = ("function", "builtin_function_or_method", "partial", "_lru_cache_wrapper", "type")
-KNOWN = {  # values that are passed by name, as in f(xs, key=len)
-    "int": int, "float": float, "str": str, "bool": bool, "list": list, "tuple": tuple,
-    "dict": dict, "set": set, "frozenset": frozenset, "bytes": bytes, "len": len, "abs": abs,
-    "min": min, "max": max, "sum": sum, "sorted": sorted, "any": any, "all": all, "ord": ord,
-    "chr": chr, "repr": repr, "round": round, "...": ..., "NotImplemented": NotImplemented,
-}  # fmt: skip
-ERRORS = {
-    "Exception": Exception, "BaseException": BaseException, "SystemExit": SystemExit,
-    "KeyboardInterrupt": KeyboardInterrupt, "ArithmeticError": ArithmeticError,
-    "OverflowError": OverflowError, "ZeroDivisionError": ZeroDivisionError,
-    "LookupError": LookupError, "IndexError": IndexError, "KeyError": KeyError,
-    "RuntimeError": RuntimeError, "NotImplementedError": NotImplementedError,
-    "RecursionError": RecursionError, "AttributeError": AttributeError, "NameError": NameError,
-    "ValueError": ValueError, "ImportError": ImportError, "OSError": OSError,
-    "ModuleNotFoundError": ModuleNotFoundError, "PermissionError": PermissionError,
-    "FileNotFoundError": FileNotFoundError, "AssertionError": AssertionError,
-    "MemoryError": MemoryError, "StopIteration": StopIteration, "SyntaxError": SyntaxError,
-    "TimeoutError": TimeoutError, "TypeError": TypeError,
-}  # fmt: skip
+CONTAINERS = {"list": list, "dict": dict, "set": set}
+PASSED = "int float str bool list tuple dict set frozenset bytes len abs min max sum sorted any all"
+PASSED += " ord chr repr round ... NotImplemented"  # by name, as in f(xs, key=len)
+KNOWN = {name: eval(name) for name in PASSED.split()}
+RAISED = "Exception BaseException SystemExit KeyboardInterrupt ArithmeticError OverflowError "
+RAISED += "ZeroDivisionError LookupError IndexError KeyError RuntimeError NotImplementedError "
+RAISED += "RecursionError AttributeError NameError ValueError ImportError ModuleNotFoundError "
+RAISED += "OSError PermissionError FileNotFoundError AssertionError MemoryError StopIteration "
+RAISED += "SyntaxError TimeoutError TypeError"
+ERRORS = {name: eval(name) for name in RAISED.split()}
 
 namespace = {"__name__": "solution"}  # so that no `if __name__ == "__main__":` runs
-mine = []  # what the other end holds handles of, by number
-my_numbers = {}
-their_numbers = {}  # by id, of what stands here for the other end's
+mine, my_numbers = [], {}  # what the other end holds handles of
+theirs = {}  # by id, the numbers of what stands here for the other end's
 kept = []  # so that no id is used again
 
 
@@ -54,8 +44,7 @@ class Crossing:
     """The containers of one call."""
 
     def __init__(self):
-        self.objects = {}
-        self.numbers = {}
+        self.objects, self.numbers = {}, {}
 
     def enter(self, number, container):
         if number != len(self.objects):
@@ -81,8 +70,8 @@ def encode(value, call):
         return ["complex", encode(value.real, call), encode(value.imag, call)]
     if kind is list or kind is dict or kind is set:
         return encode_container(value, kind.__name__, call)
-    if id(value) in their_numbers:
-        return ["yours", their_numbers[id(value)]]
+    if id(value) in theirs:
+        return ["yours", theirs[id(value)]]
     for name in KNOWN:
         if value is KNOWN[name]:
             return ["known", name]
@@ -126,77 +115,45 @@ def handle(value, kind):
 
 
 def decode(value, call):
-    if type(value) is not list:
-        return value
-    tag = value[0]
-    if tag == "int":
-        return int(value[1], 16)
-    if tag == "float":
-        return float(value[1])
-    if tag == "tuple":
-        return tuple([decode(item, call) for item in value[1]])
-    if tag == "frozenset":
-        return frozenset([decode(item, call) for item in value[1]])
-    if tag == "bytes":
-        return bytes.fromhex(value[1])
-    if tag == "complex":
-        return complex(decode(value[1], call), decode(value[2], call))
-    if tag == "list" or tag == "dict" or tag == "set":
-        empty = [] if tag == "list" else {} if tag == "dict" else set()
-        return fill(call.enter(value[1], empty), value[2], call)
-    if tag == "same":
-        return call.objects[value[1]]
-    if tag == "yours":
-        return mine[value[1]]
-    if tag == "known":
-        return KNOWN[value[1]]
-    return decode_more(value, call)
+    return DECODERS.get(value[0], decode_more)(value, call) if type(value) is list else value
+
+
+def decode_all(items, call):
+    return [decode(item, call) for item in items]
+
+
+def decode_container(value, call):
+    container = CONTAINERS[value[0]]()
+    return fill(call.enter(value[1], container), value[2], call)
 
 
 def fill(container, items, call):
-    """Give a container other contents; those of a set or dict that stay, stay in place."""
+    """Give a container other contents; a set or dict whose contents stay is left as it is."""
     if isinstance(container, dict):
         pairs = [(decode(key, call), decode(item, call)) for key, item in items]
         if [key for key, _ in pairs] != list(container):
             container.clear()
         for key, item in pairs:
             container[key] = item
-    elif isinstance(container, set):
-        found = {decode(item, call) for item in items}
-        if found != container:
-            container.clear()
-            container.update(found)
-    else:
-        found = [decode(item, call) for item in items]
+        return container
+    found = decode_all(items, call)
+    if not isinstance(container, set):
         container.clear()
         container.extend(found)
+    elif set(found) != container:
+        container.clear()
+        container.update(found)
     return container
 
 
-def decode_more(value, call):
-    tag = value[0]
-    if tag == "error":
-        return make_error(value, call)
-    if tag == "named":
-        from collections import namedtuple
+def decode_named(value, call):
+    from collections import namedtuple
 
-        items = [decode(item, call) for item in value[3]]
-        return namedtuple(value[1], value[2])(*items)
-    if tag == "handle" and value[2] == "callable":
-        number = value[1]
-
-        def remote(*args, **kwargs):
-            return ask(["yours", number], args, kwargs)
-
-        their_numbers[id(remote)] = number
-        kept.append(remote)
-        return remote
-    send(dumps(["opaque"]))
-    raise ValueError("no such value here")
+    return namedtuple(value[1], value[2])(*decode_all(value[3], call))
 
 
-def make_error(value, call):
-    args = [decode(item, call) for item in value[2]]
+def decode_error(value, call):
+    args = decode_all(value[2], call)
     for name in value[1]:
         if name in ERRORS:
             try:
@@ -204,6 +161,37 @@ def make_error(value, call):
             except Exception:  # Monty's take one text
                 return ERRORS[name](str(args[0]) if len(args) == 1 else str(tuple(args)))
     return RuntimeError(str(value[1][0]))
+
+
+def decode_more(value, call):
+    if value[0] != "handle" or value[2] != "callable":
+        send(dumps(["opaque"]))
+    number = value[1]
+
+    def remote(*args, **kwargs):
+        return ask(["yours", number], args, kwargs)
+
+    theirs[id(remote)] = number
+    kept.append(remote)
+    return remote
+
+
+DECODERS = {
+    "int": lambda value, call: int(value[1], 16),
+    "float": lambda value, call: float(value[1]),
+    "bytes": lambda value, call: bytes.fromhex(value[1]),
+    "complex": lambda value, call: complex(*decode_all(value[1:], call)),
+    "tuple": lambda value, call: tuple(decode_all(value[1], call)),
+    "frozenset": lambda value, call: frozenset(decode_all(value[1], call)),
+    "same": lambda value, call: call.objects[value[1]],
+    "yours": lambda value, call: mine[value[1]],
+    "known": lambda value, call: KNOWN[value[1]],
+    "named": decode_named,
+    "error": decode_error,
+    "list": decode_container,
+    "dict": decode_container,
+    "set": decode_container,
+}
 
 
 def ask(target, args, kwargs):
@@ -219,25 +207,27 @@ def ask(target, args, kwargs):
     for number, items in reply[2]:
         if number in known:
             fill(call.objects[number], items, call)
-    if reply[0] == "raise":
-        raise value
-    return value
+    if reply[0] != "raise":
+        return value
+    if isinstance(value, StopIteration) and target[1] != "next":  # else it would end our loops
+        raise RuntimeError("StopIteration")
+    raise value
 
 
 def answer(message):
     call = Crossing()
     try:
-        function = operation(message[1])
-        args = [decode(item, call) for item in message[2]]
-        kwargs = {name: decode(item, call) for name, item in message[3]}
+        function, kwargs = operation(message[1]), {}
+        args = decode_all(message[2], call)
+        for name, item in message[3]:
+            kwargs[name] = decode(item, call)
         given = list(call.objects)
         try:
             value, kind = function(*args, **kwargs), "return"
         except BaseException as error:
             value, kind = error, "raise"
         reply = [kind, encode_result(function, value, call)]
-        reply.append([[n, contents(call.objects[n], call)] for n in given])
-        return reply
+        return [*reply, [[number, contents(call.objects[number], call)] for number in given]]
     except BaseException as error:  # of what came, or of what is to go
         return ["raise", ["error", [type(error).__name__, "RuntimeError"], [str(error)]], []]
 
@@ -262,10 +252,10 @@ def perform(message):
     call = Crossing()
     if message[0] == "call":
         return answer(message)
-    if message[0] == "names":
-        found = {name: namespace[name] for name in message[1] if name in namespace}
-        return ["return", encode(found, call), []]
     try:
+        if message[0] == "names":
+            found = {name: namespace[name] for name in message[1] if name in namespace}
+            return ["return", encode(found, call), []]
         if message[0] == "bind":
             bind(decode(message[1], call))
         else:
