@@ -1,0 +1,344 @@
+"""The judge: whether programs that a policy wrote pass tests that they never see.
+
+Tests and program share no process. The tests run in one interpreter (Monty), the program in
+another (`mdmrl.rewards.code.boxes`), and between them only data travels (`peer.py`): a program can
+give answers, and nothing else. What Monty does not support, in a program or in its tests, is judged
+again in bubblewrap, both ends in a CPython of their own; where that is not to be had it is
+`unsupported`.
+
+The grades are those of the thesis (section 3.3.1), read as follows. `passed` (1): every test holds.
+`failed` (-0.3): an assert does not. `runtime` (-0.6): any other exception, whether the program
+raises it when it is loaded (an AssertionError too) or when it is called, as when a name is missing;
+`timeout` and `memory` (-0.6). `compile` (-1): CPython does not compile it, or it has more than 64
+KiB. No grade: `unsupported`, and `infra_error` where the judge itself failed, three times in a row.
+A guard `if __name__ == "__main__":` does not run; asserts that a program brings along are no tests.
+A table of the visible tests' answers earns 1: hence held-out tests (`code_reward`).
+"""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import json
+import os
+import re
+import select
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from functools import lru_cache
+
+from mdmrl.config import InputError, require, unknown
+from mdmrl.rewards.code import syntax
+from mdmrl.rewards.code.boxes import (
+    BOXES,
+    Ended,
+    Limits,
+    Session,
+    bubblewrap,
+    monty,
+    why_not_bubblewrap,
+)
+from mdmrl.rewards.code.extract import extract_code
+
+GRADES = {
+    "passed": 1.0,
+    "failed": -0.3,
+    "runtime": -0.6,
+    "timeout": -0.6,
+    "memory": -0.6,
+    "compile": -1.0,
+    "unsupported": None,
+    "infra_error": None,
+}
+LONGEST_SOURCE = 2**16  # bytes
+COMPILING = 10  # seconds
+TRIES = 3
+UNSUPPORTED_SHARE = 0.05
+DETAIL = 500  # characters
+
+# Errors that are the program's own in any Python; others may be for want of something in Monty.
+_OWN_ERRORS = ("ZeroDivisionError", "IndexError", "KeyError", "NameError", "UnboundLocalError")
+_NO_MODULE = re.compile(r"No module named '(\w+)|from '(\w+)'")
+_NO_NAME = re.compile(r"name '(\w+)'")
+_NO_ATTRIBUTE = re.compile(r"'(\w+)'(?: object)? has no attribute '(\w+)'")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Of one program: `outcome`, a key of `GRADES`; `detail`, what was raised, where it did not
+    pass, at most 500 characters and none of them a control character; whether it is a `stub`."""
+
+    outcome: str
+    detail: str = ""
+    stub: bool = False
+
+    @property
+    def grade(self) -> float | None:
+        return GRADES[self.outcome]
+
+
+def judge(
+    completions: Sequence[str | list[dict]],
+    tests: Sequence[Sequence[str]],
+    box: str | Callable = "monty",
+    signatures: Sequence[str] | None = None,
+    limits: Limits | None = None,
+    workers: int | None = None,
+) -> list[Verdict]:
+    """Run each completion's program against its tests.
+
+    Args:
+        completions: texts or messages; `extract_code` says what is their program.
+        tests: for each completion sources of Python with asserts, run in order in one namespace in
+            which they find the program's functions, classes and constants by name.
+        box: "monty", "bubblewrap", or a function as `mdmrl.rewards.code.boxes` describes.
+        signatures: what each completion was to go on from, where it may be a bare body.
+        workers: programs at a time; as many as there are cores unless given.
+
+    Raises:
+        InputError: tests without any assert, or that are no Python; a box that is not to be had.
+    """
+    if isinstance(box, str):
+        if box not in BOXES:
+            raise unknown("box", box, BOXES)
+        box = BOXES[box]
+    limits, workers = limits or Limits(), workers or os.cpu_count() or 1
+    for name, column in (("tests", tests), ("signatures", signatures)):
+        fit = column is None or len(column) == len(completions)
+        require(fit, f"{len(completions)} completions: expected as many {name}")
+    checked = [check_tests(sources, index) for index, sources in enumerate(tests)]
+    texts = map(extract_code, completions, signatures or [""] * len(completions))
+    with ExitStack() as stack:
+        batch = _Batch(stack, box, limits, workers)
+        verdicts = list(batch.threads.map(batch.verdict, texts, checked))
+    _warn_of_unsupported(verdicts)
+    return verdicts
+
+
+def syntax_verdicts(
+    completions: Sequence[str | list[dict]], signatures: Sequence[str] | None = None
+) -> list[Verdict]:
+    """`passed` where the program compiles, `compile` where it does not."""
+    texts = map(extract_code, completions, signatures or [""] * len(completions))
+    with ExitStack() as stack:
+        reader = stack.enter_context(_Reader())
+        found = [reader.inspected(text) for text in texts]
+    return [_compiled(program) or Verdict("passed", stub=program["stub"]) for program in found]
+
+
+def check_tests(sources: Sequence[str], index: int = 0) -> tuple[str, ...]:
+    """The tests of row `index`.
+
+    Raises:
+        InputError: they are no list of sources of Python, or have no assert: they would hold for
+            any program.
+    """
+    where = f"tests[{index}]"
+    listed = isinstance(sources, list | tuple) and all(isinstance(x, str) for x in sources)
+    require(listed, f"{where}, {sources!r:.80}: expected a list of strings")
+    try:
+        has_assert = _Wanted.of(tuple(sources)).has_assert
+    except (SyntaxError, ValueError, RecursionError) as error:
+        raise InputError(f"{where}, {sources!r:.80}: expected Python ({error})") from None
+    wanted = "expected at least one assert, as in 'assert f(2) == 4'; without any, all would pass"
+    require(has_assert, f"{where}, {sources!r:.80}: {wanted}")
+    return tuple(sources)
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """What tests want: names of the program's, modules of Python's; and what was read of them."""
+
+    names: list[str]
+    modules: list[str]
+    has_assert: bool
+    read: dict
+
+    @staticmethod
+    @lru_cache(4096)
+    def of(tests: tuple[str, ...]) -> _Wanted:
+        trees = [ast.parse(test) for test in tests]
+        has_assert = any(isinstance(x, ast.Assert) for tree in trees for x in ast.walk(tree))
+        read = syntax.inspected("\n".join(tests))
+        return _Wanted(*syntax.names_wanted(tests), has_assert, read)
+
+
+class _Batch:
+    """The boxes and processes that a batch of programs shares."""
+
+    def __init__(self, stack: ExitStack, box: Callable, limits: Limits, workers: int):
+        self.wall, self.stopped = limits.wall, False
+        # Entered first, so that it is left last: an interrupt closes the boxes, which ends what the
+        # threads wait for.
+        self.threads = stack.enter_context(ThreadPoolExecutor(workers))
+        self.reader = stack.enter_context(_Reader())
+        self.places = [(box, monty)]
+        if why_not_bubblewrap() is None:
+            self.places.append((box if box is not monty else bubblewrap, bubblewrap))
+        kinds = dict.fromkeys(kind for place in self.places for kind in place)
+        self.open = {kind: stack.enter_context(kind(limits, workers)) for kind in kinds}
+        stack.callback(setattr, self, "stopped", True)
+
+    def verdict(self, source: str, tests: tuple[str, ...]) -> Verdict:
+        program = self.reader.inspected(source)
+        if wrong := _compiled(program):
+            return wrong
+        for place in self.places:
+            found = self._tried(source, tests, place)
+            read = [program] if place[0] is monty else []
+            read += [_Wanted.of(tests).read] if place[1] is monty else []
+            found.outcome, certain = _trusted(found, read)
+            if certain:
+                break
+        return Verdict(found.outcome, _clean(found.detail), program["stub"])
+
+    def _tried(self, source: str, tests: tuple[str, ...], place: tuple) -> Ended:
+        for _ in range(TRIES):
+            try:
+                found = self._run(source, tests, *(self.open[kind] for kind in place))
+            except Ended as error:
+                found = error
+            except Exception as error:  # an outage, of whatever kind, is no grade
+                found = Ended("infra_error", f"{type(error).__name__}: {error}")
+            if found.outcome not in ("infra_error", "killed") or self.stopped:
+                break
+        # What is killed each time has done it itself.
+        return Ended("runtime", found.detail) if found.outcome == "killed" else found
+
+    def _run(self, source: str, tests: tuple[str, ...], box: Session, beside: Session) -> Ended:
+        wanted = _Wanted.of(tests)
+        with box("solution") as program:
+            started = time.monotonic()
+            reply = json.loads(program(_line("load", source), started + self.wall))
+            if reply[0] != "loaded":
+                return _raised(*map(str, (*reply, "", "")[1:3]), loading=True)
+            names = json.loads(program(_line("names", wanted.names), started + self.wall))
+            used = time.monotonic() - started
+            with beside("tests") as asserts:  # which come into being only now
+                deadline = time.monotonic() + self.wall - used
+                steps = [(_line("bind", names[1]), "")]
+                for test in (*(f"import {name}" for name in wanted.modules), *tests):
+                    steps.append((_line("load", test), test))
+                for line, test in steps:
+                    line = _fit(asserts(line, deadline))
+                    while not line.startswith(('["loaded"', '["failed"')):
+                        line = _fit(program(line, deadline))
+                        line = _fit(asserts(line, deadline))
+                    if line.startswith('["failed"'):
+                        return _raised(*json.loads(line)[1:], test=test)
+        return Ended("passed", "")
+
+
+class _Reader:
+    """The child process that reads programs (`mdmrl.rewards.code.syntax`)."""
+
+    def __init__(self):
+        self.lock, self.process = threading.Lock(), None
+
+    def __enter__(self) -> _Reader:
+        return self
+
+    def __exit__(self, *error) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.communicate()
+            self.process = None
+
+    def inspected(self, source: str) -> dict:
+        size = len(source.encode("utf-8", "surrogatepass"))
+        if size > LONGEST_SOURCE:
+            return {"error": f"{size} bytes of source: expected at most {LONGEST_SOURCE}"}
+        with self.lock:
+            if self.process is None:
+                self.process = subprocess.Popen(
+                    [sys.executable, "-I", "-S", syntax.__file__],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.DEVNULL,
+                    start_new_session=True,
+                    bufsize=0,
+                )
+            with suppress(OSError):
+                self.process.stdin.write(json.dumps(source).encode() + b"\n")
+            ready, _, _ = select.select([self.process.stdout], [], [], COMPILING)
+            if ready and (line := self.process.stdout.readline()):
+                return json.loads(line)
+            self.__exit__()
+        return {"error": "CPython does not get through it"}
+
+
+def _fit(line: str) -> str:
+    if line.startswith('["opaque"'):
+        raise Ended("unsupported", "a value that only CPython can hold")
+    return line
+
+
+def _trusted(found: Ended, in_monty: list[dict]) -> tuple[str, bool]:
+    """The outcome, and whether it is CPython's for sure, by what was read of the program and of the
+    tests where they ran in Monty. What Monty lacks is no fault of the program's."""
+    outcome, (name, message) = found.outcome, found.error
+    if not in_monty:  # a value that CPython could not hold has been made up
+        return "runtime" if outcome == "unsupported" else outcome, True
+    lacks = _lacks(name, message) or (name == "TypeError" and any(x["special"] for x in in_monty))
+    if outcome == "unsupported" or (outcome == "runtime" and lacks):
+        return "unsupported", False
+    if outcome == "failed":
+        return outcome, not any(read["doubted"] for read in in_monty)
+    return outcome, outcome in ("passed", "infra_error") or name in _OWN_ERRORS
+
+
+def _lacks(name: str, message: str) -> bool:
+    """Whether an error is about what CPython has: syntax, a module, a name, an attribute."""
+    if name == "SyntaxError" or "monty" in message.lower() or "not supported" in message.lower():
+        return True
+    if name in ("ModuleNotFoundError", "ImportError"):
+        found = _NO_MODULE.search(message)
+        return found is None or (found[1] or found[2]) in sys.stdlib_module_names
+    if name == "NameError":
+        found = _NO_NAME.search(message)
+        return found is not None and hasattr(builtins, found[1])
+    if name == "AttributeError" and (found := _NO_ATTRIBUTE.search(message)):
+        kind = getattr(builtins, found[1], None)
+        return kind is None or found[2].startswith("__") or hasattr(kind, found[2])
+    return False
+
+
+def _warn_of_unsupported(verdicts: list[Verdict]) -> None:
+    """Once a process."""
+    global _warned
+    count = sum(verdict.outcome == "unsupported" for verdict in verdicts)
+    if count > UNSUPPORTED_SHARE * len(verdicts) and not _warned:
+        _warned = True
+        said = f"{count} of {len(verdicts)} programs need more of Python than Monty has and were "
+        said += f"not judged; the bubblewrap box, which has it, is refused: {why_not_bubblewrap()}"
+        warnings.warn(said, stacklevel=3)
+
+
+_warned = False
+
+
+def _line(*message) -> str:
+    return json.dumps(message)
+
+
+def _raised(name: str, message: str, test: str = "", loading: bool = False) -> Ended:
+    """What an exception makes of a program."""
+    outcome = {"AssertionError": "failed", "MemoryError": "memory"}.get(name, "runtime")
+    where = "when loaded" if loading else test.strip().partition("\n")[0]
+    outcome = "runtime" if loading and outcome == "failed" else outcome
+    return Ended(outcome, f"{where}: {name}: {message}", (name, message))
+
+
+def _compiled(program: dict) -> Verdict | None:
+    return Verdict("compile", _clean(program["error"])) if program["error"] is not None else None
+
+
+def _clean(text: str) -> str:
+    return "".join(c if c.isprintable() else " " for c in text[:DETAIL])

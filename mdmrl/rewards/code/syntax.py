@@ -1,0 +1,96 @@
+"""What can be told of a program by reading it; also the child process that reads untrusted ones.
+
+`compile` and `ast.parse` hold the interpreter's lock, on a hostile source for long, and may crash;
+so the child, this file run by itself, does it: a line of JSON with the source in, one with what
+`inspected` says out.
+"""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import json
+import sys
+import warnings
+
+DOUBTED = (ast.GeneratorExp, ast.Set, ast.SetComp, ast.Try, ast.Import, ast.ImportFrom)
+DOUBTED_NAMES = {"set", "frozenset", "hash", "id", "repr"}
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+MEANINGLESS = (ast.Pass, ast.Return, ast.Raise, ast.Expr)
+
+
+def inspected(source: str) -> dict:
+    """Of a program: its `error` (None where it compiles), whether it is a `stub`, and whether it
+    has what another Python than CPython may get wrong: `special` methods, or what is `doubted`."""
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            tree = ast.parse(source)
+            compile(source, "<program>", "exec", dont_inherit=True)
+    except (SyntaxError, ValueError, OverflowError, MemoryError, RecursionError) as error:
+        return {"error": f"{type(error).__name__}: {error}"}
+    nodes = [*ast.walk(tree)]
+    classes = [node for node in nodes if isinstance(node, ast.ClassDef)]
+    methods = [item.name for kind in classes for item in kind.body if isinstance(item, FUNCTIONS)]
+    return {
+        "error": None,
+        "stub": _is_stub(tree),
+        "special": any(name.startswith("__") and name != "__init__" for name in methods),
+        "doubted": bool(classes)
+        or any(isinstance(node, DOUBTED) for node in nodes)
+        or any(isinstance(node, ast.Name) and node.id in DOUBTED_NAMES for node in nodes),
+    }
+
+
+def _is_stub(tree: ast.Module) -> bool:
+    """Whether no function does more than return a constant, raise or pass."""
+    found = [node for node in ast.walk(tree) if isinstance(node, FUNCTIONS)]
+    return all(
+        isinstance(line, MEANINGLESS)
+        and isinstance(getattr(line, "value", None), ast.Constant | None)
+        for function in found
+        for line in function.body
+    )
+
+
+def names_wanted(tests: tuple[str, ...]) -> tuple[list[str], list[str]]:
+    """The names that tests want of a program, and the modules of Python's that they take for
+    imported, as in `math.isclose(f(2), 1.4)`. What Python has built in is never the program's.
+
+    Raises:
+        SyntaxError: tests that are no Python.
+    """
+    nodes = [node for test in tests for node in ast.walk(ast.parse(test))]
+    named = [node for node in nodes if isinstance(node, ast.Name)]
+    loaded = [node.id for node in named if isinstance(node.ctx, ast.Load)]
+    bound = {node.id for node in named if not isinstance(node.ctx, ast.Load)} | set(dir(builtins))
+    for node in nodes:
+        match node:
+            case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef():
+                bound.add(node.name)
+            case ast.arg():
+                bound.add(node.arg)
+            case ast.alias():
+                bound.add((node.asname or node.name).partition(".")[0])
+            case ast.ExceptHandler():
+                bound.add(node.name)
+    wanted = [name for name in dict.fromkeys(loaded) if name not in bound]
+    dotted = [
+        node.value.id
+        for node in nodes
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
+    ]
+    modules = [
+        name
+        for name in wanted
+        if name in sys.stdlib_module_names and dotted.count(name) == loaded.count(name)
+    ]
+    return [name for name in wanted if name not in modules], modules
+
+
+def main() -> None:
+    for line in sys.stdin:
+        print(json.dumps(inspected(json.loads(line))), flush=True)
+
+
+if __name__ == "__main__":
+    main()

