@@ -7,8 +7,8 @@ training item, with any wording, names, constants or style. The prompt is the he
 with its docstring, the completion the body.
 
 With `infilling` a span of the body is the completion, and the prompt a prefix-suffix-middle
-document (Bavarian et al. 2022); `prefix` and `suffix` are for those who see both sides. Of the
-pre-training stream `INFILLING` is such documents.
+document (Bavarian et al. 2022). In either case the program is `signature`, completion, `suffix`. Of
+the pre-training stream `INFILLING` is such documents.
 """
 
 from __future__ import annotations
@@ -24,8 +24,7 @@ from functools import cache
 from importlib import resources
 
 from mdmrl.config import require
-from mdmrl.rewards.code import code_reward, judge
-from mdmrl.rewards.text import completion_text
+from mdmrl.rewards.code import code_reward, judge, programs_of
 from mdmrl.tasks.base import Task
 from mdmrl.tasks.items import Generator, task_of, text_of
 
@@ -92,6 +91,7 @@ def draw(rng: random.Random) -> tuple[str, dict]:
     simple = ("all", "same", "list", "zero")
     row = {
         "prompt": head,
+        "signature": head,
         "completion": body,
         "reference": head + body,
         "difficulty": sum(name not in simple for name in combination[1:]),
@@ -140,13 +140,13 @@ def _gathered(keep: str, change: str, gather: str, items: str, rng: random.Rando
 
 
 def tested(row: dict) -> dict:
-    """The row with its tests, visible and held out: asserts of what the reference gives, first
-    those of different results, so that no constant passes."""
+    """The row with its tests, visible and held out: asserts of what the reference gives, both with
+    different results, so that no constant passes."""
     rng, space, results, seen, ranks = random.Random(row["reference"]), {}, {}, Counter(), {}
     exec(row["reference"], space)
     name, argument = re.search(r"def (\w+)\((\w+)\)", row["reference"]).groups()
     kind = next(kind for kind, (_, arguments) in KINDS.items() if argument in arguments)
-    while len(seen) < 2 or len(results) < VISIBLE + HELD_OUT:
+    while sum(n > 1 for n in seen.values()) < 2 or len(results) < VISIBLE + HELD_OUT:
         given = _argument(kind, rng)
         result = results[repr(given)] = repr(space[name](given))
         ranks.setdefault(repr(given), seen[result])
@@ -172,7 +172,7 @@ def infilled(row: dict, rng: random.Random) -> dict:
     end = rng.choice([end for _, end in words if start < end <= start + LONGEST_SPAN])
     prefix, suffix = row["prompt"] + body[:start], body[end:]
     document = f"<prefix>{prefix}<suffix>{suffix}<middle>"
-    gap = {"prefix": prefix, "suffix": suffix}
+    gap = {"signature": prefix, "suffix": suffix}
     return row | {"prompt": document, "completion": body[start:end]} | gap
 
 
@@ -206,6 +206,7 @@ def read(fields: dict) -> dict:
     """The row of an item from elsewhere: `prompt`, the head of a function; `tests` and perhaps
     `held_out_tests`, lists of assert statements."""
     row = {"prompt": text_of(fields, "prompt"), "tests": fields.get("tests")}
+    row["signature"] = row["prompt"]
     row["held_out_tests"] = fields.get("held_out_tests", row["tests"])
     for name in ("tests", "held_out_tests"):
         tests = row[name]
@@ -220,10 +221,8 @@ def metric(completion: str, row: dict) -> bool | None:
     judged."""
     if not row["held_out_tests"]:
         return None
-    signature, source = row["prompt"], completion
-    if "prefix" in row:
-        signature, source = "", row["prefix"] + completion_text(completion) + row["suffix"]
-    (verdict,) = judge([source], [row["held_out_tests"]], signatures=[signature])
+    programs = programs_of([completion], [row["signature"]], [row.get("suffix")])
+    (verdict,) = judge(programs, [row["held_out_tests"]])
     return None if verdict.grade is None else verdict.outcome == "passed"
 
 

@@ -54,7 +54,8 @@ def read(fields: dict) -> dict:
     require(bool(fit), f"{code!r:.80}: {wanted}")
     lines = code.splitlines(keepends=True)
     tests = doctests(function.name, docstring)
-    row = {"prompt": "".join(lines[:end]), "completion": "".join(lines[end:]), "reference": code}
+    head, body = "".join(lines[:end]), "".join(lines[end:])
+    row = {"prompt": head, "signature": head, "completion": body, "reference": code}
     return row | {"tests": tests, "held_out_tests": tests}
 
 

@@ -61,6 +61,7 @@ SUBJECTS = {
     "medcot": "generated medical chain-of-thought questions. Its medical statements are templates "
     "over a small\ntable of facts, not advice",
     "countdown": "Countdown: an expression of given numbers that reaches a target",
+    "code": "small Python functions, from their heads and docstrings",
     "reasoning": "Countdown, word problems, mathematics and questions of choice, all generated",
 }
 
