@@ -146,14 +146,19 @@ def tested(row: dict) -> dict:
     exec(row["reference"], space)
     name, argument = re.search(r"def (\w+)\((\w+)\)", row["reference"]).groups()
     kind = next(kind for kind, (_, arguments) in KINDS.items() if argument in arguments)
-    while sum(n > 1 for n in seen.values()) < 2 or len(results) < VISIBLE + HELD_OUT:
+    while True:
         given = _argument(kind, rng)
+        if repr(given) in results:
+            continue
         result = results[repr(given)] = repr(space[name](given))
-        ranks.setdefault(repr(given), seen[result])
+        ranks[repr(given)] = seen[result]
         seen[result] += 1
-    tests = [f"assert {name}({a}) == {results[a]}" for a in sorted(results, key=ranks.get)]
-    held_out = tests[VISIBLE : VISIBLE + HELD_OUT]
-    return row | {"tests": tests[:VISIBLE], "held_out_tests": held_out}
+        chosen = sorted(results, key=ranks.get)
+        parts = chosen[:VISIBLE], chosen[VISIBLE : VISIBLE + HELD_OUT]
+        if len(parts[1]) == HELD_OUT and all(len({results[a] for a in part}) > 1 for part in parts):
+            break
+    tests, held_out = ([f"assert {name}({a}) == {results[a]}" for a in part] for part in parts)
+    return row | {"tests": tests, "held_out_tests": held_out}
 
 
 def _argument(kind: str, rng: random.Random):
