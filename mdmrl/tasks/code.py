@@ -24,7 +24,7 @@ from functools import cache
 from importlib import resources
 
 from mdmrl.config import require
-from mdmrl.rewards.code import code_reward, judge, programs_of
+from mdmrl.rewards.code import ast_reward, code_reward, correctness_reward, judge, programs_of
 from mdmrl.tasks.base import Task
 from mdmrl.tasks.items import Generator, task_of, text_of
 
@@ -125,6 +125,12 @@ def function(combination: Sequence[str], rng: random.Random) -> tuple[str, str]:
     told = rng.choice(OPENINGS).format(told)
     head = f'def {rng.choice(NAMES)}({argument}):\n    """{told[0].upper()}{told[1:]}"""\n'
     return head, body
+
+
+def head_of(source: str) -> str:
+    """The head of a function, its docstring included, which is one line."""
+    line, docstring, *_ = source.splitlines(keepends=True)
+    return line + docstring
 
 
 def _gathered(keep: str, change: str, gather: str, items: str, rng: random.Random) -> str:
@@ -231,15 +237,16 @@ def metric(completion: str, row: dict) -> bool | None:
     return None if verdict.grade is None else verdict.outcome == "passed"
 
 
-def task(data=None, infilling: bool = False, n_shot: int = 0) -> Task:
-    """`infilling` makes spans the completions; for the other arguments see `items.task_of`."""
+def task(data=None, infilling: bool = False, parts: bool = False, n_shot: int = 0) -> Task:
+    """`infilling` makes spans the completions, `parts` the two parts of the reward rewards of their
+    own, to be weighed; for the other arguments see `items.task_of`."""
     made = task_of(
         GAPS if infilling else ITEMS,
         data,
         n_shot,
         read,
         sampler={"max_new_tokens": 64, "steps": 64},
-        rewards=[code_reward],
+        rewards=[correctness_reward, ast_reward] if parts else [code_reward],
         metric=metric,
     )
     return replace(made, stream=stream) if data is None else made
