@@ -18,18 +18,19 @@ import itertools
 import random
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from importlib import resources
 
 from mdmrl.config import require
-from mdmrl.rewards.code import code_reward, judge
+from mdmrl.rewards.code import check_tests, code_reward, judge
 from mdmrl.rewards.text import completion_text
 from mdmrl.tasks.base import Task
 from mdmrl.tasks.items import Generator, task_of, text_of
 
 INFILLING = 0.25
+SIMPLE = ("all", "same", "list", "zero")  # parts that make nothing harder
 NOTHING = (("all", "same", "list"), ("all", "same", "spaced"))
 VISIBLE, HELD_OUT = 3, 5  # tests
 LONGEST_SPAN = 24  # characters
@@ -48,20 +49,7 @@ CHOICES = (
     "    if {0}:\n        return {1}\n    return {2}",
     "    if {0}:\n        r = {1}\n    else:\n        r = {2}\n    return r",
 )
-TEXT = (
-    "apple",
-    "owl",
-    "ice",
-    "tree",
-    "sun",
-    "under",
-    "boat",
-    "a",
-    "orange",
-    "on",
-    "planet",
-    "idea",
-)
+TEXT = re.findall(r"\w+", "apple owl ice tree sun under boat a orange on planet idea")
 
 
 @cache
@@ -85,19 +73,27 @@ def combinations() -> list[tuple[str, ...]]:
     return [c for c in every if c[1:] not in NOTHING and c[2] != c[3]]
 
 
-def draw(rng: random.Random) -> tuple[str, dict]:
-    """An item without its tests: a combination told in words and written in a style."""
+def draw(rng: random.Random, infilling: float = 0.0) -> tuple[str, dict]:
+    """An item without its tests: a combination told in words and written in a style. With the
+    chance `infilling` a span of its body is the completion."""
     combination = rng.choice(combinations())
     head, body = function(combination, rng)
-    simple = ("all", "same", "list", "zero")
     row = {
         "prompt": head,
+        "signature": head,
         "completion": body,
         "reference": head + body,
-        "difficulty": sum(name not in simple for name in combination[1:]),
+        "difficulty": sum(name not in SIMPLE for name in combination[1:]),
         "combination": "/".join(combination),
     }
-    return f"{row['combination']}\0{head}", row
+    if rng.random() < infilling:
+        words = [(word.start(), word.end()) for word in re.finditer(r"\w+|[^\w\s]+", body)]
+        start, _ = rng.choice(words)
+        end = rng.choice([end for _, end in words if start < end <= start + LONGEST_SPAN])
+        gap = {"prefix": head + body[:start], "suffix": body[end:]}
+        document = "<prefix>{prefix}<suffix>{suffix}<middle>".format(**gap)
+        row |= {"prompt": document, "completion": body[start:end], **gap}
+    return f"{row['combination']}\0{row['prompt']}", row
 
 
 def function(combination: Sequence[str], rng: random.Random) -> tuple[str, str]:
@@ -164,55 +160,27 @@ def _argument(kind: str, rng: random.Random):
     return " ".join(rng.sample(TEXT, rng.randint(0, 5)))
 
 
-def infilled(row: dict, rng: random.Random) -> dict:
-    """The row with a span of its completion to be filled in."""
-    body = row["completion"]
-    words = [(word.start(), word.end()) for word in re.finditer(r"\w+|[^\w\s]+", body)]
-    start, _ = rng.choice(words)
-    end = rng.choice([end for _, end in words if start < end <= start + LONGEST_SPAN])
-    prefix, suffix = row["prompt"] + body[:start], body[end:]
-    document = f"<prefix>{prefix}<suffix>{suffix}<middle>"
-    gap = {"prefix": prefix, "suffix": suffix}
-    return row | {"prompt": document, "completion": body[start:end]} | gap
-
-
-def draw_infilled(rng: random.Random) -> tuple[str, dict]:
-    """An item of which a span is missing."""
-    key, row = draw(rng)
-    row = infilled(row, rng)
-    return f"{key}{row['suffix']}", row
-
-
 class Functions(Generator):
-    """A generator whose rows are tested; the stream's need no tests."""
+    """A generator whose rows are tested; its stream is not."""
 
     def rows(self, split: str, limit: int | None = None) -> list[dict]:
         return [tested(row) for row in super().rows(split, limit)]
 
 
-ITEMS = Functions("code", draw)
-GAPS = Functions("code", draw_infilled)
-
-
-def stream(seed: int, start: int = 0) -> Iterator[dict]:
-    """An endless supply of pre-training items; item i depends on (seed, i) alone."""
-    for index in itertools.count(start):
-        rng = random.Random(f"code/kind/{seed}/{index}")
-        items = GAPS if rng.random() < INFILLING else ITEMS
-        yield next(items.stream(seed, index))
-
-
 def read(fields: dict) -> dict:
     """The row of an item from elsewhere: `prompt`, the head of a function; `tests` and perhaps
-    `held_out_tests`, lists of assert statements."""
-    row = {"prompt": text_of(fields, "prompt"), "tests": fields.get("tests")}
-    row["held_out_tests"] = fields.get("held_out_tests", row["tests"])
-    for name in ("tests", "held_out_tests"):
-        tests = row[name]
-        fit = isinstance(tests, list) and tests and all(isinstance(test, str) for test in tests)
-        wanted = "expected a list of assert statements"
-        require(bool(fit), f"field {name!r} is {tests!r:.80}: {wanted}")
-    return row
+    `held_out_tests`, lists of sources with asserts."""
+    head, tests = text_of(fields, "prompt") + "\n", list(check_tests(fields.get("tests")))
+    held_out = list(check_tests(fields.get("held_out_tests", tests)))
+    return {"prompt": head, "signature": head, "tests": tests, "held_out_tests": held_out}
+
+
+def gap_reward(
+    prompts, completions, completion_ids=None, prefix=(), suffix=(), signature=None, **columns
+) -> list[float | None]:
+    """`code_reward` of the functions that completed spans are in."""
+    spans = zip(prefix, map(completion_text, completions), suffix, strict=True)
+    return code_reward(prompts, list(map("".join, spans)), completion_ids, **columns)
 
 
 def metric(completion: str, row: dict) -> bool | None:
@@ -220,22 +188,24 @@ def metric(completion: str, row: dict) -> bool | None:
     judged."""
     if not row["held_out_tests"]:
         return None
-    signature, source = row["prompt"], completion
+    source, signature = completion, row["signature"]
     if "prefix" in row:
-        signature, source = "", row["prefix"] + completion_text(completion) + row["suffix"]
+        source, signature = row["prefix"] + completion_text(completion) + row["suffix"], ""
     (verdict,) = judge([source], [row["held_out_tests"]], signatures=[signature])
     return None if verdict.grade is None else verdict.outcome == "passed"
 
 
 def task(data=None, infilling: bool = False, n_shot: int = 0) -> Task:
     """`infilling` makes spans the completions; for the other arguments see `items.task_of`."""
+    require(data is None or not infilling, f"data={data}: only generated functions have gaps")
     made = task_of(
-        GAPS if infilling else ITEMS,
+        Functions("code", partial(draw, infilling=float(infilling))),
         data,
         n_shot,
         read,
         sampler={"max_new_tokens": 64, "steps": 64},
-        rewards=[code_reward],
+        rewards=[gap_reward if infilling else code_reward],
         metric=metric,
     )
-    return replace(made, stream=stream) if data is None else made
+    supply = Generator("code", partial(draw, infilling=INFILLING)).stream
+    return made if data else replace(made, stream=supply)

@@ -34,7 +34,7 @@ def problems(data: str | Path | None = None) -> list[dict]:
         head, entry = text_of(fields, "prompt") + "\n", text_of(fields, "entry_point")
         body = fields["canonical_solution"]
         tests = [f"{text_of(fields, 'test')}\n\ncheck({entry})\n"]
-        row = {"prompt": head, "completion": body, "reference": head + body}
+        row = {"prompt": head, "signature": head, "completion": body, "reference": head + body}
         rows.append(fields | row | {"tests": tests, "held_out_tests": tests})
     return rows
 
