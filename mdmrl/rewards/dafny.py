@@ -77,7 +77,7 @@ class Verdict:
 
 _TOKEN = re.compile(
     r"[A-Za-z_][\w'?]*|\d\w*|<==>|==>|<==|->|=>|::|:=|:\||==|!=|<=|>=|&&|\|\||\.\."
-    r"|[-+*/%<>=!&|^.,:;()\[\]{}]",
+    r"|[-+*/%<>=!?&|^.,:;()\[\]{}]",
     re.ASCII,
 )
 _FORBIDDEN = [
@@ -121,8 +121,8 @@ def assemble(completion: str | list[dict], specification: str | None = None) -> 
     program = _without_comments(text)
     if specification is not None and not any(map(_DECLARATION.fullmatch, _tokens(program))):
         body = program.strip()
-        braced = body.startswith("{") and _closing(_tokens(body), 0) == len(_tokens(body)) - 1
-        program = f"{specification.rstrip()}\n{body if braced else f'{{{program}}}'}\n"
+        whole = body[:1] == "{" and _closing(_tokens(body), 0) == len(_tokens(body)) - 1
+        program = specification.rstrip() + (f"\n{body}\n" if whole else f"\n{{\n{body}\n}}\n")
     return program, _cheat(program, specification) or ""
 
 
@@ -161,8 +161,7 @@ def _has_body(tokens: Sequence[str], start: int) -> bool:
     """Whether the declaration whose keyword is at `start` has a body: a block where its head cannot
     go on, so that it is no set in a clause. In doubt it has none."""
     place = start + 1
-    if tokens[start] == "function" and tokens[place : place + 1] == ["method"]:
-        place += 1
+    place += tokens[start] in ("function", "predicate") and tokens[place : place + 1] == ["method"]
     while place < len(tokens) and tokens[place] != "{":
         if tokens[place] in _NO_HEAD or _DECLARATION.fullmatch(tokens[place]):
             return False
@@ -290,7 +289,7 @@ def _verified(program: str, limit: float, command: tuple[str, ...]) -> Verdict:
                 os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
     errors = _errors(output)
-    if process.returncode == 0 and re.search(r"\d+ verified, 0 errors\s*$", output):
+    if process.returncode == 0 and re.search(r"[1-9]\d* verified, 0 errors\s*$", output):
         bare = "has no body" in output  # its warning of what it believed
         return Verdict("refused" if bare else "verified", detail="no body" * bare, program=program)
     if not errors:
@@ -313,7 +312,7 @@ def _errors(output: str) -> tuple[DafnyError, ...]:
             word = _KIND.search(message)
             kind = "timeout" if error.startswith("Timed") else word[0] if word else "other"
             found.append(DafnyError(int(line), early[1] if early else kind, message))
-    return tuple(found)
+    return tuple(dict.fromkeys(found))
 
 
 # ------------------------------------------------------------------ reward and feedback

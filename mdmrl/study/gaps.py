@@ -8,7 +8,6 @@ from collections.abc import Sequence
 
 from mdmrl.policies import Policy
 from mdmrl.sampling import SamplerConfig, infill
-from mdmrl.tasks.code import head_of
 
 
 def filled(
@@ -17,10 +16,9 @@ def filled(
     """What stands in the holes of `rows`, items of the task `code` with `infilling`; end tokens
     fill the canvas behind the body, as in training."""
     tokenizer, texts = policy.tokenizer, []
-    heads = [head_of(row["signature"]) for row in rows]
-    prompts = policy.render([[{"role": "user", "content": head}] for head in heads], True)
-    for row, head, prompt in zip(rows, heads, prompts, strict=True):
-        before, after = row["signature"][len(head) :], row["suffix"]
+    heads = [[{"role": "user", "content": row["signature"]}] for row in rows]
+    for row, prompt in zip(rows, policy.render(heads, True), strict=True):
+        before, after = row["prefix"].removeprefix(row["signature"]), row["suffix"]
         sizes = [len(ids) for ids in policy.tokenize([before, row["completion"], after])]
         ending = tokenizer.eos_token * max(1, canvas - sum(sizes))
         texts.append(f"{prompt}{before}{tokenizer.mask_token * sizes[1]}{after}{ending}")

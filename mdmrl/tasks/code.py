@@ -7,8 +7,8 @@ training item, with any wording, names, constants or style. The prompt is the he
 with its docstring, the completion the body.
 
 With `infilling` a span of the body is the completion, and the prompt a prefix-suffix-middle
-document (Bavarian et al. 2022). In either case the program is `signature`, completion, `suffix`. Of
-the pre-training stream `INFILLING` is such documents.
+document (Bavarian et al. 2022); `prefix` and `suffix` are for those who see both sides. Of the
+pre-training stream `INFILLING` is such documents.
 """
 
 from __future__ import annotations
@@ -18,17 +18,25 @@ import itertools
 import random
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from importlib import resources
 
 from mdmrl.config import require
-from mdmrl.rewards.code import ast_reward, code_reward, correctness_reward, judge, programs_of
+from mdmrl.rewards.code import (
+    ast_reward,
+    check_tests,
+    code_reward,
+    correctness_reward,
+    judge,
+    programs_of,
+)
 from mdmrl.tasks.base import Task
 from mdmrl.tasks.items import Generator, task_of, text_of
 
 INFILLING = 0.25
+SIMPLE = ("all", "same", "list", "zero")  # parts that make nothing harder
 NOTHING = (("all", "same", "list"), ("all", "same", "spaced"))
 VISIBLE, HELD_OUT = 3, 5  # tests
 LONGEST_SPAN = 24  # characters
@@ -47,20 +55,7 @@ CHOICES = (
     "    if {0}:\n        return {1}\n    return {2}",
     "    if {0}:\n        r = {1}\n    else:\n        r = {2}\n    return r",
 )
-TEXT = (
-    "apple",
-    "owl",
-    "ice",
-    "tree",
-    "sun",
-    "under",
-    "boat",
-    "a",
-    "orange",
-    "on",
-    "planet",
-    "idea",
-)
+TEXT = re.findall(r"\w+", "apple owl ice tree sun under boat a orange on planet idea")
 
 
 @cache
@@ -84,20 +79,27 @@ def combinations() -> list[tuple[str, ...]]:
     return [c for c in every if c[1:] not in NOTHING and c[2] != c[3]]
 
 
-def draw(rng: random.Random) -> tuple[str, dict]:
-    """An item without its tests: a combination told in words and written in a style."""
+def draw(rng: random.Random, infilling: float = 0.0) -> tuple[str, dict]:
+    """An item without its tests: a combination told in words and written in a style. With the
+    chance `infilling` a span of its body is the completion."""
     combination = rng.choice(combinations())
     head, body = function(combination, rng)
-    simple = ("all", "same", "list", "zero")
     row = {
         "prompt": head,
         "signature": head,
         "completion": body,
         "reference": head + body,
-        "difficulty": sum(name not in simple for name in combination[1:]),
+        "difficulty": sum(name not in SIMPLE for name in combination[1:]),
         "combination": "/".join(combination),
     }
-    return f"{row['combination']}\0{head}", row
+    if rng.random() < infilling:
+        words = [(word.start(), word.end()) for word in re.finditer(r"\w+|[^\w\s]+", body)]
+        start, _ = rng.choice(words)
+        end = rng.choice([end for _, end in words if start < end <= start + LONGEST_SPAN])
+        gap = {"prefix": head + body[:start], "suffix": body[end:]}
+        document = "<prefix>{prefix}<suffix>{suffix}<middle>".format(**gap)
+        row |= {"prompt": document, "completion": body[start:end], **gap}
+    return f"{row['combination']}\0{row['prompt']}", row
 
 
 def function(combination: Sequence[str], rng: random.Random) -> tuple[str, str]:
@@ -125,12 +127,6 @@ def function(combination: Sequence[str], rng: random.Random) -> tuple[str, str]:
     told = rng.choice(OPENINGS).format(told)
     head = f'def {rng.choice(NAMES)}({argument}):\n    """{told[0].upper()}{told[1:]}"""\n'
     return head, body
-
-
-def head_of(source: str) -> str:
-    """The head of a function, its docstring included, which is one line."""
-    line, docstring, *_ = source.splitlines(keepends=True)
-    return line + docstring
 
 
 def _gathered(keep: str, change: str, gather: str, items: str, rng: random.Random) -> str:
@@ -175,56 +171,19 @@ def _argument(kind: str, rng: random.Random):
     return " ".join(rng.sample(TEXT, rng.randint(0, 5)))
 
 
-def infilled(row: dict, rng: random.Random) -> dict:
-    """The row with a span of its completion to be filled in."""
-    body = row["completion"]
-    words = [(word.start(), word.end()) for word in re.finditer(r"\w+|[^\w\s]+", body)]
-    start, _ = rng.choice(words)
-    end = rng.choice([end for _, end in words if start < end <= start + LONGEST_SPAN])
-    prefix, suffix = row["prompt"] + body[:start], body[end:]
-    document = f"<prefix>{prefix}<suffix>{suffix}<middle>"
-    gap = {"signature": prefix, "suffix": suffix}
-    return row | {"prompt": document, "completion": body[start:end]} | gap
-
-
-def draw_infilled(rng: random.Random) -> tuple[str, dict]:
-    """An item of which a span is missing."""
-    key, row = draw(rng)
-    row = infilled(row, rng)
-    return f"{key}{row['suffix']}", row
-
-
 class Functions(Generator):
-    """A generator whose rows are tested; the stream's need no tests."""
+    """A generator whose rows are tested; its stream is not."""
 
     def rows(self, split: str, limit: int | None = None) -> list[dict]:
         return [tested(row) for row in super().rows(split, limit)]
 
 
-ITEMS = Functions("code", draw)
-GAPS = Functions("code", draw_infilled)
-
-
-def stream(seed: int, start: int = 0) -> Iterator[dict]:
-    """An endless supply of pre-training items; item i depends on (seed, i) alone."""
-    for index in itertools.count(start):
-        rng = random.Random(f"code/kind/{seed}/{index}")
-        items = GAPS if rng.random() < INFILLING else ITEMS
-        yield next(items.stream(seed, index))
-
-
 def read(fields: dict) -> dict:
     """The row of an item from elsewhere: `prompt`, the head of a function; `tests` and perhaps
-    `held_out_tests`, lists of assert statements."""
-    row = {"prompt": text_of(fields, "prompt"), "tests": fields.get("tests")}
-    row["signature"] = row["prompt"]
-    row["held_out_tests"] = fields.get("held_out_tests", row["tests"])
-    for name in ("tests", "held_out_tests"):
-        tests = row[name]
-        fit = isinstance(tests, list) and tests and all(isinstance(test, str) for test in tests)
-        wanted = "expected a list of assert statements"
-        require(bool(fit), f"field {name!r} is {tests!r:.80}: {wanted}")
-    return row
+    `held_out_tests`, lists of sources with asserts."""
+    head, tests = text_of(fields, "prompt") + "\n", list(check_tests(fields.get("tests")))
+    held_out = list(check_tests(fields.get("held_out_tests", tests)))
+    return {"prompt": head, "signature": head, "tests": tests, "held_out_tests": held_out}
 
 
 def metric(completion: str, row: dict) -> bool | None:
@@ -232,16 +191,17 @@ def metric(completion: str, row: dict) -> bool | None:
     judged."""
     if not row["held_out_tests"]:
         return None
-    programs = programs_of([completion], [row["signature"]], [row.get("suffix")])
-    (verdict,) = judge(programs, [row["held_out_tests"]])
+    columns = ([row.get(name)] for name in ("signature", "prefix", "suffix"))
+    (verdict,) = judge(programs_of([completion], *columns), [row["held_out_tests"]])
     return None if verdict.grade is None else verdict.outcome == "passed"
 
 
 def task(data=None, infilling: bool = False, parts: bool = False, n_shot: int = 0) -> Task:
     """`infilling` makes spans the completions, `parts` the two parts of the reward rewards of their
     own, to be weighed; for the other arguments see `items.task_of`."""
+    require(data is None or not infilling, f"data={data}: only generated functions have gaps")
     made = task_of(
-        GAPS if infilling else ITEMS,
+        Functions("code", partial(draw, infilling=float(infilling))),
         data,
         n_shot,
         read,
@@ -249,4 +209,5 @@ def task(data=None, infilling: bool = False, parts: bool = False, n_shot: int = 
         rewards=[correctness_reward, ast_reward] if parts else [code_reward],
         metric=metric,
     )
-    return replace(made, stream=stream) if data is None else made
+    supply = Generator("code", partial(draw, infilling=INFILLING)).stream
+    return made if data else replace(made, stream=supply)

@@ -41,9 +41,7 @@ def read(fields: dict) -> dict:
     """
     code = text_of(fields, "code", "whole_func_string", "original_string", "func_code_string")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            function, *others = ast.parse(code).body
+        function, *others = _parsed(code).body
         docstring = ast.get_docstring(function)
         fit = docstring and not others and function.name
         end = function.body[0].end_lineno
@@ -53,10 +51,15 @@ def read(fields: dict) -> dict:
     wanted = "expected one function of this Python, with a docstring and a body on its own lines"
     require(bool(fit), f"{code!r:.80}: {wanted}")
     lines = code.splitlines(keepends=True)
-    tests = doctests(function.name, docstring)
-    head, body = "".join(lines[:end]), "".join(lines[end:])
-    row = {"prompt": head, "signature": head, "completion": body, "reference": code}
-    return row | {"tests": tests, "held_out_tests": tests}
+    head, tests = "".join(lines[:end]), doctests(function.name, docstring)
+    row = {"prompt": head, "signature": head, "completion": "".join(lines[end:])}
+    return row | {"reference": code, "tests": tests, "held_out_tests": tests}
+
+
+def _parsed(source: str) -> ast.Module:
+    with warnings.catch_warnings():  # of escapes in strings
+        warnings.simplefilter("ignore")
+        return ast.parse(source)
 
 
 def doctests(name: str, docstring: str) -> list[str]:
@@ -65,15 +68,15 @@ def doctests(name: str, docstring: str) -> list[str]:
     found, calls = [], False
     try:
         for example in doctest.DocTestParser().get_examples(docstring):
-            nodes = list(ast.walk(ast.parse(example.source)))
-            if any(isinstance(node, ast.Import | ast.ImportFrom) for node in nodes):
+            tree = _parsed(example.source)
+            if any(isinstance(node, ast.Import | ast.ImportFrom) for node in ast.walk(tree)):
                 return []
-            source, want = example.source.strip(), example.want.strip()
+            source, want = ast.unparse(tree), example.want.strip()
             if want:
                 ast.literal_eval(want)
-                ast.parse(source, mode="eval")
+                calls |= any(getattr(node, "id", None) == name for node in ast.walk(tree))
                 source = f"assert ({source}) == ({want})"
-                calls |= any(isinstance(node, ast.Name) and node.id == name for node in nodes)
+                ast.parse(source)
             found.append(source)
     except (SyntaxError, ValueError, TypeError):  # an example whose result is no literal
         pass
@@ -117,13 +120,15 @@ def mined(packages: tuple[str, ...]) -> list[dict]:
             if not file.is_file() or any("test" in part for part in path.parts):
                 continue
             source = file.read_text("utf-8", errors="replace")
-            for node in ast.parse(source).body:
-                if isinstance(node, ast.FunctionDef) and len(node.body) > 1:
-                    lines = node.end_lineno - node.body[0].end_lineno
-                    if ast.get_docstring(node) and lines <= LONGEST:
-                        code = ast.get_source_segment(source, node)
-                        of = {"repo": name, "path": str(path), "func_name": node.name}
-                        found.append({**of, "code": code, "partition": partition})
+            lines = source.splitlines(keepends=True)
+            for node in _parsed(source).body:
+                plain = isinstance(node, ast.FunctionDef) and not node.decorator_list
+                if not plain or len(node.body) < 2 or not ast.get_docstring(node):
+                    continue
+                if node.end_lineno - node.body[0].end_lineno <= LONGEST:
+                    code = "".join(lines[node.lineno - 1 : node.end_lineno])
+                    of = {"repo": name, "path": str(path), "func_name": node.name}
+                    found.append({**of, "code": code, "partition": partition})
     return found
 
 

@@ -43,16 +43,17 @@ def extract_code(completion: str | list[dict], signature: str = "") -> str:
 def programs_of(
     completions: Sequence[str | list[dict]],
     signatures: Sequence[str | None],
+    prefixes: Sequence[str | None],
     suffixes: Sequence[str | None],
 ) -> list[str]:
-    """The source of each completion: what `extract_code` says; where there is a suffix, the policy
-    was to write what stands between signature and suffix, to the letter."""
-    rows = zip(completions, signatures, suffixes, strict=True)
+    """The source of each completion: what `extract_code` says; where there is a prefix, the policy
+    was to write what stands between it and the suffix, to the letter."""
+    rows = zip(completions, signatures, prefixes, suffixes, strict=True)
     return [
-        extract_code(text, before or "")
-        if after is None
-        else f"{before or ''}{completion_text(text)}{after}"
-        for text, before, after in rows
+        extract_code(text, signature or "")
+        if before is None
+        else f"{before}{completion_text(text)}{after}"
+        for text, signature, before, after in rows
     ]
 
 

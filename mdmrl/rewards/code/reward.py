@@ -20,6 +20,7 @@ def correctness_reward(
     tests=None,
     held_out_tests=None,
     signature=None,
+    prefix=None,
     suffix=None,
     box: str | Callable = "monty",
     limits: Limits | None = None,
@@ -33,7 +34,8 @@ def correctness_reward(
 
     Columns, each of which may be missing, or None in a row: `tests`, lists of sources with asserts;
     `held_out_tests`, the same, which are logged and pay nothing; `signature`, what the policy goes
-    on from, where it may write a bare body; `suffix`, what goes on behind a span that it fills in.
+    on from, where it may write a bare body; `prefix` and `suffix`, what a span that it fills in
+    stands between.
 
     Logs the shares `code/OUTCOME` of each outcome, `code/stub_rate` of programs that do nothing,
     and `code/held_out_pass_rate`; in the column `outcome` what became of each.
@@ -43,7 +45,7 @@ def correctness_reward(
         RuntimeError: more than 1 % of the programs so far could not be judged for reasons that lie
             in the judge, three tries each.
     """
-    programs = _programs(completions, signature, suffix)
+    programs = _programs(completions, signature, prefix, suffix)
     options = {"box": box, "limits": limits}
     found = _judged(programs, _column(tests, completions), options)
     rest = [index for index in range(len(programs)) if index not in found]
@@ -68,12 +70,13 @@ def ast_reward(
     completion_ids=None,
     reference=None,
     signature=None,
+    prefix=None,
     suffix=None,
     **columns,
 ) -> list[float]:
     """R_a in [0, 1]: the share of the subtrees of the column `reference`, a source, that are in the
     program (`ast_match`); 0 of a row without reference."""
-    programs = _programs(completions, signature, suffix)
+    programs = _programs(completions, signature, prefix, suffix)
     rows = zip(programs, _column(reference, completions), strict=True)
     return [ast_match(program, goal) if goal else 0.0 for program, goal in rows]
 
@@ -102,10 +105,8 @@ def code_reward(
     ]
 
 
-def _programs(completions, signature, suffix) -> list[str]:
-    return programs_of(
-        completions, _column(signature, completions), list(suffix or [None] * len(completions))
-    )
+def _programs(completions, *columns) -> list[str]:
+    return programs_of(completions, *(column or [None] * len(completions) for column in columns))
 
 
 def _column(values: Sequence | None, completions: Sequence, empty=None) -> list:
