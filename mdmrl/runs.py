@@ -7,7 +7,8 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -34,6 +35,19 @@ def kept_random_state(device: torch.device):
     """A context that puts back the global random state of the processor and of `device`, and makes
     nothing on any other card."""
     return torch.random.fork_rng([device] if device.type == "cuda" else [])
+
+
+@contextmanager
+def flushed_denormals() -> Iterator[None]:
+    """A context, and a decorator, in which numbers below 1e-38 are zero on this thread of the
+    processor. The gradients of a policy that has grown sure are full of them, and products of them
+    take several times as long."""
+    already = not (torch.full((), 1e-39) * 1.0).item()
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(already)
 
 
 def filled(held: Mapping, since: Mapping) -> dict:

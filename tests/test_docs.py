@@ -6,6 +6,7 @@ blocks `mdmrl` runs in this process; `make` and `jupyter` are looked up. What st
 `<!-- not executed: why -->` is only parsed: the options of `mdmrl` must exist.
 """
 
+import importlib
 import json
 import math
 import os
@@ -23,6 +24,7 @@ from PIL import Image
 
 from mdmrl.cli import app
 from mdmrl.evaluation.stats import t_interval
+from mdmrl.study.verdicts.table import ROWS
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -118,6 +120,19 @@ def test_every_page_is_linked_from_the_front_page():
         assert f"(docs/thumbnails/{thumbnail.name})" in front
         assert Image.open(thumbnail).size == (320, 200)
         assert thumbnail.stat().st_size < 40_000
+
+
+def test_the_map_of_the_thesis_names_what_there_is():
+    """Functions and classes that can be imported, notebooks, and rows that are judged."""
+    text = (ROOT / "docs" / "thesis.md").read_text()
+    for module, name in re.findall(r"`(mdmrl[\w.]*)\.(\w+)`", text):
+        assert hasattr(importlib.import_module(module), name), f"{module}.{name}"
+    for notebook in re.findall(r"`(\d\d_\w+)`", text):
+        assert (ROOT / "notebooks" / f"{notebook}.ipynb").exists(), notebook
+    said = set()
+    for first, joint, last in re.findall(r"rows? (\d+)(?: (and|to) (\d+))?", text):
+        said |= {*range(int(first), int(last) + 1)} if joint else {int(first)}
+    assert said == {row.number for row in ROWS} - {21}  # the Dafny cases'
 
 
 # ------------------------------------------------------------------ findings

@@ -1,7 +1,6 @@
 """The main experiment at its smallest: what a run is known by, and what it keeps item by item."""
 
 import shutil
-from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -74,9 +73,14 @@ def test_a_checkpoint_that_is_not_shipped_is_missing():
 
 
 def test_every_arm_can_be_made_and_has_a_name_of_its_own():
-    names = [name for name in experiment.ARMS if "ascending" not in name]
-    labels = {experiment.arm(name, 0).name for name in names}
-    assert len(labels) == len(names)
+    for names in (experiment.COUNTDOWN_ARMS, experiment.MEDCOT_ARMS):
+        labels = {experiment.arm(name, 0).name for name in names}
+        assert len(labels) == len(names)
+    prose = experiment.arm("medcot-one_step-free", 5)
+    assert (prose.policy, prose.task, prose.rewards) == ("tiny-mdm", "medcot", {"faithful": False})
+    settings = prose.config(5)
+    assert settings.beta == 0 and settings.sampler["remasking"] == "low_confidence"
+    assert experiment.arm("medcot-ar", 5).config(5).beta == 1
     assert experiment.label("trajectory-4-2-1") == "MDM trajectory, 1 step, after 2"
     with pytest.raises(InputError, match="trajectory"):
         experiment.arm("trajectry", 0)
@@ -101,19 +105,6 @@ def test_costs_and_areas_are_those_of_a_hand_made_log():
     # Up to 30 positions of rollouts: a rise to 0.4 against one to 0.2, each linear from 0.
     found = areas(runs, ["one", "other"], "spent/rollout positions")
     assert found.loc[7].to_dict() == pytest.approx({"one": 0.4 / 2, "other": 0.2 / 2})
-
-
-def test_nothing_is_judged_as_long_as_a_checkpoint_lacks():
-    recorded = []
-    outputs = SimpleNamespace(judge=lambda *a, **k: recorded.append((a, k)) or "judged")
-    values = pd.Series([0.1, 0.2, 0.3], index=[0, 1, 4])
-    said = experiment.judge(outputs, 1, "Countdown, greedy", values, prompts=500)
-    assert said == "row 1, Countdown, greedy: not judged, no runs on checkpoint 2, 3, 5"
-    whole = pd.Series(range(6), index=[5, 4, 3, 2, 1, 0])
-    assert experiment.judge(outputs, 2, "line", whole, 2 * whole[::-1], prompts=500) == "judged"
-    (((_, _, first, second), named),) = recorded
-    assert (second == 2 * first).all() and named["prompts"] == 500
-    assert sorted(named["checkpoints"]) == list(range(6))
 
 
 def test_accuracy_by_steps_is_of_the_start_and_of_the_end_of_each_stage():

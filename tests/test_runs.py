@@ -13,7 +13,14 @@ import pytest
 import torch
 from scipy import stats
 
-from mdmrl.runs import Run, RunFolderError, derived_seed, generator_for, write_atomically
+from mdmrl.runs import (
+    Run,
+    RunFolderError,
+    derived_seed,
+    flushed_denormals,
+    generator_for,
+    write_atomically,
+)
 
 CONFIG = {"learning_rate": 1e-4, "seed": 0, "sizes": [1, 2]}
 
@@ -24,6 +31,20 @@ CONFIG = {"learning_rate": 1e-4, "seed": 0, "sizes": [1, 2]}
 def test_generators_are_reproducible_and_touch_nothing_global(rng_untouched):
     draws = [torch.rand(5, generator=generator_for(3, "noise", 7, 2)) for _ in range(2)]
     assert torch.equal(*draws)
+
+
+def test_denormals_are_zero_inside_and_as_they_were_behind():
+    def product():
+        return (torch.full((), 1e-30) * 1e-10).item()
+
+    assert product() > 0
+    with pytest.raises(KeyError), flushed_denormals():
+        assert product() == 0
+        with flushed_denormals():
+            assert product() == 0
+        assert product() == 0
+        raise KeyError
+    assert product() > 0
 
 
 def test_every_argument_changes_the_seed_and_none_runs_into_another():

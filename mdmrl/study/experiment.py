@@ -1,11 +1,14 @@
-"""The main experiment: RL on Countdown, where the reward is the answer.
+"""The main experiment: RL on Countdown, where the reward is the answer; and MedCoT again by the
+same rules, where it is the thesis's.
 
-One run is one arm on one pair of checkpoints; a checkpoint is a seed. From a shell, as one process
+One run is one arm on one pair of checkpoints; a checkpoint is a seed. On MedCoT, which has one
+pair, a seed is a seed of training. From a shell, as one process
 of one thread, whose piece (`mdmrl.study.pieces`) is kept when it ends:
 
     python -m mdmrl.study.experiment                                  what is there, and what is not
     python -m mdmrl.study.experiment --pilot trajectory               choose its learning rate
     python -m mdmrl.study.experiment --arm trajectory --checkpoint 2
+    python -m mdmrl.study.experiment --arm trajectory --checkpoint 2 --candidates
 """
 
 from __future__ import annotations
@@ -19,7 +22,8 @@ import torch
 from mdmrl.config import require, unknown
 from mdmrl.policies.load import ZOO
 from mdmrl.runs import write_atomically
-from mdmrl.study.outputs import Outputs, figures_folder
+from mdmrl.study.candidates import Candidates
+from mdmrl.study.outputs import figures_folder
 from mdmrl.study.training import Arm, train_arm
 
 CHECKPOINTS = range(6)
@@ -43,6 +47,22 @@ SETTINGS = {
 LOOKS = {"items": 500, "samples": 4, "steps": ALL_STEPS, "solutions": 100}
 THESIS = {"beta": 1.0, "kl_estimator": "k3"}
 WEAK = {"beta": 0.05}
+# Of MedCoT: as in Fig. 4-1 to 4-3, with the reward of depth bounded.
+MEDCOT_SEEDS = range(5, 10)
+MEDCOT_SETTINGS = {
+    "max_steps": 100,
+    "per_device_train_batch_size": 12,  # 2 prompts
+    "num_generations": 6,
+    "max_completion_length": 128,
+    "learning_rate": 3e-4,
+    "eval_steps": 20,
+    "epsilon": 0.1,
+    "ref_model_sync_steps": 20,
+    **THESIS,
+}
+MEDCOT_LOOKS = {"items": 200, "samples": 1, "steps": [1, 2, 4, 8, 16]}
+FREE = {"beta": 0.0}
+AS_DREAM = {"remasking": "low_confidence", "suppress_mask": False}
 
 # By name: estimator, denoising steps (None: autoregressive), other settings, checkpoints, and after
 # which arm.
@@ -70,10 +90,28 @@ ARMS: dict[str, tuple[str, int | None, dict, range, str | None]] = {
     "one_step-12": ("one_step", 12, {"max_steps": 150}, FEW, None),
     "trajectory-12": ("trajectory", 12, {"max_steps": 150}, FEW, None),
 }
+PREDICTED = ["ar_style", "one_step", "complementary", "trajectory", "ar_order"]
+PREDICTED += ["trajectory-low_confidence"]  # arms whose gains `mdmrl.study.candidates` may predict
+PREDICTING = {"max_steps": 60, "eval_steps": 30}  # a run of its own, whose bits are the arm's first
+MEDCOT_ARMS: dict[str, tuple[str, int | None, dict, range, str | None]] = {
+    "medcot-ar": ("exact", None, {}, MEDCOT_SEEDS, None),
+    "medcot-ar_style": ("ar_style", 16, AS_DREAM, MEDCOT_SEEDS, None),
+    "medcot-one_step": ("one_step", 16, AS_DREAM, MEDCOT_SEEDS, None),
+    "medcot-trajectory": ("trajectory", 16, {}, MEDCOT_SEEDS, None),
+    "medcot-ar-free": ("exact", None, FREE, MEDCOT_SEEDS, None),
+    "medcot-ar_style-free": ("ar_style", 16, AS_DREAM | FREE, MEDCOT_SEEDS, None),
+    "medcot-one_step-free": ("one_step", 16, AS_DREAM | FREE, MEDCOT_SEEDS, None),
+    "medcot-trajectory-free": ("trajectory", 16, FREE, MEDCOT_SEEDS, None),
+    "medcot-descent-4": ("trajectory", 4, FREE, MEDCOT_SEEDS, None),
+    "medcot-descent-4-2": ("trajectory", 2, FREE, MEDCOT_SEEDS, "medcot-descent-4"),
+    "medcot-descent-4-2-1": ("trajectory", 1, FREE, MEDCOT_SEEDS, "medcot-descent-4-2"),
+}
+COUNTDOWN_ARMS = [*ARMS]
+ARMS |= MEDCOT_ARMS
 MAIN = ("ar", "ar_style", "one_step", "complementary", "trajectory")  # drawn in one figure
 # Arguments of `runs` by scale. As a whole only what is kept is read: a run is its own process.
 SCALES: dict[str, dict] = {
-    "whole": {"names": list(ARMS), "checkpoints": CHECKPOINTS, "train": False},
+    "whole": {"names": COUNTDOWN_ARMS, "checkpoints": CHECKPOINTS, "train": False},
     "short": {
         "names": ["ar", "ar_style", "one_step", "trajectory"],
         "checkpoints": [0],
@@ -89,7 +127,7 @@ SCALES: dict[str, dict] = {
         "eval_prompts": 8,
     },
 }
-SAMPLING = ("remasking", "step_sizes")
+SAMPLING = ("remasking", "step_sizes", "suppress_mask")
 # What is drawn of a log, which no run leaves empty.
 COLUMNS = ["name", "arm", "seed", "run", "step", "loss", "kl/sum", "step_time", "rollout_time"]
 COLUMNS += ["grad_norm/surrogate", "grad_norm/kl", "token_forwards", "token_forwards/scoring"]
@@ -102,12 +140,20 @@ def pair(checkpoint: int) -> tuple[str, str]:
     return f"tiny-ar-countdown-matched{suffix}", f"tiny-mdm-countdown{suffix}"
 
 
+def of(name: str) -> str:
+    """What a seed of the arm is a seed of."""
+    return "seed" if name in MEDCOT_ARMS else "checkpoint"
+
+
 def label(name: str) -> str:
     """How figures and tables call an arm."""
     estimator, steps, own, _, before = ARMS[name]
     said = [f"MDM {estimator}", f"{steps} step{'s' * (steps > 1)}"] if steps else ["AR"]
     said += [f"after {ARMS[before][1]}"] if before else []
-    said += [own[key] + " sizes" * (key == "step_sizes") for key in SAMPLING if key in own]
+    if own.keys() & {"step_sizes"}:
+        said.append(f"{own['step_sizes']} sizes")
+    elif own.keys() & {"remasking"} and name not in MEDCOT_ARMS:
+        said.append(own["remasking"])
     said += [f"β = {own['beta']:g}"] if "beta" in own else []
     return ", ".join(said)
 
@@ -118,13 +164,20 @@ def arm(name: str, checkpoint: int, **changes) -> Arm:
     if name not in ARMS:
         raise unknown("arm", name, ARMS)
     estimator, steps, own, _, before = ARMS[name]
-    settings = SETTINGS | {k: v for k, v in own.items() if k not in SAMPLING}
-    settings |= {"logp_estimator": estimator, "learning_rate": learning_rate(estimator)}
+    made = {"name": label(name), "task": "countdown", "eval_prompts": WATCHED, "looks": LOOKS}
+    settings = {"logp_estimator": estimator}
+    if name in MEDCOT_ARMS:
+        made |= {"policy": ("tiny-ar", "tiny-mdm")[bool(steps)], "task": "medcot"}
+        made |= {"looks": MEDCOT_LOOKS, "rewards": {"faithful": False}}
+        settings |= MEDCOT_SETTINGS
+    else:
+        made["policy"] = pair(checkpoint)[bool(steps)]
+        settings |= SETTINGS | {"learning_rate": learning_rate(estimator)}
+    settings |= {k: v for k, v in own.items() if k not in SAMPLING}
     if steps:
         order = {"remasking": "state_confidence", **{k: own[k] for k in SAMPLING if k in own}}
         settings["sampler"] = order | {"steps": steps}
-    made = {"name": label(name), "policy": pair(checkpoint)[bool(steps)], "task": "countdown"}
-    made |= {"eval_prompts": WATCHED, "looks": LOOKS, **changes}
+    made |= changes
     made["settings"] = settings | changes.get("settings", {})
     return Arm(**made, after=arm(before, checkpoint, **changes).to_dict() if before else {})
 
@@ -140,51 +193,44 @@ def runs(
     found, missing = [], []
     for name in names:
         for checkpoint in sorted({*ARMS[name][3]} & {*checkpoints}):
-            shipped, run = pair(checkpoint)[bool(ARMS[name][1])] in ZOO, None
+            asked, run = arm(name, checkpoint, **changes), None
+            shipped = asked.policy in ZOO
             if shipped:
-                run = train_arm(arm(name, checkpoint, **changes), checkpoint, profile, train)
+                run = train_arm(asked, checkpoint, profile, train)
             if run is not None:
                 run.insert(0, "name", name)
                 found.append(run)
             else:
-                missing.append(f"{name} on checkpoint {checkpoint}" + ", unshipped" * (not shipped))
+                missing.append(f"{name} on {of(name)} {checkpoint}" + ", unshipped" * (not shipped))
     return pd.concat(
         found or [pd.DataFrame(columns=COLUMNS, dtype=float)], ignore_index=True
     ), missing
 
 
-def per_checkpoint(values: pd.Series) -> pd.DataFrame:
-    """Values with index (arm, seed) as a column an arm, by label, of all `ARMS`; nan where a run
-    lacks."""
-    table = pd.DataFrame(index=pd.Index([*CHECKPOINTS], name="seed"), columns=map(label, ARMS))
-    for (arm, seed), value in values.items():
-        table.loc[seed, arm] = value
-    return table.astype(float)
+def predicting(
+    names: Iterable[str], checkpoints: Sequence[int], profile: str, train: bool = True, **changes
+) -> tuple[pd.DataFrame, list[str]]:
+    """As `runs`, of the first updates of those arms, along which candidates for what predicts
+    their gains are measured (columns `eval/cosine` and so on)."""
+    own = {"looks": {}, "candidates": Candidates().to_dict(), **changes}
+    own["settings"] = PREDICTING | changes.get("settings", {})
+    return runs(names, checkpoints, profile, train, **own)
 
 
-def judge(outputs: Outputs, row: int, line: str, *columns: pd.Series, **facts) -> str:
-    """`outputs.judge` of columns with a value a checkpoint, which is their index; or, as long as
-    one of the six lacks in any of them, that nothing is judged."""
-    table = pd.concat(columns, axis=1, join="inner").dropna()
-    if missing := [str(one) for one in CHECKPOINTS if one not in table.index]:
-        return f"row {row}, {line}: not judged, no runs on checkpoint {', '.join(missing)}"
-    values = (table.iloc[:, place].to_numpy() for place in range(len(columns)))
-    return outputs.judge(row, line, *values, checkpoints=[*table.index], **facts)
-
-
-def by_steps(runs: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
-    """Greedy accuracy against denoising steps, by one sampler for all: columns `curve`, `seed`,
-    `steps`, `accuracy`. The curves are "before RL", where the first of the arms `names` begins, and
-    the end of each, by label; an arm without a run has none."""
+def by_steps(runs: pd.DataFrame, names: Sequence[str], measure: str = "accuracy") -> pd.DataFrame:
+    """What greedy completions earn against denoising steps, by one sampler for all: columns
+    `curve`, `seed`, `steps`, and the `measure`, "accuracy" or "reward". The curves are "before RL",
+    where the first of the arms `names` begins, and the end of each, by label; an arm without a run
+    has none."""
     rows = []
     for name in names:
         for seed, run in runs[runs["name"] == name].groupby("seed"):
             ends = {"before RL": run.iloc[0], label(name): run.iloc[-1]}
             for curve, row in ends.items() if name == names[0] else [*ends.items()][1:]:
-                looked = row.filter(regex=r"^look/steps\d+/accuracy$").dropna()
+                looked = row.filter(regex=rf"^look/steps\d+/{measure}$").dropna()
                 steps = looked.index.str.extract(r"(\d+)")[0].astype(int)
                 rows += [(curve, seed, *pair) for pair in zip(steps, looked, strict=True)]
-    return pd.DataFrame(rows, columns=["curve", "seed", "steps", "accuracy"])
+    return pd.DataFrame(rows, columns=["curve", "seed", "steps", measure])
 
 
 def pilots(estimators: Iterable[str], profile: str, train: bool = True) -> pd.DataFrame:
@@ -226,7 +272,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="mdmrl.study.experiment", description=__doc__)
     parser.add_argument("--profile", default="full")
     parser.add_argument("--arm", choices=ARMS)
-    parser.add_argument("--checkpoint", type=int, choices=CHECKPOINTS, default=0)
+    parser.add_argument("--checkpoint", "--seed", type=int, default=0)
+    parser.add_argument("--candidates", action="store_true")
     parser.add_argument("--pilot", choices=sorted({estimator for estimator, *_ in ARMS.values()}))
     asked = parser.parse_args(arguments)
     torch.set_num_threads(1)
@@ -240,13 +287,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(known.to_string(index=False))
     elif asked.arm:
         estimator = ARMS[asked.arm][0]
-        if piloted(estimator) is None:
+        if asked.arm not in MEDCOT_ARMS and piloted(estimator) is None:
             print(f"{estimator} had no pilot: its learning rate is {learning_rate(estimator)}")
-        frame, missing = runs([asked.arm], [asked.checkpoint], asked.profile)
-        require(not missing, f"missing: {', '.join(missing)}")
-        print(frame.iloc[[0, -1]].filter(like="look/").T.to_string())
+        of = predicting if asked.candidates else runs
+        frame, missing = of([asked.arm], [asked.checkpoint], asked.profile)
+        meant = f"{of(asked.arm)}s {[*ARMS[asked.arm][3]]}"
+        require(
+            len(frame) > 0,
+            f"--arm {asked.arm} --{of(asked.arm)} {asked.checkpoint}: expected one of {meant}"
+            f"{', '.join(['', *missing])}",
+        )
+        print(frame.dropna(subset=["eval/accuracy"]).filter(regex="^(look|eval)/").T.to_string())
     else:
-        frame, missing = runs(ARMS, CHECKPOINTS, asked.profile, train=False)
+        frame, missing = runs(ARMS, {*CHECKPOINTS, *MEDCOT_SEEDS}, asked.profile, train=False)
         print(f"{frame.groupby('name').seed.nunique().to_string()}\n\nmissing:", *missing, sep="\n")
 
 

@@ -47,7 +47,7 @@ def look(
     policy: Policy, task: Task, rows: Sequence[dict], looks: Looks, config: GRPOConfig
 ) -> dict[str, Sequence[float]]:
     """One number an item of `rows`, by name: `greedy/reward` and `greedy/accuracy` of the run's own
-    sampler, `sampled/...`, the mean of several completions, `steps4/accuracy` and so on; and, where
+    sampler, `sampled/...`, the mean of several completions, `steps4/...` and so on; and, where
     asked for, the columns of `right_solutions` and what `agreement` gives, in shorter lists."""
     own = config.sampler_for(policy)
 
@@ -62,7 +62,7 @@ def look(
     found |= values("sampled", own, looks.samples, both)
     for steps in looks.steps if policy.denoises else ():
         common = SamplerConfig.from_dict({**task.sampler, "steps": steps})
-        found |= values(f"steps{steps}", common, 1, ["accuracy"])
+        found |= values(f"steps{steps}", common, 1, both)
     if looks.solutions:
         some = rows[: looks.solutions]
         found |= {name: x.tolist() for name, x in right_solutions(policy, some, own).items()}

@@ -172,30 +172,33 @@ def against_steps(table: DataFrame, reference: Series, equally_fast: float | Non
 def moved_trade_off(
     table: DataFrame, speeds: Series, references: dict[str, tuple[float, float]]
 ) -> Figure:
-    """Accuracy against denoising steps, and against instances per second, before and after RL; the
-    mean over seeds, and its 95 % t-interval where there are two or more.
+    """What completions are worth against denoising steps, and against instances per second, before
+    and after RL; the mean over seeds, and its 95 % t-interval where there are two or more.
 
     Args:
-        table: columns `curve`, `seed`, `steps`, `accuracy`; speeds: instances per second by steps;
-            references: autoregressive models by name, their instances per second and accuracy.
+        table: columns `curve`, `seed`, `steps`, and last what is drawn; speeds: instances per
+            second by steps; references: autoregressive models by name, their instances per second
+            and that.
     """
     figure, (against, fast) = panels(2, height=2.8)
+    measure = table.columns[-1]
+    says = {"accuracy": "right answers", "reward": "reward"}[measure]
     curves = table["curve"].unique()
     styles, shades = line_styles(curves[1:]), palette(curves[1:])
     for name in curves:
-        accuracy = table[table["curve"] == name].groupby("steps").accuracy
-        mean, ends = accuracy.mean(), np.array([interval(values) for _, values in accuracy])
+        drawn = table[table["curve"] == name].groupby("steps")[measure]
+        mean, ends = drawn.mean(), np.array([interval(values) for _, values in drawn])
         look = {"color": shades.get(name, colour("MDM")), "linestyle": styles.get(name, "-")}
         against.plot(mean.index, mean, marker="o", markersize=3, label=name, **look)
         against.fill_between(mean.index, *ends.T, color=look["color"], alpha=0.15, linewidth=0)
         fast.plot(speeds.reindex(mean.index), mean, marker="o", markersize=3, **look)
-    for (name, (speed, accuracy)), line in zip(references.items(), LINES, strict=False):
-        against.axhline(accuracy, color=colour("AR"), linestyle=line, linewidth=1, label=name)
-        fast.plot(speed, accuracy, "*", color=colour("AR"), alpha=1 if line == "-" else 0.5)
+    for (name, (speed, level)), line in zip(references.items(), LINES, strict=False):
+        against.axhline(level, color=colour("AR"), linestyle=line, linewidth=1, label=name)
+        fast.plot(speed, level, "*", color=colour("AR"), alpha=1 if line == "-" else 0.5)
     against.set_xscale("log", base=2)
     ticks = sorted(table.steps.unique())
     against.set_xticks(ticks, [f"{steps:g}" for steps in ticks])
-    against.set(xlabel="denoising steps", ylabel="right answers, greedy")
+    against.set(xlabel="denoising steps", ylabel=f"{says}, greedy")
     fast.set(xscale="log", xlabel="instances per second")
     for axis in (against, fast):
         axis.set_ylim(bottom=0)

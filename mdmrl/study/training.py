@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
-from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +28,7 @@ from mdmrl.runs import generator_for, read_rows
 from mdmrl.sampling import SamplerConfig
 from mdmrl.sampling.guidance import GuideConfig
 from mdmrl.sampling.hierarchy import Hierarchical
+from mdmrl.study.candidates import Candidates, measured
 from mdmrl.study.looks import Looks, look, noted, sampled
 from mdmrl.study.outputs import project_root
 from mdmrl.study.pieces import cached_table, facts, kept_table
@@ -38,9 +38,6 @@ from mdmrl.tasks.base import Task
 from mdmrl.tasks.medcot import SYSTEM_PROMPT
 from mdmrl.training.config import SFTConfig
 from mdmrl.training.sft import train_sft
-
-REWARD_CEILING = 2.8  # the thesis's count: accuracy 2, depth 0.2, format 0.6
-FEW_STEPS = 16  # denoising steps at which appendix C looks at completions
 
 # Of each algorithm: its settings, how it trains, its version.
 ALGORITHMS = {
@@ -78,6 +75,8 @@ class Arm(Config):
             item by item (columns `look/...`, the items in the piece's JSON). Its first
             `eval_prompts` items are then completed meanwhile, greedily and sampled.
         after: the arm, as `to_dict` has it, whose trained weights this one begins with.
+        candidates: settings of `mdmrl.study.candidates.Candidates`, measured on the held-out items
+            (columns `eval/cosine` and so on); instead of `looks`.
     """
 
     name: str
@@ -97,6 +96,7 @@ class Arm(Config):
     task: str = "medcot"
     looks: dict = field(default_factory=dict)
     after: dict = field(default_factory=dict)
+    candidates: dict = field(default_factory=dict)
 
     def config(self, seed: int) -> GRPOConfig | PPOConfig:
         """The run's settings. What the figures draw is logged: the KL, and the gradient norms of
@@ -240,6 +240,9 @@ def _probe(
     if arm.looks:
         looks = Looks.from_dict(arm.looks)
         return partial(sampled, task=task, rows=held_out, looks=looks, config=config)
+    if arm.candidates:
+        asked = Candidates.from_dict(arm.candidates)
+        return partial(measured, task=task, held_out=held_out, config=config, asked=asked)
     if not arm.path_kl:
         return None
     start = load_policy(arm.policy, dtype=arm.dtype)
@@ -256,34 +259,6 @@ def _probe(
         return {"path_kl": moved, **found}
 
     return probe
-
-
-def medcot_arms(
-    autoregressive: str,
-    masked_diffusion: str,
-    estimators: Sequence[str],
-    steps: Sequence[int],
-    eval_prompts: int,
-    settings: dict,
-) -> dict[str, Arm]:
-    """The arms of Fig. 4-1 and 4-2 by name: the autoregressive model, and the masked diffusion
-    model for each estimator and number of denoising steps; every weight is trained.
-
-    `settings` are GRPOConfig's that all arms share. A [MASK] that is drawn stays, as with Dream.
-    """
-
-    def arm(name: str, policy: str, final_steps: list[int], **own) -> Arm:
-        shared = {"final_steps": final_steps, "eval_prompts": eval_prompts}
-        return Arm(name=name, policy=policy, settings=settings | own, **shared)
-
-    length = settings["max_completion_length"]
-    arms = {"AR": arm("AR", autoregressive, [length], logp_estimator="exact")}
-    for estimator, count in product(estimators, steps):
-        name = f"MDM {estimator}, {count} steps"
-        sampler = {"remasking": "low_confidence", "suppress_mask": False, "steps": count}
-        own = {"logp_estimator": estimator, "sampler": sampler}
-        arms[name] = arm(name, masked_diffusion, [FEW_STEPS, length], **own)
-    return arms
 
 
 def variant(arm: Arm, name: str, lora: dict | None = None, **changes) -> Arm:
@@ -334,12 +309,3 @@ def last_sample(runs: pd.DataFrame, arm: str, profile: str) -> str:
     run = runs[runs.arm == arm].run.iloc[0]
     sample = facts(profile, run)
     return f"{sample['prompt']}\n{sample['completions'][0]}\nreward {sample['rewards'][0]:.2f}"
-
-
-def real_arm(policy: str, dtype: str, **settings) -> Arm:
-    """A real pretrained autoregressive model with the thesis's settings; its weights in `dtype`."""
-    thesis = {"learning_rate": 5e-6, "ref_model_sync_steps": 500, "logp_estimator": "exact"}
-    thesis |= {"kl_estimator": "k3", "beta": 1.0, "epsilon": 0.1}
-    lora = {"r": 48, "lora_alpha": 128, "lora_dropout": 0.05}
-    own = {"lora": lora, "settings": thesis | settings, "instruct": True, "eval_prompts": 0}
-    return Arm(name=policy, policy=policy, dtype=dtype, **own)

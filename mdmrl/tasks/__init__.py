@@ -12,7 +12,8 @@ from mdmrl.config import load_object, require, unknown
 from mdmrl.tasks.base import Task, load_rows
 
 CHECKED = ("countdown", "gsm", "math", "choice", "sudoku")  # tasks whose answers can be checked
-TASKS = ("medcot", "medcot-sections", *CHECKED, "reasoning")
+PROGRAMS = ("code", "codesearchnet", "human_eval", "dafny")
+TASKS = ("medcot", "medcot-sections", *CHECKED, "reasoning", *PROGRAMS)
 
 
 def load_task(

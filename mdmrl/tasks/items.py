@@ -26,8 +26,9 @@ class Generator:
 
     Attributes:
         draw: `draw(rng) -> (key, row)`. The key says what the item is, whatever its wording, the
-            names in it or the order of its options. The row has a `prompt`, the columns that the
-            scorer reads, and a right `completion`.
+            names in it or the order of its options; where it holds a NUL, what stands before that
+            decides the split, and all of it whether two items are one. The row has a `prompt`, the
+            columns that the scorer reads, and a right `completion`.
     """
 
     name: str
@@ -35,7 +36,7 @@ class Generator:
 
     def split_of(self, key: str) -> str:
         """The split of an item."""
-        return split_of(self.name, key, shares=SHARES)
+        return split_of(self.name, key.partition("\0")[0], shares=SHARES)
 
     def rows(self, split: str, limit: int | None = None) -> list[dict]:
         """The first `limit` items of a split, distinct and in a fixed order: of `ROWS` of them, or

@@ -19,7 +19,7 @@ from torch import Tensor
 from mdmrl.identity import known, named
 from mdmrl.policies import Policy
 from mdmrl.progress import Progress
-from mdmrl.runs import Run
+from mdmrl.runs import Run, flushed_denormals
 from mdmrl.training.checkpoints import restore, save
 from mdmrl.training.config import TrainingConfig
 
@@ -97,6 +97,7 @@ class Optimizer:
         return torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm).item()
 
 
+@flushed_denormals()
 def train(
     policy: Policy,
     run: Run,

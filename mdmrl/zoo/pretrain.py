@@ -28,7 +28,14 @@ from mdmrl.config import require, resolve, unknown
 from mdmrl.policies import Policy, load_policy
 from mdmrl.policies.families import FAMILIES
 from mdmrl.provenance import environment
-from mdmrl.runs import Run, generator_for, kept_random_state, read_rows, write_atomically
+from mdmrl.runs import (
+    Run,
+    flushed_denormals,
+    generator_for,
+    kept_random_state,
+    read_rows,
+    write_atomically,
+)
 from mdmrl.tasks import load_task
 from mdmrl.training.supervised import Batch, collate, encode_pairs
 from mdmrl.zoo import tokenizer_corpus
@@ -54,6 +61,7 @@ SUBJECTS = {
     "medcot": "generated medical chain-of-thought questions. Its medical statements are templates "
     "over a small\ntable of facts, not advice",
     "countdown": "Countdown: an expression of given numbers that reaches a target",
+    "code": "small Python functions, from their heads and docstrings",
     "reasoning": "Countdown, word problems, mathematics and questions of choice, all generated",
 }
 
@@ -137,6 +145,7 @@ def learning_rate_factor(progress: float, config: PretrainConfig) -> float:
     return max(0.0, min(1.0, rise + 1e-3, (1.0 - progress) / config.decay_share))
 
 
+@flushed_denormals()
 def pretrain(config: PretrainConfig, tokenizer, stream, folder: str | Path) -> Policy:
     """Train a tiny model on `stream(seed, start)` of documents with `prompt` and `completion`, and
     save it in `folder/model`; resumes where it stopped."""

@@ -97,6 +97,7 @@ REASONING = PretrainConfig(
     batch_size=96,
     attn_implementation="eager",
 )
+CODE = PretrainConfig(task="code", canvas=64, max_position_embeddings=256, batch_size=96)
 MATCHED_TOKENS = (1.42e6,)  # of each pair's autoregressive model
 
 RECIPES = {
@@ -114,6 +115,9 @@ RECIPES = {
         bf16=False,
         attn_implementation="sdpa",
     ),
+    "tiny-ar-code": CODE.replace(family="ar", tokens=3e6),
+    "tiny-mdm-code": CODE.replace(tokens=14e6),
+    "tiny-bd-code": CODE.replace(family="bd", start="tiny-mdm-code", tokens=1e6, bf16=False),
 }
 for pair, matched in enumerate(MATCHED_TOKENS):
     suffix = f"-s{pair}" if pair else ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import textwrap
+from collections.abc import Sequence
 
 from mdmrl.rewards.text import completion_text
 
@@ -37,6 +38,22 @@ def extract_code(completion: str | list[dict], signature: str = "") -> str:
         body = code.lstrip("\n")
         code = "    " + body if at_first else textwrap.indent(body, "    ")
     return signature.rstrip() + "\n" + code.lstrip("\n")
+
+
+def programs_of(
+    completions: Sequence[str | list[dict]],
+    signatures: Sequence[str | None],
+    suffixes: Sequence[str | None],
+) -> list[str]:
+    """The source of each completion: what `extract_code` says; where there is a suffix, the policy
+    was to write what stands between signature and suffix, to the letter."""
+    rows = zip(completions, signatures, suffixes, strict=True)
+    return [
+        extract_code(text, before or "")
+        if after is None
+        else f"{before or ''}{completion_text(text)}{after}"
+        for text, before, after in rows
+    ]
 
 
 _LANGUAGES = ("", "python", "py", "python3")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from mdmrl.rewards.code.ast_match import ast_match
 from mdmrl.rewards.code.boxes import Limits
-from mdmrl.rewards.code.extract import extract_code
+from mdmrl.rewards.code.extract import programs_of
 from mdmrl.rewards.code.judge import Verdict, judge, syntax_verdicts
 
 INFRA_SHARE = 0.01
@@ -20,6 +20,7 @@ def correctness_reward(
     tests=None,
     held_out_tests=None,
     signature=None,
+    suffix=None,
     box: str | Callable = "monty",
     limits: Limits | None = None,
     log_metric: Callable | None = None,
@@ -32,7 +33,7 @@ def correctness_reward(
 
     Columns, each of which may be missing, or None in a row: `tests`, lists of sources with asserts;
     `held_out_tests`, the same, which are logged and pay nothing; `signature`, what the policy goes
-    on from, where it may write a bare body.
+    on from, where it may write a bare body; `suffix`, what goes on behind a span that it fills in.
 
     Logs the shares `code/OUTCOME` of each outcome, `code/stub_rate` of programs that do nothing,
     and `code/held_out_pass_rate`; in the column `outcome` what became of each.
@@ -42,19 +43,18 @@ def correctness_reward(
         RuntimeError: more than 1 % of the programs so far could not be judged for reasons that lie
             in the judge, three tries each.
     """
-    signatures = _column(signature, completions, "")
+    programs = _programs(completions, signature, suffix)
     options = {"box": box, "limits": limits}
-    found = _judged(completions, _column(tests, completions), signatures, options)
-    rest = [index for index in range(len(completions)) if index not in found]
+    found = _judged(programs, _column(tests, completions), options)
+    rest = [index for index in range(len(programs)) if index not in found]
     if rest:
-        chosen = [[column[index] for index in rest] for column in (completions, signatures)]
-        found |= zip(rest, syntax_verdicts(*chosen), strict=True)
-    verdicts = [found[index] for index in range(len(completions))]
+        found |= zip(rest, syntax_verdicts([programs[index] for index in rest]), strict=True)
+    verdicts = [found[index] for index in range(len(programs))]
     if log_metric is not None and verdicts:
         for outcome in dict.fromkeys(verdict.outcome for verdict in verdicts):
             log_metric(f"code/{outcome}", _share(v.outcome == outcome for v in verdicts))
         log_metric("code/stub_rate", _share(verdict.stub for verdict in verdicts))
-        held_out = _judged(completions, _column(held_out_tests, completions), signatures, options)
+        held_out = _judged(programs, _column(held_out_tests, completions), options)
         if passes := [v.outcome == "passed" for v in held_out.values() if v.grade is not None]:
             log_metric("code/held_out_pass_rate", _share(passes))
     if log_extra is not None:
@@ -63,15 +63,19 @@ def correctness_reward(
 
 
 def ast_reward(
-    prompts, completions, completion_ids=None, reference=None, signature=None, **columns
+    prompts,
+    completions,
+    completion_ids=None,
+    reference=None,
+    signature=None,
+    suffix=None,
+    **columns,
 ) -> list[float]:
     """R_a in [0, 1]: the share of the subtrees of the column `reference`, a source, that are in the
     program (`ast_match`); 0 of a row without reference."""
-    signatures, references = _column(signature, completions, ""), _column(reference, completions)
-    rows = zip(completions, signatures, references, strict=True)
-    return [
-        ast_match(extract_code(text, start), goal) if goal else 0.0 for text, start, goal in rows
-    ]
+    programs = _programs(completions, signature, suffix)
+    rows = zip(programs, _column(reference, completions), strict=True)
+    return [ast_match(program, goal) if goal else 0.0 for program, goal in rows]
 
 
 def code_reward(
@@ -98,6 +102,12 @@ def code_reward(
     ]
 
 
+def _programs(completions, signature, suffix) -> list[str]:
+    return programs_of(
+        completions, _column(signature, completions), list(suffix or [None] * len(completions))
+    )
+
+
 def _column(values: Sequence | None, completions: Sequence, empty=None) -> list:
     return [value or empty for value in values or [None] * len(completions)]
 
@@ -110,14 +120,13 @@ def _share(values) -> float:
 _counts = {"judged": 0, "broken": 0}
 
 
-def _judged(completions, tests, signatures, options: dict) -> dict[int, Verdict]:
-    """By index, the verdicts on completions that have tests."""
+def _judged(programs, tests, options: dict) -> dict[int, Verdict]:
+    """By index, the verdicts on programs that have tests."""
     rows = [index for index, sources in enumerate(tests) if sources]
     if not rows:
         return {}
-    chosen = ([column[row] for row in rows] for column in (completions, tests, signatures))
-    texts, sources, starts = chosen
-    verdicts = judge(texts, sources, signatures=starts, **options)
+    chosen = ([column[row] for row in rows] for column in (programs, tests))
+    verdicts = judge(*chosen, **options)
     broken = [verdict for verdict in verdicts if verdict.outcome == "infra_error"]
     _counts["judged"] += len(verdicts)
     _counts["broken"] += len(broken)
