@@ -27,6 +27,7 @@ from mdmrl.rewards.code import (
 from mdmrl.rewards.code import boxes as boxes_module
 from mdmrl.rewards.code.boxes import why_not_bubblewrap
 
+JUDGE = sys.modules["mdmrl.rewards.code.judge"]  # the function has the module's name
 PROGRAMS = Path(__file__).with_name("programs")
 SQUARES = ["assert f(3) == 9", "assert f(5) == 25"]
 needs_bubblewrap = pytest.mark.skipif(bool(why_not_bubblewrap()), reason=str(why_not_bubblewrap()))
@@ -85,8 +86,8 @@ def test_what_monty_lacks_is_judged_in_cpython(box):
 
 
 def test_without_a_second_box_what_monty_lacks_has_no_grade(monkeypatch):
-    monkeypatch.setattr("mdmrl.rewards.code.judge.why_not_bubblewrap", lambda: "none here")
-    monkeypatch.setattr("mdmrl.rewards.code.judge._warned", False)
+    monkeypatch.setattr(JUDGE, "why_not_bubblewrap", lambda: "none here")
+    monkeypatch.setattr(JUDGE, "_warned", False)
     rows = programs("awkward")
     with pytest.warns(UserWarning, match=r"of \d+ programs need more of Python.*none here"):
         found = outcomes(rows, "monty")
@@ -321,8 +322,8 @@ def test_code_reward():
 
 
 def test_no_grade_abstains(monkeypatch):
-    monkeypatch.setattr("mdmrl.rewards.code.judge.why_not_bubblewrap", lambda: "none here")
-    monkeypatch.setattr("mdmrl.rewards.code.judge._warned", True)
+    monkeypatch.setattr(JUDGE, "why_not_bubblewrap", lambda: "none here")
+    monkeypatch.setattr(JUDGE, "_warned", True)
     programs = ["def f(x):\n    yield x", "def f(x): pass"]
     logged = {}
     found = code_reward(["p"] * 2, programs, tests=[SQUARES] * 2, log_metric=logged.__setitem__)

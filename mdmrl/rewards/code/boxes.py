@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from signal import SIGKILL, SIGXCPU
+from threading import Event
 
 from mdmrl.config import InputError, require
 
@@ -80,6 +81,7 @@ def monty(limits: Limits, workers: int) -> Iterator[Session]:
     kernel limits its processor time."""
     import pydantic_monty
 
+    closing = Event()
     modules = {"string": pydantic_monty.ExternalModule(_string_constants())}
     rules = {
         "max_feed_duration_secs": limits.wall,
@@ -103,14 +105,15 @@ def monty(limits: Limits, workers: int) -> Iterator[Session]:
                     print_callback=lambda stream, text: None,
                     external_lookup={_CHANNEL: print},
                 )
-                state, _ = _next_message(state, time.monotonic() + STARTING)
+                state, _ = _next_message(state, time.monotonic() + STARTING, closing)
             except (pydantic_monty.MontyError, OSError) as error:
                 raise Ended("infra_error", f"Monty does not start: {error}") from error
 
             def turn(line: str, deadline: float) -> str:
                 nonlocal state
                 try:
-                    state, reply = _next_message(state.resume({"return_value": line}), deadline)
+                    state = state.resume({"return_value": line})
+                    state, reply = _next_message(state, deadline, closing)
                 except pydantic_monty.MontyError as error:
                     raise _monty_ended(error) from None
                 return reply
@@ -128,14 +131,15 @@ def monty(limits: Limits, workers: int) -> Iterator[Session]:
             pools = {"solution": programs, "tests": tests}
             yield session
     finally:
+        closing.set()  # whoever sleeps in a program's place
         if opened is not None:
             os.close(opened)
 
 
-def _next_message(state, deadline: float) -> tuple:
+def _next_message(state, deadline: float, closing: Event) -> tuple:
     """Run on to the next message: the suspended state, and the message."""
     while True:
-        if time.monotonic() > deadline:
+        if time.monotonic() > deadline or closing.is_set():
             raise Ended("timeout", "the program took too long")
         name = getattr(state, "function_name", None)
         if name == _CHANNEL:
@@ -145,7 +149,7 @@ def _next_message(state, deadline: float) -> tuple:
                 raise Ended("runtime", "the program's answer is no message, or too long")
             return state, message
         if name == "system.sleep":
-            time.sleep(max(0.0, min(float(state.args[0]), deadline - time.monotonic() + 0.01)))
+            closing.wait(max(0.0, min(float(state.args[0]), deadline - time.monotonic() + 0.01)))
             state = state.resume({"return_value": None})
         elif hasattr(state, "resume_auto"):
             state = state.resume_auto()
@@ -346,8 +350,10 @@ def _bubblewrap_command() -> tuple[str, ...]:
         command += ["--ro-bind-try", path, path]
     if not home.startswith("/usr/") or home.startswith("/usr/local/"):
         command += ["--ro-bind", seen, home]
-    command += ["--dev", "/dev", "--size", str(2**24), "--tmpfs", "/tmp", "--chdir", "/tmp"]
-    command += ["--remount-ro", "/dev", "--remount-ro", "/"]
+    command += ["--dev", "/dev"]
+    for path in ("/tmp", "/dev/shm"):
+        command += ["--size", str(2**24), "--tmpfs", path]
+    command += ["--chdir", "/tmp", "--remount-ro", "/dev", "--remount-ro", "/"]
     return (*command, python, "-s", "-P", "-S")
 
 

@@ -195,7 +195,7 @@ class _Batch:
             read = [program] if place[0] is monty else []
             read += [_Wanted.of(tests).read] if place[1] is monty else []
             found.outcome, certain = _trusted(found, read)
-            if certain:
+            if certain or self.stopped:
                 break
         return Verdict(found.outcome, _clean(found.detail), program["stub"])
 

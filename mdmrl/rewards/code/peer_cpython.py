@@ -12,10 +12,10 @@ for a stranger too holds for nothing.
 # As few imports as can be, and none of `json`, which with `re` behind it takes as long as Python.
 import _collections
 import _json
-import _operator
 import _thread
 import builtins
 import math
+import operator
 import os
 import sys
 
@@ -145,9 +145,12 @@ class Remote:
         return apply("getattr", self, name)
 
     def __call__(self, *args, **kwargs):
+        free = {number for number, trust in remotes if trust == "free"}
         made = ask(["yours", self._number], args, kwargs)
-        named = self._trust == "named class" and type(made) is Remote
-        return remote_for(made._number, "named") if named else made
+        if self._trust != "named class" or type(made) is not Remote or made._number in free:
+            return made
+        remotes.pop((made._number, "free"))
+        return remote_for(made._number, "named")
 
     def __iter__(self):
         iterator = apply("iter", self)
@@ -204,7 +207,8 @@ def believed(remote, other):
 
 def binary(name, swapped):
     def operate(self, other):
-        result = apply(name, *((other, self) if swapped else (self, other)))
+        both = type(other) is Remote
+        result = apply(name if both else f"__r{name}__" if swapped else f"__{name}__", self, other)
         if result is NotImplemented or believed(self, other):
             return result
         if type(result) is not Remote:
@@ -218,8 +222,9 @@ def compared(name):
     def compare(self, other):
         if not believed(self, other):
             return NotImplemented  # eq and ne fall back on identity, the others raise
-        result = apply(name, self, other)
-        if result is True and name != "ne" and judging() and holds(name, self, object()):
+        method = f"__{name}__"
+        result = apply(name if type(other) is Remote else method, self, other)
+        if result is True and name != "ne" and judging() and holds(method, self, object()):
             return False
         return result
 
@@ -236,27 +241,32 @@ def forwarded(name):
 
 
 def special(name):
-    """An operation by its special method alone, whose NotImplemented the caller's end acts on."""
-
-    def method(value, other):
-        found = getattr(type(value), f"__{name}__", None)
-        return NotImplemented if found is None else found(value, other)
-
-    return method
+    """A special method alone, whose NotImplemented the caller's end acts on."""
+    return lambda value, other: getattr(type(value), name, missing)(value, other)
 
 
-OPERATIONS = {name: special(name) for name in (*BINARY, *COMPARED)}
-OPERATIONS["enter"] = lambda value: type(value).__enter__(value)
-OPERATIONS["exit"] = lambda value, *error: type(value).__exit__(value, *error)
-OPERATIONS["await"] = lambda coroutine: __import__("asyncio").run(coroutine)
-for name in (*UNARY, *FORWARDED, "getattr", "iter", "contains", "isinstance", "issubclass"):
-    found = getattr(builtins, name, None) or getattr(_operator, name, None)
-    OPERATIONS.setdefault(name, found)
+def missing(value, other):
+    return NotImplemented
+
+
+OPERATIONS = {
+    "and": operator.and_,
+    "or": operator.or_,
+    "enter": lambda value: type(value).__enter__(value),
+    "exit": lambda value, *error: type(value).__exit__(value, *error),
+    "await": lambda coroutine: __import__("asyncio").run(coroutine),
+}
+CALLED = ["getattr", "iter", "contains", "isinstance", "issubclass"]
+for name in (*BINARY, *COMPARED, *UNARY, *FORWARDED, *CALLED):
+    OPERATIONS.setdefault(name, getattr(builtins, name, None) or getattr(operator, name, None))
 for name in BINARY:
     setattr(Remote, f"__{name}__", binary(name, False))
     setattr(Remote, f"__r{name}__", binary(name, True))
+    OPERATIONS[f"__{name}__"] = special(f"__{name}__")
+    OPERATIONS[f"__r{name}__"] = special(f"__r{name}__")
 for name in COMPARED:
     setattr(Remote, f"__{name}__", compared(name))
+    OPERATIONS[f"__{name}__"] = special(f"__{name}__")
 for name in (*UNARY, *FORWARDED):
     setattr(Remote, f"__{name}__", forwarded(name))
 
