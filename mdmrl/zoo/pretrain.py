@@ -62,6 +62,7 @@ SUBJECTS = {
     "over a small\ntable of facts, not advice",
     "countdown": "Countdown: an expression of given numbers that reaches a target",
     "code": "small Python functions, from their heads and docstrings",
+    "dafny": "Dafny: bodies of small methods from their specifications",
     "reasoning": "Countdown, word problems, mathematics and questions of choice, all generated",
 }
 
