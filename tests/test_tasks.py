@@ -94,7 +94,10 @@ def test_what_is_no_task_is_named(file):
         (f"{file}:number", "number.* is 3: expected a mdmrl Task"),
         (str(file), "expected FILE.py:NAME"),
         ("elsewhere.py:task", "there is no file elsewhere.py"),
-        ("arithmetic", "unknown task 'arithmetic'.* known: FILE.py:NAME, choice, code, codesearchnet, countdown"),
+        (
+            "arithmetic",
+            "unknown task 'arithmetic'.* known: FILE.py:NAME, choice, code, codesearchnet, countdown",
+        ),
         (3, "task 3 is 3: expected a mdmrl Task"),
         (lambda: None, "is None: expected a mdmrl Task"),
     ):
