@@ -4,6 +4,9 @@ import os
 import random
 import re
 import shutil
+import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -188,7 +191,23 @@ def test_a_verifier_that_hangs_is_stopped_with_its_children(stand_in, tmp_path):
     verdict = verify("method A() { }", limit=1.5)
     assert (verdict.outcome, verdict.grade) == ("timeout", -0.6)
     assert time.monotonic() - begun < 60
-    child = int((tmp_path / "child").read_text())
+    assert_gone(tmp_path / "child")
+
+
+def test_an_interrupt_ends_the_verifier(stand_in, tmp_path):
+    stand_in("old", f"echo $$ > {tmp_path}/child\nsleep 600")
+    call = "from mdmrl.rewards.dafny import judge; judge(['method A() { }'] , [None], 500)"
+    process = subprocess.Popen([sys.executable, "-c", call], stderr=subprocess.DEVNULL)
+    while not (tmp_path / "child").exists() or not (tmp_path / "child").read_text():
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) != 0
+    assert_gone(tmp_path / "child")
+
+
+def assert_gone(file):
+    child = int(file.read_text())
     for _ in range(100):
         state = re.search(r"^State:\s+(\w)", status(child), re.MULTILINE)
         if state is None or state[1] == "Z":

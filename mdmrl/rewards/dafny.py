@@ -80,18 +80,16 @@ _TOKEN = re.compile(
     r"|[-+*/%<>=!?&|^.,:;()\[\]{}]",
     re.ASCII,
 )
-_FORBIDDEN = [
-    (re.compile(pattern), reason)
-    for pattern, reason in (
-        (r"\bassume\b", "assume"),
-        (r"\bexpect\b", "expect, which is assumed"),
-        (r"\{ :", "an attribute {: }"),
-        (r"\bdecreases \*", "decreases *"),
-        (r"\brequires (?:\( )*false\b", "requires false"),
-        (r"\.\. \.", "a skeleton statement ..."),
-        (r"\b(?:include|refines|witness)\b", "include, refines or witness"),
-    )
-]
+_tokens = _TOKEN.findall
+_FORBIDDEN = {
+    r"\bassume\b": "assume",
+    r"\bexpect\b": "expect, which is assumed",
+    r"\{ :": "an attribute {: }",
+    r"\bdecreases \*": "decreases *",
+    r"\brequires (?:\( )*false\b": "requires false",
+    r"\.\. \.": "a skeleton statement ...",
+    r"\b(?:include|refines|witness)\b": "include, refines or witness",
+}
 _HELPERS = {"function", "predicate", "lemma", "method"}
 _DECLARATION = re.compile(
     r"function|predicate|lemma|method|co(?:lemma|method|predicate)|constructor|iterator|class|trait"
@@ -115,7 +113,7 @@ def assemble(completion: str | list[dict], specification: str | None = None) -> 
             stand; None for a program that brings its own.
     """
     text = written(completion)
-    text = ([text, *re.findall(r"```\w*\n(.*?)```", text, re.DOTALL)])[-1].strip()
+    text = [text, *re.findall(r"```\w*\n(.*?)```", text, re.DOTALL)][-1].strip()
     if len(text) > LONGEST:
         return "", f"{len(text)} characters, of at most {LONGEST}"
     program = _without_comments(text)
@@ -128,13 +126,11 @@ def assemble(completion: str | list[dict], specification: str | None = None) -> 
 
 def _cheat(program: str, specification: str | None) -> str | None:
     """Why a program without comments is refused."""
-    left = _TOKEN.sub("", program).split()
-    if left:
+    if left := _TOKEN.sub("", program).split():
         return f"the characters {left[0]:.20}"
     tokens = _tokens(program)
-    said = " ".join(tokens)
-    for pattern, reason in _FORBIDDEN:
-        if pattern.search(said):
+    for pattern, reason in _FORBIDDEN.items():
+        if re.search(pattern, " ".join(tokens)):
             return reason
     for place, token in enumerate(tokens):
         if token in _BODIED and not _has_body(tokens, place):
@@ -176,12 +172,9 @@ def _has_body(tokens: Sequence[str], start: int) -> bool:
 
 def _closing(tokens: Sequence[str], start: int) -> int:
     """Where the bracket at `start` is closed; the end where it is not."""
-    depth = 0
-    for place in range(start, len(tokens)):
-        depth += (tokens[place] in "([{") - (tokens[place] in ")]}")
-        if depth == 0:
-            return place
-    return len(tokens)
+    changes = ((token in "([{") - (token in ")]}") for token in tokens[start:])
+    depths = enumerate(itertools.accumulate(changes), start)
+    return next((place for place, depth in depths if depth == 0), len(tokens))
 
 
 def _without_comments(text: str) -> str:
@@ -189,24 +182,16 @@ def _without_comments(text: str) -> str:
     kept, depth, line = [], 0, False
     for part in re.split(r"(//|/\*|\*/|\n)", text):
         if part == "\n":
-            kept.append(part)
             line = False
-        elif line:
-            continue
-        elif part == "/*":
-            depth += 1
-        elif part == "*/" and depth:
-            depth -= 1
-            kept.append(" ")
-        elif part == "//" and not depth:
+            kept.append(part)
+        elif line or (part == "//" and not depth):
             line = True
+        elif part == "/*" or (part == "*/" and depth):
+            depth += 1 if part == "/*" else -1
+            kept.append(" ")
         elif not depth:
             kept.append(part)
     return "".join(kept)
-
-
-def _tokens(text: str) -> list[str]:
-    return _TOKEN.findall(text)
 
 
 # ------------------------------------------------------------------ the verifier
@@ -219,6 +204,8 @@ _ERROR = re.compile(
 _KIND = re.compile(
     "postcondition|precondition|invariant|assertion|termination|decreases|index|division|modifies"
 )
+
+_running: set[subprocess.Popen] = set()
 
 
 def verify(program: str, limit: float = LIMIT) -> Verdict:
@@ -238,16 +225,21 @@ def verify(program: str, limit: float = LIMIT) -> Verdict:
 
 
 def judge(
-    completions: Sequence[str | list[dict]],
-    specifications: Sequence[str | None],
-    limit: float = LIMIT,
+    completions: Sequence, specifications: Sequence[str | None], limit: float = LIMIT
 ) -> list[Verdict]:
     """The verdict on each completion with its specification (see `assemble`); as many programs at
     a time as there are processors, each different one once."""
     made = [assemble(*pair) for pair in zip(completions, specifications, strict=True)]
     programs = dict.fromkeys(program for program, reason in made if not reason)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        verdicts = dict(zip(programs, pool.map(lambda p: verify(p, limit), programs), strict=True))
+        try:
+            found = pool.map(lambda program: verify(program, limit), programs)
+            verdicts = dict(zip(programs, found, strict=True))
+        except BaseException:  # an interrupt, which those that run have not got
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in tuple(_running):
+                _end(process)
+            raise
     return [
         Verdict("refused", detail=reason, program=program) if reason else verdicts[program]
         for program, reason in made
@@ -266,6 +258,12 @@ def _command() -> tuple[str, ...]:
     return found, "/compile:0", "/nologo", "/timeLimit:%d"
 
 
+def _end(process: subprocess.Popen) -> None:
+    """End Dafny and the prover, a process of its own."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
 @lru_cache(CACHED)
 def _verified(program: str, limit: float, command: tuple[str, ...]) -> Verdict:
     with tempfile.TemporaryDirectory() as folder:
@@ -280,24 +278,24 @@ def _verified(program: str, limit: float, command: tuple[str, ...]) -> Verdict:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
+        _running.add(process)
         try:
             output = process.communicate(timeout=limit)[0].decode(errors="replace")
         except subprocess.TimeoutExpired:
             return Verdict("timeout", detail=f"stopped after {limit:g} s", program=program)
-        finally:  # the prover is a process of its own
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+        finally:
+            _end(process)
             process.communicate()
+            _running.discard(process)
     errors = _errors(output)
     if process.returncode == 0 and re.search(r"[1-9]\d* verified, 0 errors\s*$", output):
         bare = "has no body" in output  # its warning of what it believed
         return Verdict("refused" if bare else "verified", detail="no body" * bare, program=program)
     if not errors:
         raise OSError(f"dafny ended with {process.returncode}: {output[-500:]}")
-    if process.returncode == 2:
-        return Verdict("invalid", errors, program=program)
     late = all(error.kind == "timeout" for error in errors)
-    return Verdict("timeout" if late else "unproved", errors, program=program)
+    outcome = "invalid" if process.returncode == 2 else "timeout" if late else "unproved"
+    return Verdict(outcome, errors, program=program)
 
 
 def _errors(output: str) -> tuple[DafnyError, ...]:
@@ -334,9 +332,9 @@ def dafny_reward(
 def feedback(prompt: str, verdict: Verdict) -> str:
     """The next round's prompt: what was asked, what was written, and what the verifier said."""
     said = "\n".join(f"line {e.line}, {e.kind}: {e.message}" for e in verdict.errors)
-    program = verdict.program.strip()
     said = said or f"{verdict.outcome}: {verdict.detail}"
-    return f"{prompt}\n\n{program}\n\nDafny says:\n{said}\n\nCorrect the program."
+    parts = (prompt, verdict.program.strip(), f"Dafny says:\n{said}", "Correct the program.")
+    return "\n\n".join(parts)
 
 
 def repair(

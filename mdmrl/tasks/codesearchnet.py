@@ -13,6 +13,7 @@ import ast
 import doctest
 import itertools
 import random
+import re
 import sys
 import sysconfig
 import warnings
@@ -29,7 +30,6 @@ from mdmrl.tasks.items import SHARES, text_of
 
 LONGEST = 15  # lines of a mined body
 PARTITIONS = {"pretrain": "train", "rl": "train", "validation": "valid", "test": "test"}
-ON_THE_HUB = {"valid": "validation"}
 
 
 def read(fields: dict) -> dict:
@@ -86,21 +86,16 @@ def doctests(name: str, docstring: str) -> list[str]:
 def gated(rows: Sequence[dict]) -> list[dict]:
     """The rows, without the tests that their reference fails, or a stub passes."""
     tested = [row for row in rows if row["tests"]]
-    columns = [row["tests"] for row in tested], [row["prompt"] for row in tested]
+    columns = [[row[name] for row in tested] for name in ("tests", "prompt", "completion")]
     bad = set()
     for stub in (None, "return None", "return {}", "return True", "return 0", "return {0}"):
-        bodies = [stub.format(_argument(row)) if stub else row["completion"] for row in tested]
+        names = [re.search(r"\((?:\s*(\w+))?", row["prompt"])[1] or "()" for row in tested]
+        bodies = [stub.format(name) for name in names] if stub else columns[2]
         verdicts = judge(bodies, columns[0], signatures=columns[1])
         passed = [verdict.outcome == "passed" for verdict in verdicts]
         bad |= {id(row) for row, p in zip(tested, passed, strict=True) if p == bool(stub)}
     none = {"tests": [], "held_out_tests": []}
     return [row | none if id(row) in bad else row for row in rows]
-
-
-def _argument(row: dict) -> str:
-    """The name of the first argument."""
-    arguments = ast.parse(row["reference"]).body[0].args
-    return next((a.arg for a in (*arguments.posonlyargs, *arguments.args)), "()")
 
 
 @cache
@@ -142,7 +137,7 @@ def rows(data: str | None, packages: tuple[str, ...], split: str) -> list[dict]:
     elif Path(data).is_file():
         found = [f for _, f in numbered_rows(data) if f.get("partition", split) in wanted]
     else:
-        found = hub_rows(data, "python", ON_THE_HUB.get(partition, partition))
+        found = hub_rows(data, "python", {"valid": "validation"}.get(partition, partition))
     kept, mistake = [], None
     for fields in found:
         try:
