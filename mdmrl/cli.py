@@ -300,7 +300,7 @@ def train(
 
 @app.command()
 def bench(
-    what: Annotated[str, Argument(help="samplers, update, estimators or import.")],
+    what: Annotated[str, Argument(help="samplers, update, estimators, judge or import.")],
     policy: Annotated[str, Option(help="As elsewhere, or random-KIND:SHAPE.")] = "tiny-mdm",
     lengths: Annotated[Counts, Option(help="New tokens; repeatable.")] = None,
     steps: Annotated[Counts, Option(help="Denoising steps; repeatable.")] = None,
@@ -313,20 +313,20 @@ def bench(
     dtype: Dtype = "float32",
     json: Annotated[File, Option(help="Write the numbers to this file.")] = None,
 ) -> None:
-    """Time samplers, one GRPO update, its scoring by estimator, or the import of the package; run
-    it on an idle machine."""
+    """Time samplers, one GRPO update, its scoring by estimator, the judge of code, or the import of
+    the package; run it on an idle machine."""
     from json import dumps
 
-    from mdmrl.bench.samplers import bench_samplers, print_bench
-    from mdmrl.bench.updates import bench_estimators, bench_import, bench_update
+    from mdmrl.bench import judging, samplers, updates
 
     shape = (lengths or [128], steps or [], batch or [1, 16], block_length, prompt_length)
     how = (repeats, sampler or [], device, dtype)
     benches = {
-        "samplers": lambda: bench_samplers(policy, *shape, *how),
-        "update": lambda: bench_update(policy, device=device, dtype=dtype),
-        "estimators": lambda: bench_estimators(repeats, device=device),
-        "import": bench_import,
+        "samplers": lambda: samplers.bench_samplers(policy, *shape, *how),
+        "update": lambda: updates.bench_update(policy, device=device, dtype=dtype),
+        "estimators": lambda: updates.bench_estimators(repeats, device=device),
+        "judge": lambda: judging.bench_judge(repeats),
+        "import": updates.bench_import,
     }
     if what not in benches:
         raise unknown("bench", what, benches)
@@ -334,7 +334,7 @@ def bench(
     if json is not None:  # first, since printing ends where a pipe was closed
         json.write_text(dumps(numbers, indent=1) + "\n")
     if what == "samplers":
-        print_bench(numbers)
+        samplers.print_bench(numbers)
     else:
         print(dumps(numbers, indent=1))
 

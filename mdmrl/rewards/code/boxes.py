@@ -97,7 +97,7 @@ def monty(limits: Limits, workers: int) -> Iterator[Session]:
                     pools[role].checkout(
                         limits=rules,
                         external_modules=modules,
-                        os_policy={"random_start": {"seed": 0}},
+                        os_policy={"random_start": {"seed": 0}, "sleep_system_max": float("inf")},
                     )
                 )
                 state = opened.feed_start(

@@ -23,7 +23,12 @@ def extract_code(completion: str | list[dict], signature: str = "") -> str:
             completion has the function itself, only what stands before the `def` is kept.
     """
     text = completion_text(completion)
-    blocks = [code for language, code in _FENCE.findall(text) if language.lower() in _LANGUAGES]
+    blocks = [
+        found[2]
+        for found in _FENCE.finditer(text)
+        # A docstring may have a fence too.
+        if found[1].lower() in _LANGUAGES and text.count('"""', 0, found.start()) % 2 == 0
+    ]
     defining = [code for code in blocks if _DEFINES.search(code)]
     code = [*blocks, *defining][-1] if blocks else text
     heads = [*_SIGNATURE.finditer(signature)]

@@ -296,7 +296,7 @@ def _trusted(found: Ended, in_monty: list[dict]) -> tuple[str, bool]:
 
 def _lacks(name: str, message: str) -> bool:
     """Whether an error is about what CPython has: syntax, a module, a name, an attribute."""
-    if name == "SyntaxError" or "monty" in message.lower() or "not supported" in message.lower():
+    if name == "SyntaxError" or re.search(r"monty|not (yet )?support", message, re.I):
         return True
     if name in ("ModuleNotFoundError", "ImportError"):
         found = _NO_MODULE.search(message)

@@ -13,7 +13,7 @@ import json
 import sys
 import warnings
 
-DOUBTED = (ast.GeneratorExp, ast.Set, ast.SetComp, ast.Try, ast.Import, ast.ImportFrom)
+DOUBTED = (ast.Set, ast.SetComp, ast.Try, ast.Import, ast.ImportFrom)
 DOUBTED_NAMES = {"set", "frozenset", "hash", "id", "repr"}
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 MEANINGLESS = (ast.Pass, ast.Return, ast.Raise, ast.Expr)
@@ -21,7 +21,8 @@ MEANINGLESS = (ast.Pass, ast.Return, ast.Raise, ast.Expr)
 
 def inspected(source: str) -> dict:
     """Of a program: its `error` (None where it compiles), whether it is a `stub`, and whether it
-    has what another Python than CPython may get wrong: `special` methods, or what is `doubted`."""
+    has what another Python than CPython gets wrong: what is `special` (methods and generators, of
+    which Monty has some), or, perhaps, what is `doubted`."""
     try:
         with warnings.catch_warnings(action="ignore"):
             tree = ast.parse(source)
@@ -34,8 +35,10 @@ def inspected(source: str) -> dict:
     return {
         "error": None,
         "stub": _is_stub(tree),
-        "special": any(name.startswith("__") and name != "__init__" for name in methods),
+        "special": any(name.startswith("__") and name != "__init__" for name in methods)
+        or any(isinstance(node, ast.GeneratorExp) for node in nodes),
         "doubted": bool(classes)
+        or any(isinstance(node, ast.GeneratorExp) for node in nodes)
         or any(isinstance(node, DOUBTED) for node in nodes)
         or any(isinstance(node, ast.Name) and node.id in DOUBTED_NAMES for node in nodes),
     }
