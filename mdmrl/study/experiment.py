@@ -131,7 +131,7 @@ SAMPLING = ("remasking", "step_sizes", "suppress_mask")
 # What is drawn of a log, which no run leaves empty.
 COLUMNS = ["name", "arm", "seed", "run", "step", "loss", "kl/sum", "step_time", "rollout_time"]
 COLUMNS += ["grad_norm/surrogate", "grad_norm/kl", "token_forwards", "token_forwards/scoring"]
-COLUMNS += ["eval/accuracy", "eval/sampled/accuracy", "eval/sampled/reward"]
+COLUMNS += ["eval/accuracy", "eval/reward", "eval/sampled/accuracy", "eval/sampled/reward"]
 
 
 def pair(checkpoint: int) -> tuple[str, str]:

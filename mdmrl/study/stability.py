@@ -7,7 +7,7 @@ import pandas as pd
 from scipy.stats import spearmanr
 
 from mdmrl.study import quantities
-from mdmrl.study.training import REWARD_CEILING
+from mdmrl.study.prose import REWARD_CEILING
 
 SPREAD = ("loss", "kl", "grad_norm")
 
