@@ -116,8 +116,8 @@ RECIPES = {
         attn_implementation="sdpa",
     ),
     "tiny-ar-code": CODE.replace(family="ar", tokens=3e6),
-    "tiny-mdm-code": CODE.replace(tokens=9e6),
-    "tiny-mdm-dafny": PretrainConfig(task="dafny", tokens=5e6, max_position_embeddings=320),
+    "tiny-mdm-code": CODE.replace(tokens=6e6),
+    "tiny-mdm-dafny": PretrainConfig(task="dafny", tokens=3e6, max_position_embeddings=320),
     "tiny-bd-code": CODE.replace(family="bd", start="tiny-mdm-code", tokens=1e6, bf16=False),
 }
 for pair, matched in enumerate(MATCHED_TOKENS):
