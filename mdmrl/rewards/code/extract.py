@@ -23,12 +23,10 @@ def extract_code(completion: str | list[dict], signature: str = "") -> str:
             completion has the function itself, only what stands before the `def` is kept.
     """
     text = completion_text(completion)
-    blocks = [
-        found[2]
-        for found in _FENCE.finditer(text)
-        # A docstring may have a fence too.
-        if found[1].lower() in _LANGUAGES and text.count('"""', 0, found.start()) % 2 == 0
-    ]
+    fenced = _FENCE.search(text)
+    inside = fenced is not None and text.count('"""', 0, fenced.start()) % 2 == 1
+    blocks = [] if inside else _FENCE.findall(text)  # a docstring may have a fence too
+    blocks = [code for language, code in blocks if language.lower() in _LANGUAGES]
     defining = [code for code in blocks if _DEFINES.search(code)]
     code = [*blocks, *defining][-1] if blocks else text
     heads = [*_SIGNATURE.finditer(signature)]

@@ -36,17 +36,11 @@ from functools import lru_cache
 
 from mdmrl.config import InputError, require, unknown
 from mdmrl.rewards.code import syntax
-from mdmrl.rewards.code.boxes import (
-    BOXES,
-    Ended,
-    Limits,
-    Session,
-    bubblewrap,
-    monty,
-    why_not_bubblewrap,
-)
+from mdmrl.rewards.code.boxes import Ended, Limits, Session, monty
 from mdmrl.rewards.code.extract import extract_code
+from mdmrl.rewards.code.sandbox import bubblewrap, why_not_bubblewrap
 
+BOXES = {"monty": monty, "bubblewrap": bubblewrap}
 GRADES = {
     "passed": 1.0,
     "failed": -0.3,
@@ -190,19 +184,20 @@ class _Batch:
         program = self.reader.inspected(source)
         if wrong := _compiled(program):
             return wrong
+        deadline = time.monotonic() + self.wall
         for place in self.places:
-            found = self._tried(source, tests, place)
+            found = self._tried(source, tests, place, deadline)
             read = [program] if place[0] is monty else []
             read += [_Wanted.of(tests).read] if place[1] is monty else []
             found.outcome, certain = _trusted(found, read)
-            if certain or self.stopped:
+            if certain or self.stopped or time.monotonic() > deadline:
                 break
         return Verdict(found.outcome, _clean(found.detail), program["stub"])
 
-    def _tried(self, source: str, tests: tuple[str, ...], place: tuple) -> Ended:
+    def _tried(self, source: str, tests: tuple[str, ...], place: tuple, deadline: float) -> Ended:
         for _ in range(TRIES):
             try:
-                found = self._run(source, tests, *(self.open[kind] for kind in place))
+                found = self._run(source, tests, *(self.open[kind] for kind in place), deadline)
             except Ended as error:
                 found = error
             except Exception as error:  # an outage, of whatever kind, is no grade
@@ -212,17 +207,16 @@ class _Batch:
         # What is killed each time has done it itself.
         return Ended("runtime", found.detail) if found.outcome == "killed" else found
 
-    def _run(self, source: str, tests: tuple[str, ...], box: Session, beside: Session) -> Ended:
+    def _run(
+        self, source: str, tests: tuple[str, ...], box: Session, beside: Session, deadline: float
+    ) -> Ended:
         wanted = _Wanted.of(tests)
         with box("solution") as program:
-            started = time.monotonic()
-            reply = json.loads(program(_line("load", source), started + self.wall))
+            reply = json.loads(program(_line("load", source), deadline))
             if reply[0] != "loaded":
                 return _raised(*map(str, (*reply, "", "")[1:3]), loading=True)
-            names = json.loads(program(_line("names", wanted.names), started + self.wall))
-            used = time.monotonic() - started
+            names = json.loads(program(_line("names", wanted.names), deadline))
             with beside("tests") as asserts:  # which come into being only now
-                deadline = time.monotonic() + self.wall - used
                 steps = [(_line("bind", names[1]), "")]
                 for test in (*(f"import {name}" for name in wanted.modules), *tests):
                     steps.append((_line("load", test), test))

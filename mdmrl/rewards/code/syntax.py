@@ -56,38 +56,25 @@ def _is_stub(tree: ast.Module) -> bool:
 
 
 def names_wanted(tests: tuple[str, ...]) -> tuple[list[str], list[str]]:
-    """The names that tests want of a program, and the modules of Python's that they take for
-    imported, as in `math.isclose(f(2), 1.4)`. What Python has built in is never the program's.
+    """The names that tests may want of a program (what they define themselves stays theirs), and
+    the modules of Python's that they take for imported, as in `math.isclose(f(2), 1.4)`. What
+    Python has built in is never the program's.
 
     Raises:
         SyntaxError: tests that are no Python.
     """
     nodes = [node for test in tests for node in ast.walk(ast.parse(test))]
-    named = [node for node in nodes if isinstance(node, ast.Name)]
-    loaded = [node.id for node in named if isinstance(node.ctx, ast.Load)]
-    bound = {node.id for node in named if not isinstance(node.ctx, ast.Load)} | set(dir(builtins))
-    for node in nodes:
-        match node:
-            case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef():
-                bound.add(node.name)
-            case ast.arg():
-                bound.add(node.arg)
-            case ast.alias():
-                bound.add((node.asname or node.name).partition(".")[0])
-            case ast.ExceptHandler():
-                bound.add(node.name)
-    wanted = [name for name in dict.fromkeys(loaded) if name not in bound]
-    dotted = [
-        node.value.id
-        for node in nodes
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
-    ]
-    modules = [
+    names = [node for node in nodes if isinstance(node, ast.Name)]
+    loaded = [node.id for node in names if isinstance(node.ctx, ast.Load)]
+    bound = {node.id for node in names if not isinstance(node.ctx, ast.Load)}
+    owners = [node.value for node in nodes if isinstance(node, ast.Attribute)]
+    dotted = [owner.id for owner in owners if isinstance(owner, ast.Name)]
+    modules = {
         name
-        for name in wanted
-        if name in sys.stdlib_module_names and dotted.count(name) == loaded.count(name)
-    ]
-    return [name for name in wanted if name not in modules], modules
+        for name in sys.stdlib_module_names.intersection(dotted) - bound
+        if dotted.count(name) == loaded.count(name)
+    }
+    return sorted({*loaded} - modules - {*dir(builtins)}), sorted(modules)
 
 
 def main() -> None:
