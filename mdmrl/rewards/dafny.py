@@ -198,8 +198,8 @@ def _without_comments(text: str) -> str:
 # ------------------------------------------------------------------ the verifier
 
 _ERROR = re.compile(
-    r"^[^\n(]*\((\d+),\d+\): "
-    r"(?:((?:Error|Timed out on|Out of resource on)(?: BP\d+)?: )|(Related (?:location|message): ))(.*)$",
+    r"^[^\n(]*\((\d+),\d+\): (?:((?:Error|(?:Timed out|Out of resource) on)(?: BP\d+)?: )|"
+    r"(Related (?:location|message): ))(.*)$",
     re.MULTILINE,
 )
 _KIND = re.compile(
