@@ -96,7 +96,7 @@ def test_what_is_no_task_is_named(file):
         ("elsewhere.py:task", "there is no file elsewhere.py"),
         (
             "arithmetic",
-            "unknown task 'arithmetic'.* known: FILE.py:NAME, choice, code, codesearchnet, ",
+            "unknown task 'arithmetic'.* known: FILE.py:NAME, choice, code, code",
         ),
         (3, "task 3 is 3: expected a mdmrl Task"),
         (lambda: None, "is None: expected a mdmrl Task"),

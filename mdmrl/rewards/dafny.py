@@ -30,7 +30,8 @@ from pathlib import Path
 from mdmrl.config import require
 from mdmrl.rewards.answers import column, written
 
-LIMIT = 20.0  # seconds for a program; one proof has half of it
+LIMIT = 60.0  # seconds for a program, of which it needs 2 on a machine that does nothing else
+RESOURCES = 1_000_000  # of Z3's for a proof, some seconds; unlike them the same under load
 LONGEST = 2**14  # characters of a program
 CACHED = 2**14  # verdicts
 GRADES = {
@@ -197,8 +198,8 @@ def _without_comments(text: str) -> str:
 # ------------------------------------------------------------------ the verifier
 
 _ERROR = re.compile(
-    r"^[^\n(]*\((\d+),\d+\): "
-    r"(?:((?:Error|Timed out on)(?: BP\d+)?: )|(Related (?:location|message): ))(.*)$",
+    r"^[^\n(]*\((\d+),\d+\): (?:((?:Error|(?:Timed out|Out of resource) on)(?: BP\d+)?: )|"
+    r"(Related (?:location|message): ))(.*)$",
     re.MULTILINE,
 )
 _KIND = re.compile(
@@ -248,14 +249,14 @@ def judge(
 
 @cache
 def _command() -> tuple[str, ...]:
-    """The command line before the file, with %d for the seconds of a proof."""
+    """The command line before the file, with its limit for one proof."""
     found = shutil.which("dafny")
     require(found is not None, INSTALL)
     # The older one knows no --version, and says so.
     asked = subprocess.run([found, "--version"], capture_output=True, text=True, timeout=120)
     if re.match(r"(\d+)\.", asked.stdout.strip()):
-        return found, "verify", "--verification-time-limit=%d"
-    return found, "/compile:0", "/nologo", "/timeLimit:%d"
+        return found, "verify", f"--verification-time-limit={LIMIT // 2:.0f}"
+    return found, "/compile:0", "/nologo", f"/rlimit:{RESOURCES}"
 
 
 def _end(process: subprocess.Popen) -> None:
@@ -269,9 +270,8 @@ def _verified(program: str, limit: float, command: tuple[str, ...]) -> Verdict:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "program.dfy"
         file.write_text(program, "utf-8")
-        *given, proof = command
         process = subprocess.Popen(
-            [*given, proof % max(1, limit // 2), str(file)],
+            [*command, str(file)],
             cwd=folder,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -308,7 +308,7 @@ def _errors(output: str) -> tuple[DafnyError, ...]:
             found[-1] = replace(found[-1], message=said)
         elif error:
             word = _KIND.search(message)
-            kind = "timeout" if error.startswith("Timed") else word[0] if word else "other"
+            kind = "timeout" if error.startswith(("Timed", "Out")) else word[0] if word else "other"
             found.append(DafnyError(int(line), early[1] if early else kind, message))
     return tuple(dict.fromkeys(found))
 
