@@ -103,9 +103,8 @@ def asked():
 def run_here(path: Path, parameters: dict) -> None:
     """Execute the cells of a notebook that uses runs."""
     cells = [c for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"]
-    if not any(
-        re.search(r"from mdmrl\.study import .*(training|judging)", c.source) for c in cells
-    ):
+    imports = r"from mdmrl\.study import (\([^)]*|.*)\b(training|judging)\b"
+    if not any(re.search(imports, cell.source) for cell in cells):
         return
     space = {"display": lambda *_: None}
     with suppress(NotMadeYet):
