@@ -94,4 +94,5 @@ def test_before_is_the_start_and_along_what_follows():
     gains = pd.Series([0.5], index=pd.MultiIndex.from_tuples([("a", 0)], names=["arm", "seed"]))
     found = candidates.beside(runs, gains).loc["a", 0]
     assert (found["cosine, before"], found["effect, along"], found.gain) == (1.0, 4.0, 0.5)
-    assert candidates.beside(pd.DataFrame(), gains).empty
+    assert candidates.beside(runs).equals(candidates.beside(runs, gains).drop(columns="gain"))
+    assert candidates.beside(pd.DataFrame(), gains).empty and candidates.beside(runs[:0]).empty

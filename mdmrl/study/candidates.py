@@ -157,9 +157,10 @@ def _cosine(one: Tensor, other: Tensor) -> float:
     return torch.cosine_similarity(one, other, 0).item()
 
 
-def beside(runs: pd.DataFrame, gains: pd.Series) -> pd.DataFrame:
-    """The candidates of runs in whose logs they were measured, beside the `gains` that those arms
-    had, both with index (arm, seed): a column each `COLUMNS`, as "cosine, before", and `gain`."""
+def beside(runs: pd.DataFrame, gains: pd.Series | None = None) -> pd.DataFrame:
+    """The candidates of runs in whose logs they were measured, a column each of `COLUMNS`, as
+    "cosine, before"; and, where they are given, the `gains` that those arms had, as `gain`. Both
+    have the index (arm, seed)."""
     columns = [f"eval/{name}" for name in NAMES]
     looked = runs.reindex(columns=["arm", "seed", "step", *columns])
     looked = looked.dropna(subset=["eval/effect"])
@@ -168,7 +169,8 @@ def beside(runs: pd.DataFrame, gains: pd.Series) -> pd.DataFrame:
     for when, part in zip(WHEN, parts, strict=True):
         means = part.groupby(["arm", "seed"], sort=False)
         found |= {f"{name}, {when}": means[f"eval/{name}"].mean() for name in NAMES}
-    return pd.DataFrame(found).join(gains.rename("gain"), how="left")
+    table = pd.DataFrame(found)
+    return table if gains is None else table.join(gains.rename("gain"), how="left")
 
 
 def correlation(table: pd.DataFrame, candidate: str, gain: str) -> Interval:
