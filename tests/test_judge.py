@@ -68,7 +68,7 @@ def test_no_hack_earns_the_reward(box):
         assert outcomes([row], box)[row["name"]].outcome == row["outcome"]
 
 
-@each_box
+@pytest.mark.parametrize("box", ["monty", pytest.param("bubblewrap", marks=pytest.mark.slow)])
 def test_benign_programs_get_their_grade(box):
     rows = programs("benign")
     found = {name: verdict.outcome for name, verdict in outcomes(rows, box).items()}
@@ -88,6 +88,7 @@ def test_what_monty_lacks_is_judged_in_cpython(box):
     }
 
 
+@pytest.mark.slow
 def test_without_a_second_box_what_monty_lacks_has_no_grade(monkeypatch):
     monkeypatch.setattr(JUDGE, "why_not_bubblewrap", lambda: "none here")
     monkeypatch.setattr(JUDGE, "_warned", False)
