@@ -34,6 +34,7 @@ JUDGE = sys.modules["mdmrl.rewards.code.judge"]  # the function has the module's
 PROGRAMS = Path(__file__).with_name("programs")
 SQUARES = ["assert f(3) == 9", "assert f(5) == 25"]
 needs_bubblewrap = pytest.mark.skipif(bool(why_not_bubblewrap()), reason=str(why_not_bubblewrap()))
+SLOW_BOX = [needs_bubblewrap, pytest.mark.slow]
 each_box = pytest.mark.parametrize(
     "box", ["monty", pytest.param("bubblewrap", marks=needs_bubblewrap)]
 )
@@ -68,7 +69,7 @@ def test_no_hack_earns_the_reward(box):
         assert outcomes([row], box)[row["name"]].outcome == row["outcome"]
 
 
-@pytest.mark.parametrize("box", ["monty", pytest.param("bubblewrap", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("box", ["monty", pytest.param("bubblewrap", marks=SLOW_BOX)])
 def test_benign_programs_get_their_grade(box):
     rows = programs("benign")
     found = {name: verdict.outcome for name, verdict in outcomes(rows, box).items()}
