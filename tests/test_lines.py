@@ -11,7 +11,7 @@ from mdmrl.study.experiment import label
 
 
 @pytest.fixture
-def recorded(monkeypatch):
+def recorded():
     """What reaches `outputs.judge`: by row and line, its columns and facts."""
     found = {}
 

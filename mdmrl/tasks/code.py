@@ -24,14 +24,7 @@ from functools import cache, partial
 from importlib import resources
 
 from mdmrl.config import require
-from mdmrl.rewards.code import (
-    ast_reward,
-    check_tests,
-    code_reward,
-    correctness_reward,
-    judge,
-    programs_of,
-)
+from mdmrl.rewards.code import check_tests, code_reward, judge, programs_of
 from mdmrl.tasks.base import Task
 from mdmrl.tasks.items import Generator, task_of, text_of
 
@@ -156,10 +149,10 @@ def tested(row: dict) -> dict:
         ranks[repr(given)] = seen[result]
         seen[result] += 1
         chosen = sorted(results, key=ranks.get)
-        parts = chosen[:VISIBLE], chosen[VISIBLE : VISIBLE + HELD_OUT]
-        if len(parts[1]) == HELD_OUT and all(len({results[a] for a in part}) > 1 for part in parts):
+        sets = chosen[:VISIBLE], chosen[VISIBLE : VISIBLE + HELD_OUT]
+        if len(sets[1]) == HELD_OUT and all(len({results[a] for a in part}) > 1 for part in sets):
             break
-    tests, held_out = ([f"assert {name}({a}) == {results[a]}" for a in part] for part in parts)
+    tests, held_out = ([f"assert {name}({a}) == {results[a]}" for a in part] for part in sets)
     return row | {"tests": tests, "held_out_tests": held_out}
 
 
@@ -196,9 +189,8 @@ def metric(completion: str, row: dict) -> bool | None:
     return None if verdict.grade is None else verdict.outcome == "passed"
 
 
-def task(data=None, infilling: bool = False, parts: bool = False, n_shot: int = 0) -> Task:
-    """`infilling` makes spans the completions, `parts` the two parts of the reward rewards of their
-    own, to be weighed; for the other arguments see `items.task_of`."""
+def task(data=None, infilling: bool = False, n_shot: int = 0) -> Task:
+    """`infilling` makes spans the completions; for the other arguments see `items.task_of`."""
     require(data is None or not infilling, f"data={data}: only generated functions have gaps")
     made = task_of(
         Functions("code", partial(draw, infilling=float(infilling))),
@@ -206,7 +198,7 @@ def task(data=None, infilling: bool = False, parts: bool = False, n_shot: int = 
         n_shot,
         read,
         sampler={"max_new_tokens": 64, "steps": 64},
-        rewards=[correctness_reward, ast_reward] if parts else [code_reward],
+        rewards=[code_reward],
         metric=metric,
     )
     supply = Generator("code", partial(draw, infilling=INFILLING)).stream

@@ -116,14 +116,10 @@ def judge(
     return verdicts
 
 
-def syntax_verdicts(
-    completions: Sequence[str | list[dict]], signatures: Sequence[str] | None = None
-) -> list[Verdict]:
+def syntax_verdicts(programs: Sequence[str]) -> list[Verdict]:
     """`passed` where the program compiles, `compile` where it does not."""
-    texts = map(extract_code, completions, signatures or [""] * len(completions))
-    with ExitStack() as stack:
-        reader = stack.enter_context(_Reader())
-        found = [reader.inspected(text) for text in texts]
+    with _Reader() as reader:
+        found = [reader.inspected(program) for program in programs]
     return [_compiled(program) or Verdict("passed", stub=program["stub"]) for program in found]
 
 

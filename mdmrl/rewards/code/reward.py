@@ -106,11 +106,11 @@ def code_reward(
 
 
 def _programs(completions, *columns) -> list[str]:
-    return programs_of(completions, *(column or [None] * len(completions) for column in columns))
+    return programs_of(completions, *(_column(column, completions) for column in columns))
 
 
-def _column(values: Sequence | None, completions: Sequence, empty=None) -> list:
-    return [value or empty for value in values or [None] * len(completions)]
+def _column(values: Sequence | None, completions: Sequence) -> Sequence:
+    return values or [None] * len(completions)
 
 
 def _share(values) -> float:
