@@ -12,7 +12,7 @@ The sampler is that of `remasking="state_confidence"`: U_t are the positions sur
 before a token is drawn and without a probability of their own. (With an `order_temperature` they
 would have one, which `trajectory-positions` knows; episodes do without.) The sum over steps is thus
 the exact log-probability with which the sampler writes the completion, and every position counts,
-those behind the end token too.
+those behind the end token too. (A position that no step reveals is [MASK] in every state.)
 
 A recorded `Rollout` holds all of it in `completion_ids` and `revealed_at`. One forward pass looks
 at many states at once:
@@ -168,9 +168,15 @@ def block_starts(policy: MaskedDiffusionPolicy, rollout: Rollout) -> Tensor:
     """First completion position of the block that each step reveals, (T,)."""
     revealed_at = rollout.revealed_at[0]
     starts = torch.zeros(int(revealed_at.max()) + 1, dtype=torch.long, device=revealed_at.device)
-    positions = torch.arange(len(revealed_at), device=revealed_at.device)
-    starts[revealed_at] = positions - positions % rollout.block_length(policy)
+    positions = (revealed_at >= 0).nonzero()[:, 0]
+    starts[revealed_at[positions]] = positions - positions % _block_length(policy, rollout)
     return starts
+
+
+def _block_length(policy: MaskedDiffusionPolicy, rollout: Rollout) -> int:
+    """Positions of a block, which are all revealed."""
+    own = rollout.sampler.block_length or policy.block_length
+    return own or int((rollout.revealed_at[0] >= 0).sum())
 
 
 def score_states(policy: MaskedDiffusionPolicy, rollout: Rollout, steps: slice) -> StateScores:
@@ -178,20 +184,21 @@ def score_states(policy: MaskedDiffusionPolicy, rollout: Rollout, steps: slice) 
     start = block_starts(policy, rollout)
     now = torch.arange(len(start), device=start.device)[steps]  # (S,)
     start = start[steps]
-    inside = torch.arange(rollout.block_length(policy), device=start.device)
+    inside = torch.arange(_block_length(policy, rollout), device=start.device)
     columns = start[:, None] + inside  # (S, K)
+    when_all = rollout.revealed_at[:, None]  # (R, 1, L)
     when, tokens = rollout.revealed_at[:, columns], rollout.completion_ids[:, columns]
     masked = when >= now[:, None]
     if policy.block_length is not None:
         xt = tokens.masked_fill(masked, policy.mask_token_id)  # (R, S, K)
         block, context = _packed(policy, rollout, xt, start)
     else:
-        ids, revealed_at = rollout.completion_ids[:, None], rollout.revealed_at[:, None]
-        xt = torch.where(revealed_at >= now[:, None], policy.mask_token_id, ids)  # (R, S, L)
+        ids = rollout.completion_ids[:, None]
+        xt = torch.where(when_all >= now[:, None], policy.mask_token_id, ids)  # (R, S, L)
         hidden, context = _stacked(policy, rollout, xt, start)
         first = rollout.prompt_ids.shape[1] - int(policy.logit_shift)
         block = hidden[:, torch.arange(len(start))[:, None], first + columns]
-    revealed = rollout.revealed_at[:, None] < now[:, None]  # (R, S, L)
+    revealed = (when_all >= 0) & (when_all < now[:, None])  # (R, S, L)
     written = mean_embedding(policy, rollout.completion_ids, revealed)
     logprobs = rollout.logprobs[:, columns]
     return StateScores(
@@ -201,10 +208,12 @@ def score_states(policy: MaskedDiffusionPolicy, rollout: Rollout, steps: slice) 
 
 def _stacked(policy, rollout: Rollout, xt: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
     """Hidden states (R, S, P+L, H) of the canvases `xt` (R, S, L), and their context's mean."""
-    shape = (*xt.shape[:2], -1)
-    prompt, real = (x[:, None].expand(shape) for x in (rollout.prompt_ids, rollout.prompt_mask))
+    shape, seen = (*xt.shape[:2], -1), rollout.seen
+    if seen is None:
+        seen = torch.ones_like(xt[:, 0], dtype=torch.bool)
+    real = torch.cat([rollout.prompt_mask, seen], 1)
+    prompt, attention = (x[:, None].expand(shape) for x in (rollout.prompt_ids, real))
     canvas = torch.cat([prompt, xt], -1)
-    attention = torch.cat([real, torch.ones_like(xt, dtype=torch.bool)], -1)
     hidden = policy.hidden_states(canvas.flatten(0, 1), attention.flatten(0, 1))
     hidden = hidden.unflatten(0, xt.shape[:2])
     context = attention & _before(start, prompt.shape[-1], canvas.shape[-1])

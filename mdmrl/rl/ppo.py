@@ -39,6 +39,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mdmrl.config import require
 from mdmrl.policies import Policy
 from mdmrl.rl.config import PPOConfig
 from mdmrl.rl.episodes import (
@@ -101,11 +102,14 @@ def train_ppo(
     metric: Callable[[str, dict], bool] | None = None,
     probe: Callable[[Policy], dict[str, float]] | None = None,
     watch: Callable | None = None,
+    draw: Callable | None = None,
 ) -> Path:
     """Train `policy` in place, and a value function with it; returns the run's folder.
 
-    Takes, resumes, logs and shares the work as `train_grpo`. The value head lies beside the policy
-    in the last checkpoint, `checkpoints/step-NNNNNN/values`, for `ValueHead.from_pretrained`.
+    Takes, resumes, logs and shares the work as `train_grpo`; `draw` must record a trajectory, of
+    the same steps for every completion, as `mdmrl.sampling.pipeline.Pipeline` does. The value head
+    lies beside the policy in the last checkpoint, `checkpoints/step-NNNNNN/values`, for
+    `ValueHead.from_pretrained`.
 
     Beyond GRPO's, each row of `metrics.jsonl` holds `values/explained_variance` of V on states it
     has not seen (before the update; `values/base_explained_variance` on base rollouts, in the first
@@ -120,8 +124,10 @@ def train_ppo(
         RuntimeError: new, old and reference policy, which are still the same, score differently.
         FloatingPointError: several updates in a row that are not finite.
     """
+    said = f"half_text={config.half_text} with a draw of its own: expected False, a whole canvas"
+    require(draw is None or not config.half_text, said)
     sampler = config.sampler_for(policy)
-    rounds = Rounds(policy, rewards, rows, config, eval_rows, metric, probe, watch)
+    rounds = Rounds(policy, rewards, rows, config, eval_rows, metric, probe, watch, draw)
     values = ValueHead(policy.model.config.hidden_size).to(policy.device)
     parameters = policy.trainable_parameters()
     groups = [
@@ -131,7 +137,7 @@ def train_ppo(
     charge = config.beta if config.kl_in_reward else 0.0
 
     def first_fit() -> float:
-        base = base_states(policy, rewards, rounds.rows, config, *rounds.share)
+        base = base_states(policy, rewards, rounds.rows, config, *rounds.share, draw)
         return fit(values, ValueData.joined(list(base)), rounds.accelerator)
 
     def make_update(step: int) -> tuple[Metrics, dict]:

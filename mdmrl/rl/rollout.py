@@ -28,7 +28,8 @@ class Rollout:
     truncated: (B,), samples that the loss leaves out for having no end; None for none.
     logprobs: (B, L), as the tokens were drawn. revealed_at: (B, L), the denoising step that
     revealed each position, -1 where none did; place: (B, L), its place among those of that step, in
-    the order drawn; both None unless the trajectory was recorded.
+    the order drawn; both None unless the trajectory was recorded. seen: (B, L), positions that the
+    network sees; None for all.
     """
 
     prompt_ids: Tensor
@@ -43,6 +44,7 @@ class Rollout:
     revealed_at: Tensor | None = None
     place: Tensor | None = None
     truncated: Tensor | None = None
+    seen: Tensor | None = None
 
     @property
     def learnt(self) -> Tensor:
@@ -70,6 +72,7 @@ class Rollout:
         prompts = output.sequences[:, :width], output.prompt_mask
         completions = output.completion_ids, output.completion_mask
         steps = {"logprobs": output.logprobs, "revealed_at": revealed_at, "place": place}
+        steps["seen"] = output.seen
         return cls(*prompts, *completions, advantages, counted, sampler, rewards, **steps)
 
     @property

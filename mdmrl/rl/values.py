@@ -21,6 +21,7 @@ from mdmrl.rl.config import PPOConfig
 from mdmrl.rl.episodes import score_episodes
 from mdmrl.rl.rollout import Rollout, collect
 from mdmrl.runs import derived_seed, generator_for
+from mdmrl.sampling.generate import generate
 from mdmrl.sampling.guidance import GuideConfig
 from mdmrl.sampling.guided import generate_guided
 from mdmrl.sampling.states import Recorder, States
@@ -224,37 +225,39 @@ def prompts_of(rollout: Rollout) -> list[tuple[int, ...]]:
 
 
 def fit_to_base(
-    policy: MaskedDiffusionPolicy, rewards: list, rows: list, config: PPOConfig
+    policy: MaskedDiffusionPolicy, rewards: list, rows: list, config: PPOConfig, draw=None
 ) -> tuple[ValueHead, float]:
     """V of the policy as it is, for `mdmrl.sampling.guided` without any reinforcement learning, and
     its explained variance in cross-validation (`fit`); fitted as `train_ppo` fits its own before
-    the first update.
+    the first update, to what `draw` draws.
     """
     values = ValueHead(policy.model.config.hidden_size).to(policy.device)
-    base = ValueData.joined(list(base_states(policy, rewards, rows, config)))
+    base = ValueData.joined(list(base_states(policy, rewards, rows, config, draw=draw)))
     return values, fit(values, base, accelerator_for(policy))
 
 
 def base_states(
-    policy: MaskedDiffusionPolicy, rewards: list, rows: list, config: PPOConfig, rank=0, processes=1
+    policy: MaskedDiffusionPolicy, rewards, rows, config: PPOConfig, rank=0, processes=1, draw=None
 ) -> Iterator[ValueData]:
     """The `value_batches` batches that V is fitted to, each made when it is asked for, of one
     completion a prompt.
 
     Where a state costs a canvas to look at, the passes that write the completions show the states,
-    so that these cost nothing more; packed states of block diffusion cost less than that.
+    so that these cost nothing more; packed states of block diffusion cost less than that, and those
+    of a `draw` of one's own are looked at afterwards.
     """
     sampler, seed = config.sampler_for(policy), derived_seed(config.seed, "values")
     for i in range(config.value_batches):
         batch = rows_of_step(rows, config.per_device_train_batch_size, i, rank, processes, seed)
         generator = generator_for(config.seed, "values", i, rank, policy.device)
-        if policy.block_length is not None:
-            rollout, *_ = collect(policy, batch, rewards, 1, sampler, generator, record=True)
+        if draw or policy.block_length is not None:
+            ways = {"record": True, "draw": draw or generate}
+            rollout, *_ = collect(policy, batch, rewards, 1, sampler, generator, **ways)
             features = score_episodes(policy, rollout, config.states_per_forward, False).features
         else:
             shown = Recorder(lambda states: states.features)
-            draw = partial(_generate_shown, shown)
-            rollout, *_ = collect(policy, batch, rewards, 1, sampler, generator, draw=draw)
+            showing = partial(_generate_shown, shown)
+            rollout, *_ = collect(policy, batch, rewards, 1, sampler, generator, draw=showing)
             features = shown.looks
         counted, steps = rollout.counted, features.shape[1]  # (B,), T
         discount = config.gamma ** torch.arange(steps - 1, -1, -1, device=features.device)

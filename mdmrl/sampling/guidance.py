@@ -80,6 +80,15 @@ class Thresholds:
     high: Tensor
     prompts: Sequence[Prompt] = ()
 
+    @property
+    def bands(self) -> Tensor:
+        """Both, (2, blocks, 2 + checks)."""
+        return torch.stack([self.low, self.high]).double()
+
+    def of_blocks(self, blocks: Sequence[int]) -> Tensor:
+        """Those of rows of one block each, (2, rows, 1, 2 + checks)."""
+        return self.bands[:, list(blocks), None]
+
     @classmethod
     def of(
         cls, values: Tensor, guide: GuideConfig, block_length: int, prompts: Sequence[Prompt] = ()
@@ -157,8 +166,15 @@ def checked(
         f"description_length={described}: expected a multiple of the block's {block} positions, "
         f"below max_new_tokens={length}",
     )
-    if thresholds is None:
-        return config
+    if thresholds is not None:
+        check_thresholds(prompts, config, guide, thresholds, length // block)
+    return config
+
+
+def check_thresholds(
+    prompts: Sequence[Prompt], config: SamplerConfig, guide: GuideConfig, thresholds, blocks: int
+) -> None:
+    """Refuse thresholds that are not of so many blocks, or not for these prompts."""
     require(guide.checks is not None, "checks=None: expected shares of a block's steps")
     require(
         guide.budget is not None,
@@ -169,7 +185,7 @@ def checked(
         f"temperature={config.temperature}: a block drawn again would be the same; expected more "
         "than 0",
     )
-    low, high, shape = thresholds.low, thresholds.high, (length // block, 2 + len(guide.checks))
+    low, high, shape = thresholds.low, thresholds.high, (blocks, 2 + len(guide.checks))
     require(
         low.shape == high.shape == shape,
         f"thresholds of shape {tuple(low.shape)}: expected {shape}, a block and its points, both "
@@ -185,4 +201,3 @@ def checked(
         f"{len(shared)} of the prompts are among those that the thresholds were calibrated on, "
         f"first {shared[:1]}: expected others",
     )
-    return config

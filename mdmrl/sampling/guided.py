@@ -129,9 +129,23 @@ def generate_guided(
     said = f"record=True with order_temperature={config.order_temperature}"
     require(not (record and config.order_temperature), f"{said}: expected 0; no order is kept")
     generator = generator or generator_for(0, "guided", device=policy.device)
-    batch = Attempts(policy, prompts, config, guide, thresholds)
-    nfe = token_forwards = 0
+    encoded, length = policy.encode(prompts, config.max_new_tokens), config.max_new_tokens
+    canvas = Canvas.behind(encoded, length, policy.mask_token_id)
+    bands = thresholds and thresholds.bands[:, None]
+    batch = Attempts(policy, canvas, config, guide, bands)
+    costs = advance(batch, value, generator)
+    drawn = batch.attention[:, : batch.width], batch.logprobs[:, batch.width :]
+    saved = {"value guidance": APPROXIMATE} if thresholds else {}
+    if record:
+        kept = batch.ids, batch.logprobs, batch.revealed_at
+        costs["trajectory"] = steps_of(*(x[:, batch.width :] for x in kept))
+    found = {"values": batch.values, "judgements": batch.judgements, "optimisations": saved}
+    return GuidedOutput.of(policy, batch.ids, *drawn, **found, **costs, spent=batch.spent)
 
+
+def advance(batch: Attempts, value: Value, generator: Generator) -> dict[str, int]:
+    """Make all steps of all rows; returns `nfe` and `token_forwards`."""
+    policy, config, nfe, token_forwards = batch.policy, batch.config, 0, 0
     while len(rows := (batch.block < batch.blocks).nonzero()[:, 0]):
         block, step = batch.block[rows], batch.step[rows]
         columns = batch.columns(block)  # (R, K)
@@ -154,14 +168,17 @@ def generate_guided(
         for judgement in zip(rows[at].tolist(), point.tolist(), values, strict=True):
             batch.judge(*judgement)
         batch.finish_blocks(rows)
+    return {"nfe": nfe, "token_forwards": token_forwards}
 
-    drawn = batch.attention[:, : batch.width], batch.logprobs[:, batch.width :]
-    costs = {"nfe": nfe, "token_forwards": token_forwards, "spent": batch.spent}
-    saved = {"value guidance": APPROXIMATE} if thresholds else {}
-    if record:
-        costs["trajectory"] = batch.trajectory()
-    found = {"values": batch.values, "judgements": batch.judgements, "optimisations": saved}
-    return GuidedOutput.of(policy, batch.ids, *drawn, **found, **costs)
+
+def steps_of(ids: Tensor, logprobs: Tensor, revealed_at: Tensor) -> list[Step]:
+    """The path on which completions `ids` (B, L) were revealed, each position in a step of its own
+    number or (-1) never, as `mdmrl.sampling.denoise` records one."""
+    found = []
+    for step in range(int(revealed_at.max()) + 1):
+        at = (revealed_at == step).nonzero(as_tuple=True)
+        found.append(Step(*at, ids[at], logprobs[at], at[0].new_zeros(2, 0)))
+    return found
 
 
 @dataclass
@@ -200,15 +217,15 @@ class Attempts:
     block, step: (B,); a row whose block is `blocks` is done. points: step of every point, (blocks,
     points). targets: how many positions of a block are revealed after a step, (blocks, S). cost:
     positions that a row computes in a step of a block, to_go: in all steps from a block's first on,
-    (B, blocks). allowed: that a row may compute, (B,).
+    (B, blocks). allowed: that a row may compute, (B,). bands: low and high thresholds of every row,
+    (2, B, blocks, points). With `leave` a row that is sent back is done with; left: which were.
     """
 
-    def __init__(self, policy, prompts, config: SamplerConfig, guide: GuideConfig, thresholds):
-        self.policy, self.config, self.guide = policy, config, guide
-        encoded, length = policy.encode(prompts, config.max_new_tokens), config.max_new_tokens
-        canvas = Canvas.behind(encoded, length, policy.mask_token_id)
+    def __init__(self, policy, canvas: Canvas, config, guide, bands=None, leave=False):
+        self.policy, self.config, self.guide, self.leave = policy, config, guide, leave
         self.ids, self.attention, self.open_, self.width = canvas
-        rows, device = len(self.ids), self.ids.device
+        self.asked = self.open_.clone()
+        rows, device, length = len(self.ids), self.ids.device, config.max_new_tokens
         self.block_length = config.block_length or length
         self.blocks = length // self.block_length
         self.steps = torch.tensor(guidance.steps_of_blocks(config), device=device)
@@ -222,17 +239,18 @@ class Attempts:
         self.revealed_at = torch.full_like(self.ids, -1)
         standing = torch.zeros(4, rows, dtype=torch.long, device=device)
         self.block, self.step, self.failures, self.spent = standing
-        seen = torch.full((self.blocks,), length, device=device)
+        self.cost = self.attention.sum(1, keepdim=True).repeat(1, self.blocks)
         if policy.block_length is not None:
-            seen = self.block_length * torch.arange(1, self.blocks + 1, device=device)
-        self.cost = encoded.attention_mask.sum(1, keepdim=True) + seen
+            unseen = torch.arange(self.blocks - 1, -1, -1, device=device)
+            self.cost -= self.block_length * unseen
         self.to_go = (self.cost * self.steps).flip(1).cumsum(1).flip(1)
-        self.allowed = self.to_go[:, 0] * (guide.budget if thresholds else 1)
-        self.bands = torch.full((2, *self.points.shape), -torch.inf, dtype=torch.double)
-        if thresholds:
-            self.bands = torch.stack([thresholds.low, thresholds.high]).double()
+        self.allowed = self.to_go[:, 0] * (1 if bands is None else guide.budget)
+        self.bands = torch.full((2, *shape), -torch.inf, dtype=torch.double)
+        if bands is not None:
+            self.bands = bands.expand_as(self.bands)
         self.best: dict[tuple[int, int, int], tuple[float, list[Tensor]]] = {}
         self.judgements: list[list[Judgement]] = [[] for _ in range(rows)]
+        self.left: set[int] = set()
 
     def columns(self, block: Tensor) -> Tensor:
         """Columns of the canvas in which blocks (R,) lie, (R, K)."""
@@ -241,7 +259,8 @@ class Attempts:
 
     def states(self, rows: Tensor, hidden: Tensor, context: Tensor, masked: Tensor) -> States:
         """What V may look at of `rows` (R,), whose network and blocks are as in `States`."""
-        ids, revealed = self.ids[rows, self.width :], ~self.open_[rows, self.width :]
+        ids = self.ids[rows, self.width :]
+        revealed = (self.asked & ~self.open_)[rows, self.width :]
         written = mean_embedding(self.policy, ids, revealed[:, None])[:, 0]
         logprobs, at = self.logprobs[rows, self.width :], (self.block[rows], self.step[rows])
         return States(rows, *at, hidden, context, written, masked, ids, logprobs, revealed)
@@ -257,7 +276,7 @@ class Attempts:
         """Let a row, which has made its step, go on, or send it back."""
         block = int(self.block[row])
         self.values[row, block, point] = v
-        low, high = self.bands[:, block, point].tolist()
+        low, high = self.bands[:, row, block, point].tolist()
         move = "on"
         if high > -torch.inf:
             held = self.ids, self.open_, self.logprobs, self.revealed_at, self.values
@@ -267,7 +286,10 @@ class Attempts:
                 self.best[key] = v, [x.clone() for x in written]
             if v < high:
                 move, start = self.failed(row, block, v < low)
-                if self.spent[row] + self.to_go[row, start] <= self.allowed[row]:
+                if move == "back" and self.leave:
+                    self.block[row] = self.blocks
+                    self.left.add(row)
+                elif self.spent[row] + self.to_go[row, start] <= self.allowed[row]:
                     self.restart(row, start)
                 else:
                     move = "best"
@@ -288,24 +310,23 @@ class Attempts:
         if block < self.block[row]:
             self.failures[row] = 0
         first = self.width + block * self.block_length
-        self.ids[row, first:] = self.policy.mask_token_id
-        self.open_[row, first:] = True
+        self.open_[row, first:] = self.asked[row, first:]
+        self.ids[row, self.open_[row]] = self.policy.mask_token_id
         self.logprobs[row, first:] = 0
         self.revealed_at[row, first:] = -1
         self.values[row, block:] = torch.nan
         self.block[row], self.step[row] = block, 0
 
-    def trajectory(self) -> list[Step]:
-        """The path of the attempts that were kept, as `mdmrl.sampling.denoise` records one."""
-        found = []
-        for step in range(int(self.steps.sum())):
-            rows, columns = at = (self.revealed_at == step).nonzero(as_tuple=True)
-            drawn = self.ids[at], self.logprobs[at]
-            found.append(Step(rows, columns - self.width, *drawn, rows.new_zeros(2, 0)))
-        return found
+    def row(self, row: int) -> tuple[Tensor, ...]:
+        """The ids before the canvas's first mask, without padding, and of what is behind: ids,
+        which of them the network sees, log-probabilities and steps."""
+        prompt = self.ids[row, : self.width][self.attention[row, : self.width]]
+        behind = self.ids, self.attention, self.logprobs, self.revealed_at
+        return prompt, *(x[row, self.width :] for x in behind)
 
     def finish_blocks(self, rows: Tensor) -> None:
         """Move those of `rows` (R,) that have made a block's last step to the next one."""
+        rows = rows[self.block[rows] < self.blocks]
         rows = rows[self.step[rows] == self.steps[self.block[rows]]]
         written = self.ids[rows[:, None], self.columns(self.block[rows])]
         self.block[rows] += 1

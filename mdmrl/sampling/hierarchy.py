@@ -42,6 +42,8 @@ from mdmrl.sampling.config import SamplerConfig
 from mdmrl.sampling.denoise import Canvas, denoise
 from mdmrl.sampling.output import SamplerOutput
 
+Place = tuple[int, int]
+
 
 @dataclass(frozen=True)
 class Unit:
@@ -109,50 +111,93 @@ def generate_hierarchy(
     >>> phases = [SamplerConfig(max_new_tokens=n, steps=n // 2) for n in (8, 20)]
     >>> generate_hierarchy(policy, prompts, sections.units, *phases).completions
     """
-    require(len(units) > 0, "no units given: expected at least one")
-    require(gap >= 0, f"gap={gap}: expected 0 masks or more")
     generator = generator or generator_for(0, "hierarchy", device=policy.device)
-    sees_gaps = policy.denoises and policy.block_length is None
-    rest = policy.tokenizer.mask_token * gap if sees_gaps else ""
-    y = [[""] * len(units) for _ in prompts]
-    ended = [[False] * len(units) for _ in prompts]
-    nfe = unit_nfe = token_forwards = 0
-
-    def known(row: int, last: int) -> str:
-        """All units up to the last, which is still open, as far as they are written."""
-        parts = [
-            units[j].opening + y[row][j] + (not ended[row][j]) * rest + units[j].closing
-            for j in range(last)
-        ]
-        return "".join([*parts, units[last].opening, y[row][last]])
-
-    def next_texts(places: list[tuple[int, int]], config: SamplerConfig) -> list[str]:
-        """How the units j of some rows, (row, j), go on; written in one batch."""
-        nonlocal nfe, unit_nfe, token_forwards
-        asked = [prompts[row] for row, _ in places]
-        begun = [known(row, j) for row, j in places]
-        output = continue_texts(policy, asked, begun, config, length, generator)
-        nfe += output.nfe
-        unit_nfe += output.nfe * len({j for _, j in places})
-        token_forwards += output.token_forwards
-        return output.completions
-
+    draft = Draft(policy, prompts, units, length, gap)
     start = time.perf_counter()
-    for j, c in enumerate(units):
-        texts = next_texts([(row, j) for row in range(len(prompts))], description)
-        for row, text in enumerate(texts):
-            y[row][j], ended[row][j] = c.cut(text)
+    draft.describe(description, generator)
     middle = time.perf_counter()
-    whole = [list(row) for row in y]
-    left = [(row, j) for j in range(len(units)) for row in range(len(prompts)) if not ended[row][j]]
+    left = draft.unfinished()
     batches = [left] if parallel else [list(some) for _, some in groupby(left, itemgetter(1))]
     for places in filter(None, batches):
-        for (row, j), text in zip(places, next_texts(places, unit), strict=True):
-            whole[row][j], _ = units[j].cut(y[row][j] + text)
+        for place, text in zip(places, draft.next_texts(places, unit, generator), strict=True):
+            draft.finish(place, text)
     seconds = (middle - start, time.perf_counter() - middle)
-    framed = ([c.opening + x + c.closing for c, x in zip(units, row, strict=True)] for row in whole)
-    completions = ["".join(parts) for parts in framed]
-    return HierarchyOutput(completions, y, whole, nfe, unit_nfe, token_forwards, seconds)
+    costs = draft.nfe, draft.unit_nfe, draft.token_forwards
+    return HierarchyOutput(draft.completions(), draft.y, draft.whole, *costs, seconds)
+
+
+class Draft:
+    """Completions of some prompts while they are written; a place (row, j) is a unit of one.
+
+    y, whole: y^j and y^j x^j of every prompt; ended: whether a description is the whole unit. nfe,
+    unit_nfe, token_forwards: what they have cost, see `HierarchyOutput`.
+    """
+
+    def __init__(self, policy: Policy, prompts, units: Sequence[Unit], length: int, gap: int):
+        require(len(units) > 0, "no units given: expected at least one")
+        require(gap >= 0, f"gap={gap}: expected 0 masks or more")
+        self.policy, self.prompts, self.units, self.length = policy, prompts, units, length
+        sees_gaps = policy.denoises and policy.block_length is None
+        self.rest = policy.tokenizer.mask_token * gap if sees_gaps else ""
+        self.y, self.whole = ([[""] * len(units) for _ in prompts] for _ in range(2))
+        self.ended = [[False] * len(units) for _ in prompts]
+        self.nfe = self.unit_nfe = self.token_forwards = 0
+
+    def describe(self, config: SamplerConfig, generator, places: Sequence[Place] = ()) -> None:
+        """Write the descriptions at `places` in one batch; those of all units, one after the other,
+        where none are named."""
+        rows, columns = range(len(self.prompts)), range(len(self.units))
+        for batch in [places] if places else [[(row, j) for row in rows] for j in columns]:
+            for (row, j), text in zip(
+                batch, self.next_texts(batch, config, generator), strict=True
+            ):
+                self.y[row][j], self.ended[row][j] = self.units[j].cut(text)
+                self.whole[row][j] = self.y[row][j]
+
+    def unfinished(self) -> list[Place]:
+        """The places whose description does not end the unit, unit by unit."""
+        rows, columns = range(len(self.prompts)), range(len(self.units))
+        return [(row, j) for j in columns for row in rows if not self.ended[row][j]]
+
+    def finish(self, place: Place, text: str) -> None:
+        """Put the rest of a unit behind its description, if that does not end it."""
+        row, j = place
+        if not self.ended[row][j]:
+            self.whole[row][j], _ = self.units[j].cut(self.y[row][j] + text)
+
+    def known(self, place: Place) -> str:
+        """All units up to this one, which is still open, as far as they are described."""
+        (row, last), units = place, self.units
+        parts = [
+            units[j].opening
+            + self.y[row][j]
+            + (not self.ended[row][j]) * self.rest
+            + units[j].closing
+            for j in range(last)
+        ]
+        return "".join([*parts, units[last].opening, self.y[row][last]])
+
+    def begun(self, places: Sequence[Place]) -> tuple[list[Prompt], list[str]]:
+        """The prompts of places, and how their completions begin."""
+        return [self.prompts[row] for row, _ in places], [self.known(place) for place in places]
+
+    def next_texts(self, places: Sequence[Place], config: SamplerConfig, generator) -> list[str]:
+        """How the units at some places go on; written in one batch."""
+        asked = self.begun(places)
+        output = continue_texts(self.policy, *asked, config, self.length, generator)
+        self.count(places, output.nfe, output.token_forwards)
+        return output.completions
+
+    def count(self, places: Sequence[Place], nfe: int, token_forwards: int) -> None:
+        """Add what a batch has cost."""
+        self.nfe += nfe
+        self.unit_nfe += nfe * len({j for _, j in places})
+        self.token_forwards += token_forwards
+
+    def completions(self) -> list[str]:
+        """The wholes."""
+        framed = (zip(self.units, row, strict=True) for row in self.whole)
+        return ["".join(c.opening + x + c.closing for c, x in row) for row in framed]
 
 
 @dataclass(frozen=True)
@@ -187,7 +232,7 @@ class Hierarchical:
         """Complete `prompts`; raises as `generate_hierarchy`, and for a whole that is longer than
         `config.max_new_tokens`."""
         require(not record, "record=True: the hierarchy's completions have no one trajectory")
-        phases = [self._phase(config, n) for n in (self.description_tokens, self.unit_tokens)]
+        phases = [phase_of(config, n) for n in (self.description_tokens, self.unit_tokens)]
         options = {"length": self.length, "gap": self.gap, "generator": generator}
         found = generate_hierarchy(policy, prompts, self.units, *phases, **options)
         wholes = policy.tokenizer(found.completions, add_special_tokens=False).input_ids
@@ -207,39 +252,49 @@ class Hierarchical:
         output.completions = found.completions
         return output
 
-    @staticmethod
-    def _phase(config: SamplerConfig, tokens: int) -> SamplerConfig:
-        """`config` for fewer tokens, at the same number of tokens a step."""
-        steps = config.steps and max(1, round(config.steps * tokens / config.max_new_tokens))
-        return config.replace(max_new_tokens=tokens, steps=steps)
+
+def phase_of(config: SamplerConfig, tokens: int) -> SamplerConfig:
+    """`config` for fewer tokens, at the same number of tokens a step."""
+    steps = config.steps and max(1, round(config.steps * tokens / config.max_new_tokens))
+    return config.replace(max_new_tokens=tokens, steps=steps)
 
 
 def continue_texts(
     policy: Policy, prompts: Sequence[Prompt], begun: Sequence[str], config, length: int, generator
 ) -> SamplerOutput:
-    """Write the next `config.max_new_tokens` tokens of completions that are `begun`. A masked
-    diffusion policy sees masks behind them up to the `length` of a whole completion, and none where
-    the text is longer already."""
-    encoded = policy.encode(prompts, config.max_new_tokens, begun)
+    """Write the next `config.max_new_tokens` tokens of completions that are `begun`; see
+    `canvas_of`."""
     if not policy.denoises:
         config.refuse_denoising_options()
+        encoded = policy.encode(prompts, config.max_new_tokens, begun)
         return extend(policy, encoded, config, generator)
     config = config.in_blocks_of(policy.block_length)
-    canvas = Canvas.behind(encoded, config.max_new_tokens, policy.mask_token_id)
-    if policy.block_length is None:
-        require(
-            config.block_length is None,
-            f"block_length={config.block_length}: expected None, a unit is revealed as a whole",
-        )
-        alone = policy.encode(prompts).attention_mask.sum(1)
-        behind = length - (canvas.attention.sum(1) - alone)  # (B,)
-        more = torch.arange(max(0, int(behind.max())), device=policy.device) < behind[:, None]
-        masks = torch.full_like(more, policy.mask_token_id, dtype=torch.long)
-        added = (masks, more, torch.zeros_like(more))
-        parts = (torch.cat(pair, 1) for pair in zip(canvas[:3], added, strict=True))
-        canvas = Canvas(*parts, canvas.width)
+    canvas = canvas_of(policy, prompts, begun, config, length)
     output = denoise(policy, *canvas, config, generator)
     output.completion_ids = output.completion_ids[:, : config.max_new_tokens]
     output.completion_mask = policy.completion_mask(output.completion_ids)
     output.completions = policy.decode(output.completion_ids, output.completion_mask)
     return output
+
+
+def canvas_of(
+    policy: Policy, prompts: Sequence[Prompt], begun: Sequence[str], config, length: int
+) -> Canvas:
+    """The canvas on which completions that are `begun` go on for `config.max_new_tokens` tokens. A
+    masked diffusion policy sees masks behind these up to the `length` of a whole completion, and
+    none where the text is longer already."""
+    encoded = policy.encode(prompts, config.max_new_tokens, begun)
+    canvas = Canvas.behind(encoded, config.max_new_tokens, policy.mask_token_id)
+    if policy.block_length is not None:
+        return canvas
+    require(
+        config.block_length is None,
+        f"block_length={config.block_length}: expected None, a unit is revealed as a whole",
+    )
+    alone = policy.encode(prompts).attention_mask.sum(1)
+    behind = length - (canvas.attention.sum(1) - alone)  # (B,)
+    more = torch.arange(max(0, int(behind.max())), device=policy.device) < behind[:, None]
+    masks = torch.full_like(more, policy.mask_token_id, dtype=torch.long)
+    added = (masks, more, torch.zeros_like(more))
+    parts = (torch.cat(pair, 1) for pair in zip(canvas[:3], added, strict=True))
+    return Canvas(*parts, canvas.width)

@@ -40,6 +40,7 @@ class SamplerOutput:
             token_forwards: positions pushed through the network.
         trajectory: one `Step` a denoising step when recorded, else None.
         asked: positions that were [MASK] at the start, (B, L), where denoised.
+        seen: positions that the network sees, (B, L), None where it sees all.
         optimisations: what was saved against the plain loop, each `"exact"` (the same tokens at
             temperature 0, the same distribution otherwise) or `"approximate"`.
     """
@@ -54,6 +55,7 @@ class SamplerOutput:
     token_forwards: int
     trajectory: list[Step] | None = None
     asked: Tensor | None = None
+    seen: Tensor | None = None
     optimisations: dict[str, str] = field(default_factory=dict)
 
     @classmethod
