@@ -273,6 +273,19 @@ def test_an_arm_may_have_rewards_of_its_own(arm):
             assert f"{before}rewards/{other}/mean" not in frame
 
 
-def test_the_hierarchy_is_for_grpo(arm):
-    with pytest.raises(ValueError, match="algorithm='ppo': expected 'grpo'"):
-        arm.replace(algorithm="ppo", settings={}, hierarchy={"gap": 4})
+def test_the_hierarchy_of_ppo_is_the_pipeline(arm):
+    """Its episodes are units, which V may send back."""
+    settings = {"max_steps": 1, "per_device_train_batch_size": 4, "num_generations": 2}
+    settings |= {"max_completion_length": 8, "sampler": {"steps": 4}, "value_batches": 2}
+    own = {"policy": "tiny-mdm", "algorithm": "ppo", "settings": settings}
+    own |= {"hierarchy": {"description_tokens": 4}}
+    own |= {"final_steps": [], "eval_prompts": 2}
+    guide = {"form": "faithful", "budget": 2.0}
+    plain, guided = (
+        training.train_arm(arm.replace(**own, guide=given), 0, "quick") for given in ({}, guide)
+    )
+    assert plain.run[0] != guided.run[0]
+    assert guided.token_forwards.max() > plain.token_forwards.max()
+    assert (plain.dropna(subset=["loss"])["max_logprob_mismatch"] < 1e-4).all()
+    with pytest.raises(ValueError, match="no guide without the hierarchy's units"):
+        arm.replace(algorithm="ppo", settings={}, guide=guide)

@@ -4,6 +4,7 @@ gradient is that of another law: `selected_gradients` says how far off it points
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from mdmrl.runs import generator_for
 from mdmrl.sampling import generate
 from mdmrl.sampling.guidance import GuideConfig
 from mdmrl.sampling.guided import Guided, calibrate
+from mdmrl.sampling.pipeline import Pipeline
 from mdmrl.study.pieces import cached_table
 from mdmrl.tasks import load_task
 from mdmrl.tasks.base import Task
@@ -45,6 +47,23 @@ def guided_draw(policy: Policy, task: Task, config: GRPOConfig, guide: GuideConf
     generator = generator_for(config.seed, "calibrate", device=policy.device)
     thresholds = calibrate(policy, prompts, sampler, guide, values.judge, generator)
     return Guided(values.judge, guide, thresholds)
+
+
+def pipeline_draw(
+    policy: Policy, task: Task, config: PPOConfig, guide: dict, **options
+) -> Pipeline:
+    """The pipeline of a run with `config`, with these `options` of `Pipeline`. With a `guide` V
+    judges its units: fitted as the run's own V is, its thresholds calibrated on as many other
+    prompts, `CALIBRATED_ON` at most."""
+    plain = Pipeline(tuple(task.units), **options)
+    if not guide:
+        return plain
+    values, _ = fit_to_base(policy, task.rewards, task.rows("rl"), config, plain)
+    guided = replace(plain, value=values.judge, guide=GuideConfig(**guide))
+    count = min(CALIBRATED_ON, config.value_batches * config.per_device_train_batch_size)
+    prompts = [row["prompt"] for row in task.rows("validation")[-count:]]  # nobody looks at them
+    generator = generator_for(config.seed, "calibrate", device=policy.device)
+    return guided.calibrated(policy, prompts, config.sampler_for(policy), generator)
 
 
 def selected_gradients(

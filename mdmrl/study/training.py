@@ -32,7 +32,7 @@ from mdmrl.study.candidates import Candidates, measured
 from mdmrl.study.looks import Looks, look, noted, sampled
 from mdmrl.study.outputs import project_root
 from mdmrl.study.pieces import cached_table, facts, kept_table
-from mdmrl.study.rejecting import guided_draw
+from mdmrl.study.rejecting import guided_draw, pipeline_draw
 from mdmrl.tasks import load_task
 from mdmrl.tasks.base import Task
 from mdmrl.tasks.medcot import SYSTEM_PROMPT
@@ -65,10 +65,11 @@ class Arm(Config):
             whatever sampler the arm was trained with.
         sft: settings of `SFTConfig` of a cold start before RL, on those texts of the RL questions
             that have all four tags.
-        hierarchy: settings of `Hierarchical`, which then draws all completions (grpo alone).
+        hierarchy: settings of `Hierarchical`, which then draws all completions; of PPO those of
+            `Pipeline`, whose thresholds a `guide` calibrates.
         rewards: reward options of `load_task`; empty for the thesis's rewards.
         guide: settings of `GuideConfig`: V, fitted to the starting policy, judges what is drawn in
-            training (`mdmrl.study.rejecting`; grpo alone); the first row's `token_forwards` count
+            training (`mdmrl.study.rejecting`); the first row's `token_forwards` count
             that fit too.
         task: what is learnt.
         looks: settings of `mdmrl.study.looks.Looks`: what is looked at before and after training,
@@ -113,13 +114,10 @@ class Arm(Config):
     def validate(self) -> None:
         if self.algorithm not in ALGORITHMS:
             raise unknown("algorithm", self.algorithm, ALGORITHMS)
-        require(
-            not (self.hierarchy or self.guide) or self.algorithm == "grpo",
-            f"hierarchy={self.hierarchy}, guide={self.guide} with algorithm={self.algorithm!r}: "
-            "expected 'grpo', since PPO's episodes are the plain sampler's",
-        )
-        both = f"hierarchy={self.hierarchy}, guide={self.guide}: expected one of them"
-        require(not (self.hierarchy and self.guide), both)
+        both = f"hierarchy={self.hierarchy}, guide={self.guide} with algorithm={self.algorithm!r}"
+        fit = not (self.hierarchy and self.guide) if self.algorithm == "grpo" else self.hierarchy
+        said = "expected one of them with 'grpo', and no guide without the hierarchy's units else"
+        require(not self.guide or fit, f"{both}: {said}")
 
 
 def train_arms(arms: Sequence[Arm], seeds: Sequence[int], profile: str) -> pd.DataFrame:
@@ -199,7 +197,7 @@ def _train(policy: Policy, arm: Arm, config: GRPOConfig | PPOConfig) -> tuple[pd
     sections = {"medcot": "medcot-sections"}  # the rows and rewards of medcot, and units
     task = load_task(sections.get(arm.task, arm.task), **arm.rewards)
     system = SYSTEM_PROMPT if arm.instruct else None
-    drawn = {"draw": Hierarchical(tuple(task.units), **arm.hierarchy)} if arm.hierarchy else {}
+    drawn = {}
     looks = Looks.from_dict(arm.looks)
     looked_at = task.rows(looks.split, looks.items, system) if arm.looks else []
     held_out = looked_at[: arm.eval_prompts]
@@ -214,7 +212,11 @@ def _train(policy: Policy, arm: Arm, config: GRPOConfig | PPOConfig) -> tuple[pd
         if arm.lora:  # that of the cold start is merged
             add_lora(policy, **arm.lora, seed=config.seed)
     drawn["watch"], start = task.watch, policy.positions_computed
-    if arm.guide:
+    if arm.hierarchy and arm.algorithm == "ppo":
+        drawn["draw"] = pipeline_draw(policy, task, config, arm.guide, **arm.hierarchy)
+    elif arm.hierarchy:
+        drawn["draw"] = Hierarchical(tuple(task.units), **arm.hierarchy)
+    elif arm.guide:
         drawn["draw"] = guided_draw(policy, task, config, GuideConfig(**arm.guide))
     already = policy.positions_computed - start
     before = look(policy, task, looked_at, looks, config) if arm.looks else {}
