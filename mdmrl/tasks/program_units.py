@@ -16,7 +16,7 @@ from mdmrl.sampling.hierarchy import Unit
 def units_of(comment: str, names: Sequence[str]) -> tuple[Unit, ...]:
     """Units of these classes in a language whose comments begin with `comment`."""
     stops = ("\n\n", f"\n{comment} ")
-    return tuple(Unit(name, f"{comment} {name.capitalize()}: ", "\n\n", stops) for name in names)
+    return tuple(Unit(name, f"{comment} {name.capitalize()}:", "\n\n", stops) for name in names)
 
 
 PYTHON = units_of("#", ("imports", "constants", "helper function", "main function", "tests"))
