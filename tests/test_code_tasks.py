@@ -11,6 +11,7 @@ import pytest
 from mdmrl.config import InputError
 from mdmrl.rewards.code import judge
 from mdmrl.tasks import code, codesearchnet, human_eval, items, load_task
+from mdmrl.tasks.base import verdicts
 
 KEEP = {
     "all": lambda x, k: True,
@@ -300,3 +301,14 @@ def test_all_of_human_evals_solutions_pass():
     columns = [[row[name] for row in rows] for name in ("completion", "tests", "signature")]
     verdicts = judge(columns[0], columns[1], signatures=columns[2])
     assert {verdict.outcome for verdict in verdicts} == {"passed"}
+
+
+def test_the_metric_of_a_batch_is_that_of_each():
+    task = load_task("code")
+    rows = task.rows("test", 6)
+    rows[2]["held_out_tests"] = []
+    texts = [row["completion"] for row in rows[:4]] + ["    return None", "    return ("]
+    found = code.metric.of_batch(texts, rows)
+    assert found == [True, True, None, True, False, False]
+    assert found == [code.metric(*pair) for pair in zip(texts, rows, strict=True)]
+    assert verdicts(code.metric, texts, rows) == found

@@ -16,6 +16,7 @@ from mdmrl.policies import Policy
 from mdmrl.rewards import RewardLog, check_rewards, complete_rows, reward_values, total_reward
 from mdmrl.runs import generator_for
 from mdmrl.sampling import SamplerConfig, SamplerOutput, generate
+from mdmrl.tasks.base import verdicts
 
 
 def evaluate(
@@ -122,8 +123,8 @@ class Judge:
             columns = {"reward": total_reward(values, self.reward_weights)}
             columns |= {f"rewards/{name}/mean": column for name, column in each}
         if self.metric is not None:
-            verdicts = map(self.metric, written, rows)
-            right = [math.nan if verdict is None else verdict for verdict in verdicts]
+            said = verdicts(self.metric, written, rows)
+            right = [math.nan if verdict is None else verdict for verdict in said]
             columns["accuracy"] = torch.tensor(right, dtype=torch.float64)
         monitors = completion_metrics(self.policy, output, self.watch)
         return Batch(rows, output, seconds, columns, monitors)

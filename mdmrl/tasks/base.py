@@ -33,7 +33,8 @@ class Task:
             that rewards and metric read.
         rewards: summed in training, logged apart.
         metric: `metric(completion, row) -> bool`, the true metric, None where a row cannot be
-            judged; never part of the reward.
+            judged; never part of the reward. One that is faster for many at once has an attribute
+            `of_batch(completions, rows)`, a list of the same.
         stream: `stream(seed, start)`, the endless supply for pre-training, or None.
         units: what the hierarchy writes a completion in, none where it is written whole.
         watch: `watch(texts, token_ids)`, what else to log of completions, a number by name.
@@ -73,6 +74,12 @@ class Task:
         if not policy.denoises or sized or given:
             own.pop("steps", None)
         return own | said
+
+
+def verdicts(metric: Callable, completions: Sequence[str], rows: Rows) -> Sequence[bool | None]:
+    """What a task's `metric` says of completions of `rows`."""
+    of_batch = getattr(metric, "of_batch", None)
+    return of_batch(completions, rows) if of_batch else [*map(metric, completions, rows)]
 
 
 def split_of(*parts: str, shares: Mapping[str, float] = SPLITS) -> str:

@@ -182,11 +182,22 @@ def read(fields: dict) -> dict:
 def metric(completion: str, row: dict) -> bool | None:
     """Whether the function passes its held-out tests; None where there are none, or it could not be
     judged."""
-    if not row["held_out_tests"]:
-        return None
-    columns = ([row.get(name)] for name in ("signature", "prefix", "suffix"))
-    (verdict,) = judge(programs_of([completion], *columns), [row["held_out_tests"]])
-    return None if verdict.grade is None else verdict.outcome == "passed"
+    return _of_batch([completion], [row])[0]
+
+
+def _of_batch(completions: Sequence[str], rows: Sequence[dict]) -> list[bool | None]:
+    """`metric` of many, judged side by side."""
+    tested = [i for i, row in enumerate(rows) if row["held_out_tests"]]
+    columns = ([rows[i].get(name) for i in tested] for name in ("signature", "prefix", "suffix"))
+    programs = programs_of([completions[i] for i in tested], *columns)
+    verdicts = judge(programs, [rows[i]["held_out_tests"] for i in tested])
+    found: list[bool | None] = [None] * len(rows)
+    for i, verdict in zip(tested, verdicts, strict=True):
+        found[i] = None if verdict.grade is None else verdict.outcome == "passed"
+    return found
+
+
+metric.of_batch = _of_batch
 
 
 def task(data=None, infilling: bool = False, n_shot: int = 0) -> Task:

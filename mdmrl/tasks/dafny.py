@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import random
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -139,8 +139,16 @@ def read(fields: dict) -> dict:
 
 def metric(completion: str, row: dict) -> bool | None:
     """Whether the verifier accepts the program; None where it failed itself."""
-    (verdict,) = judge([completion], [row["specification"]])
-    return None if verdict.grade is None else verdict.outcome == "verified"
+    return _of_batch([completion], [row])[0]
+
+
+def _of_batch(completions: Sequence[str], rows: Sequence[dict]) -> list[bool | None]:
+    """`metric` of many, verified side by side."""
+    verdicts = judge(completions, [row["specification"] for row in rows])
+    return [None if v.grade is None else v.outcome == "verified" for v in verdicts]
+
+
+metric.of_batch = _of_batch
 
 
 def task(data=None, n_shot: int = 0) -> Task:

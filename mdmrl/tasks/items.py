@@ -6,7 +6,7 @@ import itertools
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 from mdmrl.config import InputError, require
@@ -42,16 +42,7 @@ class Generator:
         """The first `limit` items of a split, distinct and in a fixed order: of `ROWS` of them, or
         of as many as there are. They are shuffled, since what is drawn first is drawn often, and
         easier."""
-        rng, found = random.Random(f"{self.name}/{split}"), {}
-        for _ in range(DRAWS * ROWS[split]):
-            key, row = self.draw(rng)
-            if self.split_of(key) == split:
-                found.setdefault(key, row)
-            if len(found) == ROWS[split]:
-                break
-        rows = list(found.values())
-        rng.shuffle(rows)
-        return rows[:limit]
+        return [dict(row) for row in _rows(self, split)[:limit]]
 
     def stream(self, seed: int, start: int = 0) -> Iterator[dict]:
         """An endless supply of pre-training items; item i depends on (seed, i) alone."""
@@ -59,6 +50,20 @@ class Generator:
             rng = random.Random(f"{self.name}/stream/{seed}/{index}")
             drawn = (self.draw(rng) for _ in itertools.count())
             yield next(row for key, row in drawn if self.split_of(key) == "pretrain")
+
+
+@lru_cache(maxsize=16)
+def _rows(generator: Generator, split: str) -> list[dict]:
+    rng, found = random.Random(f"{generator.name}/{split}"), {}
+    for _ in range(DRAWS * ROWS[split]):
+        key, row = generator.draw(rng)
+        if generator.split_of(key) == split:
+            found.setdefault(key, row)
+        if len(found) == ROWS[split]:
+            break
+    rows = list(found.values())
+    rng.shuffle(rows)
+    return rows
 
 
 @dataclass(frozen=True)
