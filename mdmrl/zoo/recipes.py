@@ -107,7 +107,7 @@ RECIPES = {
     "tiny-mdm-equal": MEDCOT.replace(tokens=4e6, warmup_share=0.015),
     "tiny-ar-countdown": COUNTDOWN.replace(family="ar", tokens=8e6),
     "tiny-ar-reasoning": REASONING.replace(family="ar", tokens=8e6),
-    "tiny-mdm-reasoning": REASONING.replace(tokens=20e6),
+    "tiny-mdm-reasoning": REASONING.replace(start="tiny-ar-reasoning", tokens=12e6),
     "tiny-bd-reasoning": REASONING.replace(
         family="bd",
         start="tiny-mdm-reasoning",
@@ -115,8 +115,8 @@ RECIPES = {
         bf16=False,
         attn_implementation="sdpa",
     ),
-    "tiny-ar-code": CODE.replace(family="ar", tokens=3e6),
-    "tiny-mdm-code": CODE.replace(tokens=6e6),
+    "tiny-ar-code": CODE.replace(family="ar", tokens=1e6),
+    "tiny-mdm-code": CODE.replace(start="tiny-ar-code", tokens=6e6),
     "tiny-mdm-dafny": PretrainConfig(task="dafny", tokens=3e6, max_position_embeddings=320),
     "tiny-bd-code": CODE.replace(family="bd", start="tiny-mdm-code", tokens=1e6, bf16=False),
 }
