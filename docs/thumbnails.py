@@ -20,6 +20,8 @@ FIGURES = {
     "08_block_rl": ("block_rl", (0.5, 0.045, 1.0, 0.47)),
     "09_value_guided": ("few_steps", (0.5, 0.06, 1.0, 0.775)),
     "10_hierarchy": ("hierarchy", (0.0, 0.0, 0.5, 0.46)),
+    "11_reward_ablation": ("reward_ablation", (0.0, 0.045, 0.5, 0.9)),
+    "12_code_completion": ("code_completion", (0.5, 0.045, 1.0, 0.47)),
     "13_dafny": ("dafny_rl", (0.5, 0.045, 1.0, 0.9)),
     "14_pass_at_k": ("fig_5_2_pass_at_k", (0.33, 0.045, 0.67, 0.5)),
     "15_unified_objective": ("unified_objective", (0.0, 0.045, 0.5, 0.9)),

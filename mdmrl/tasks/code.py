@@ -24,7 +24,14 @@ from functools import cache, partial
 from importlib import resources
 
 from mdmrl.config import require
-from mdmrl.rewards.code import check_tests, code_reward, judge, programs_of
+from mdmrl.rewards.code import (
+    ast_reward,
+    check_tests,
+    code_reward,
+    correctness_reward,
+    judge,
+    programs_of,
+)
 from mdmrl.tasks.base import Task
 from mdmrl.tasks.items import Generator, task_of, text_of
 
@@ -200,8 +207,9 @@ def _of_batch(completions: Sequence[str], rows: Sequence[dict]) -> list[bool | N
 metric.of_batch = _of_batch
 
 
-def task(data=None, infilling: bool = False, n_shot: int = 0) -> Task:
-    """`infilling` makes spans the completions; for the other arguments see `items.task_of`."""
+def task(data=None, infilling: bool = False, parts: bool = False, n_shot: int = 0) -> Task:
+    """`infilling` makes spans the completions, `parts` the two parts of the reward rewards of their
+    own, to be weighed; for the other arguments see `items.task_of`."""
     require(data is None or not infilling, f"data={data}: only generated functions have gaps")
     made = task_of(
         Functions("code", partial(draw, infilling=float(infilling))),
@@ -209,7 +217,7 @@ def task(data=None, infilling: bool = False, n_shot: int = 0) -> Task:
         n_shot,
         read,
         sampler={"max_new_tokens": 64, "steps": 64},
-        rewards=[code_reward],
+        rewards=[correctness_reward, ast_reward] if parts else [code_reward],
         metric=metric,
     )
     supply = Generator("code", partial(draw, infilling=INFILLING)).stream
