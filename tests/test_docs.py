@@ -109,6 +109,17 @@ def test_links_lead_somewhere(page):
             assert heading in {re.sub(r"[^\w -]", "", t).lower().replace(" ", "-") for t in titles}
 
 
+def test_links_of_notebooks_lead_somewhere():
+    """Those of their texts: GitHub shows the committed figures through them."""
+    for notebook in (ROOT / "notebooks").glob("*.ipynb"):
+        cells = json.loads(notebook.read_text())["cells"]
+        texts = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown"]
+        for target in re.findall(r"\]\(([^)\s]+)\)", "\n".join(texts)):
+            path = target.partition("#")[0]
+            shown = path.startswith("http") or (notebook.parent / path).exists()
+            assert shown, f"{notebook.name} links to {target}"
+
+
 def test_every_page_is_linked_from_the_front_page():
     front = (ROOT / "README.md").read_text()
     assert len(front.splitlines()) <= 150

