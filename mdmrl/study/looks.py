@@ -103,11 +103,13 @@ def sampled(
 
 def gains(runs: pd.DataFrame, profile: str, column: str, ceiling: float = 1.0) -> pd.DataFrame:
     """What training gave the items of each run: a row a run, with index (arm, seed) and columns
-    `start`, `gain` and `share` (`mdmrl.study.quantities`) of what `look` calls `column`."""
+    `start`, `gain` and `share` (`mdmrl.study.quantities`) of what `look` calls `column`; a start at
+    the ceiling leaves no share, nan."""
     rows = []
     for (arm, seed, run), _ in runs.groupby(["arm", "seed", "run"], sort=False):
         before, after = (looked(profile, run, end)[column] for end in ENDS)
-        share = held_out_share(before, after, ceiling)
+        room = before.mean() < ceiling
+        share = held_out_share(before, after, ceiling) if room else np.nan
         rows.append((arm, seed, before.mean(), held_out_gain(before, after), share))
     table = pd.DataFrame(rows, columns=["arm", "seed", "start", "gain", "share"])
     return table.set_index(["arm", "seed"])
