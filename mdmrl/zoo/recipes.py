@@ -2,8 +2,9 @@
 
 Within a task all families have the same parameters, tokenizer and stream of documents. An
 autoregressive model is at its plateau after a fraction of the tokens; `tiny-mdm-equal` is the
-masked diffusion model of MedCoT at that budget. The tokens of block diffusion come on top of those
-that its start has seen.
+masked diffusion model of MedCoT at that budget. Those of reasoning and code begin with the weights
+of their autoregressive twin, as Dream did with Qwen's: from scratch they learn too slowly for two
+cores. A start's tokens come on top of those named.
 
 Of Countdown there are six pairs, one a seed: the masked diffusion model, and an autoregressive twin
 trained, decay included, just so long that its greedy accuracy on the test items is within three
