@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import html
 import json
 import time
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pandas as pd
-import torch
 from matplotlib.figure import Figure
 
 from mdmrl.policies import Policy
@@ -19,47 +17,14 @@ from mdmrl.sampling import SamplerOutput
 MASK_SHOWN = "░"
 
 
-def canvas_after(output: SamplerOutput, policy: Policy, row: int, steps: int) -> list[str]:
-    """The completion of `row` after `steps` denoising steps: one string a position."""
-    canvas = torch.full_like(output.completion_ids[row], policy.mask_token_id)
-    for step in output.trajectory[:steps]:
-        canvas[step.remasked[1, step.remasked[0] == row]] = policy.mask_token_id
-        mine = step.rows == row
-        canvas[step.positions[mine]] = step.tokens[mine]
-    return shown_canvas(policy, canvas.tolist())
-
-
 def shown_canvas(policy: Policy, ids: list[int]) -> list[str]:
     """Token ids as text, one string a position, with `MASK_SHOWN` for the mask token."""
     pairs = zip(ids, policy.pieces(ids), strict=True)
     return [MASK_SHOWN if token == policy.mask_token_id else piece for token, piece in pairs]
 
 
-def as_html(pieces: list[str], fresh: set[int] = frozenset()) -> str:
-    """Positions as HTML, those in `fresh` highlighted."""
-    spans = [html.escape(piece) for piece in pieces]
-    spans = [f"<mark>{span}</mark>" if i in fresh else span for i, span in enumerate(spans)]
-    return f"<div style='font-family:monospace;white-space:pre-wrap'>{''.join(spans)}</div>"
-
-
-def scrub(output: SamplerOutput, policy: Policy, row: int = 0):
-    """A slider over the denoising steps of one completion."""
-    import ipywidgets
-
-    def show(step: int) -> None:
-        last = output.trajectory[step - 1]
-        fresh = set(last.positions[last.rows == row].tolist()) if step else set()
-        view.value = as_html(canvas_after(output, policy, row, step), fresh)
-
-    view = ipywidgets.HTML()
-    slider = ipywidgets.IntSlider(0, 0, len(output.trajectory), description="step")
-    slider.observe(lambda change: show(change["new"]), "value")
-    show(0)
-    return ipywidgets.VBox([slider, view])
-
-
 def order_of_reveal(output: SamplerOutput, policy: Policy, row: int = 0) -> Figure:
-    """The static twin of `scrub`: when each position was revealed, and how sure the policy was."""
+    """When each position was revealed, and how sure the policy was."""
     frame = pd.concat(
         pd.DataFrame({"step": i, "position": s.positions[mine], "p": s.logprobs[mine].exp()})
         for i, s in enumerate(output.trajectory, start=1)
