@@ -55,7 +55,7 @@ def test_two_samplers_side_by_side(mdm):
     assert texts(player.frame(12))[0] == texts(player.frame(2))[0]
 
 
-def test_the_widget_and_its_static_twin(mdm):
+def test_the_widget_and_its_static_twin(mdm, monkeypatch):
     player = Player(drawn(mdm, steps=8), mdm)
     box = player.widget()
     (play, slider), view = box.children[0].children, box.children[1]
@@ -65,5 +65,7 @@ def test_the_widget_and_its_static_twin(mdm):
     bundle = player._repr_mimebundle_()
     assert {"application/vnd.jupyter.widget-view+json", "text/html"} <= bundle.keys()
     assert bundle["text/html"].count("step ") >= STILLS
+    monkeypatch.setenv("MDMRL_NOTEBOOK", "00_tour")
+    assert player._repr_mimebundle_() == {"text/html": player._repr_html_()}
     with pytest.raises(InputError, match="record=True"):
         Player(generate(mdm, PROMPTS[:1], SamplerConfig(max_new_tokens=4, steps=2)), mdm)

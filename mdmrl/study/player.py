@@ -9,6 +9,7 @@ page on GitHub) the same object shows five steps one above the other.
 from __future__ import annotations
 
 import html
+import os
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -114,5 +115,6 @@ class Player:
         return "".join(map(self.frame, stills)) + f"<small>{LEGEND}</small>"
 
     def _repr_mimebundle_(self, include=None, exclude=None) -> dict[str, str]:
-        shown = self.widget()._repr_mimebundle_()
-        return dict(shown) | {"text/html": self._repr_html_()}
+        """The widget with its twin for whom shows none; under `mdmrl reproduce` the twin alone."""
+        live = {} if "MDMRL_NOTEBOOK" in os.environ else self.widget()._repr_mimebundle_()
+        return {**live, "text/html": self._repr_html_()}
