@@ -9,7 +9,6 @@ page on GitHub) the same object shows five steps one above the other.
 from __future__ import annotations
 
 import html
-import os
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -20,7 +19,7 @@ from matplotlib.colors import to_hex
 from mdmrl.config import require
 from mdmrl.policies import Policy
 from mdmrl.sampling import SamplerOutput
-from mdmrl.study.widgets import MASK_SHOWN, shown_canvas
+from mdmrl.study.widgets import MASK_SHOWN, Interactive, shown_canvas
 
 SHADES = colormaps["viridis"]
 LEGEND = "shade: early (dark) to late (light); faint: unsure; framed: this step's"
@@ -28,7 +27,7 @@ BOX = "font-family:monospace;white-space:pre-wrap;line-height:1.5"
 STILLS = 5
 
 
-class Player:
+class Player(Interactive):
     """Texts of one prompt or several, side by side.
 
     Args:
@@ -113,8 +112,3 @@ class Player:
         """The static twin."""
         stills = sorted({round(step) for step in np.linspace(0, self.steps, STILLS)})
         return "".join(map(self.frame, stills)) + f"<small>{LEGEND}</small>"
-
-    def _repr_mimebundle_(self, include=None, exclude=None) -> dict[str, str]:
-        """The widget with its twin for whom shows none; under `mdmrl reproduce` the twin alone."""
-        live = {} if "MDMRL_NOTEBOOK" in os.environ else self.widget()._repr_mimebundle_()
-        return {**live, "text/html": self._repr_html_()}

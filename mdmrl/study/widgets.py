@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 
@@ -15,6 +16,15 @@ from mdmrl.runs import read_rows
 from mdmrl.sampling import SamplerOutput
 
 MASK_SHOWN = "░"
+
+
+class Interactive:
+    """What `widget` makes in JupyterLab, and `_repr_html_`, its static twin, for whom shows none:
+    an export, a page on GitHub; under `mdmrl reproduce` the twin alone."""
+
+    def _repr_mimebundle_(self, include=None, exclude=None) -> dict[str, str]:
+        live = {} if "MDMRL_NOTEBOOK" in os.environ else self.widget()._repr_mimebundle_()
+        return {**live, "text/html": self._repr_html_()}
 
 
 def shown_canvas(policy: Policy, ids: list[int]) -> list[str]:
