@@ -21,11 +21,16 @@ from mdmrl.study.outputs import Outputs
 from mdmrl.tasks import Task
 
 COMMITTED = pieces.pieces_folder("full")
+AWAITED = {"11_reward_ablation", "12_code_completion", "13_dafny"}  # none of their runs is made yet
 
 
 class NotMadeYet(Exception):
-    """A run on a checkpoint of Countdown, of which not all six are shipped: the sections on them,
-    the last of their notebooks, have no committed figures yet."""
+    """A run of a section, the last of its notebook, that has no committed figures yet: those on
+    checkpoints of Countdown, of which not all six are shipped, and the pipeline of notebook 10."""
+
+
+def awaited(*arguments, **options):
+    raise NotMadeYet
 
 
 def sampled(policy, prompts, *arguments, **options) -> SimpleNamespace:
@@ -87,6 +92,7 @@ def asked():
             patch.setattr(room, "cached_table", recorded)
             patch.setattr(room, "load_policy", fresh)
         patch.setattr(training, "kept_table", kept)
+        patch.setattr(rejecting, "pipeline_draw", awaited)
         patch.setattr(Task, "rows", rows_of)
         patch.setattr(mdmrl.sampling, "generate", sampled)
         patch.setattr(mdmrl.sampling.hierarchy, "generate_hierarchy", sampled)
@@ -96,7 +102,8 @@ def asked():
         for name in ("figure", "data", "claim"):
             patch.setattr(Outputs, name, lambda *_, **__: None)
         for path, parameters in plan("full"):
-            run_here(path, parameters)
+            if path.stem not in AWAITED:
+                run_here(path, parameters)
     return names, missing
 
 
