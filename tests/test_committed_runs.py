@@ -15,7 +15,7 @@ import pytest
 import mdmrl.evaluation.accuracy
 import mdmrl.sampling.hierarchy
 from mdmrl import load_policy, load_task
-from mdmrl.study import judging, narrowing, pieces, rejecting, training
+from mdmrl.study import benchmark, judging, narrowing, pieces, rejecting, training
 from mdmrl.study.notebooks import plan
 from mdmrl.study.outputs import Outputs
 from mdmrl.tasks import Task
@@ -81,14 +81,16 @@ def asked():
         return read_rows(load_task(task), split, limit, system)
 
     def rows_of(task, split, limit=None, system=None):
-        return rows("countdown" if task.name == "countdown" else "medcot", split, limit, system)
+        if task.name in ("countdown", "medcot", "medcot-sections"):
+            return rows(task.name.removesuffix("-sections"), split, limit, system)
+        return read_rows(task, split, limit, system)
 
     def fresh(*arguments, **options):
         policy = loaded(*arguments, **options)
         return type(policy)(copy.deepcopy(policy.model), policy.tokenizer)
 
     with pytest.MonkeyPatch.context() as patch:
-        for room in (training, judging, narrowing, rejecting):
+        for room in (training, judging, narrowing, rejecting, benchmark):
             patch.setattr(room, "cached_table", recorded)
             patch.setattr(room, "load_policy", fresh)
         patch.setattr(training, "kept_table", kept)
@@ -110,7 +112,7 @@ def asked():
 def run_here(path: Path, parameters: dict) -> None:
     """Execute the cells of a notebook that uses runs."""
     cells = [c for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"]
-    imports = r"from mdmrl\.study import (\([^)]*|.*)\b(training|judging)\b"
+    imports = r"from mdmrl\.study import (\([^)]*|.*)\b(training|judging|benchmark)\b"
     if not any(re.search(imports, cell.source) for cell in cells):
         return
     space = {"display": lambda *_: None}

@@ -144,10 +144,12 @@ def check_tests(sources: Sequence[str], index: int = 0) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class _Wanted:
-    """What tests want: names of the program's, modules of Python's; and what was read of them."""
+    """What tests want of a program, by kind, and what was read of them."""
 
     names: list[str]
     modules: list[str]
+    built_in: list[str]
+    classes: list[str]
     has_assert: bool
     read: dict
 
@@ -157,7 +159,7 @@ class _Wanted:
         trees = [ast.parse(test) for test in tests]
         has_assert = any(isinstance(x, ast.Assert) for tree in trees for x in ast.walk(tree))
         read = syntax.inspected("\n".join(tests))
-        return _Wanted(*syntax.names_wanted(tests), has_assert, read)
+        return _Wanted(*syntax.names_wanted(tests), syntax.classes_of(tests), has_assert, read)
 
 
 class _Batch:
@@ -181,7 +183,8 @@ class _Batch:
         if wrong := _compiled(program):
             return wrong
         deadline = time.monotonic() + self.wall
-        for place in self.places:
+        elsewhere = program["unlike"] or _Wanted.of(tests).read["unlike"]
+        for place in self.places[-1 * elsewhere :]:
             found = self._tried(source, tests, place, deadline)
             read = [program] if place[0] is monty else []
             read += [_Wanted.of(tests).read] if place[1] is monty else []
@@ -208,12 +211,17 @@ class _Batch:
     ) -> Ended:
         wanted = _Wanted.of(tests)
         with box("solution") as program:
-            reply = json.loads(program(_line("load", source), deadline))
+            reply = _reply(program(_line("load", source), deadline))
             if reply[0] != "loaded":
                 return _raised(*map(str, (*reply, "", "")[1:3]), loading=True)
-            names = json.loads(program(_line("names", wanted.names), deadline))
+            asked = wanted.names or wanted.built_in
+            names = _reply(program(_line("names", asked), deadline), 2)
+            if not wanted.names and names[1] == ["dict", 0, []]:
+                return Ended(
+                    "runtime", f"defines none of {', '.join(asked)}, which the tests ask for"
+                )
             with beside("tests") as asserts:  # which come into being only now
-                steps = [(_line("bind", names[1]), "")]
+                steps = [(_line("bind", names[1], wanted.classes), "")]
                 for test in (*(f"import {name}" for name in wanted.modules), *tests):
                     steps.append((_line("load", test), test))
                 for line, test in steps:
@@ -264,6 +272,15 @@ class _Reader:
         return {"error": "CPython does not get through it"}
 
 
+def _reply(line: str, length: int = 1) -> list:
+    """What a program's end says, which it may say wrongly on purpose."""
+    with suppress(ValueError, RecursionError):
+        reply = json.loads(line)
+        if isinstance(reply, list) and len(reply) >= length:
+            return reply
+    raise Ended("runtime", "the program broke the channel")
+
+
 def _fit(line: str) -> str:
     if line.startswith('["opaque"'):
         raise Ended("unsupported", "a value that only CPython can hold")
@@ -271,8 +288,7 @@ def _fit(line: str) -> str:
 
 
 def _trusted(found: Ended, in_monty: list[dict]) -> tuple[str, bool]:
-    """The outcome, and whether it is CPython's for sure, by what was read of the program and of the
-    tests where they ran in Monty. What Monty lacks is no fault of the program's."""
+    """The outcome, and whether it is CPython's for sure; Monty's lacks are no program's fault."""
     outcome, (name, message) = found.outcome, found.error
     if not in_monty:  # a value that CPython could not hold has been made up
         return "runtime" if outcome == "unsupported" else outcome, True

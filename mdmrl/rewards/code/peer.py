@@ -8,7 +8,7 @@ sees what was changed in place, and which of the results are the arguments thems
 
     load source                  run it among the program's, or the tests', names -> loaded | failed
     names [name]                 the values that these names have                 -> return
-    bind dict                    give names values                                -> loaded
+    bind dict [name]             give names values; which are classes for sure    -> loaded
     call target args kwargs      target: an operation, or one of the receiver's handles
     return value states          states: the contents of the call's containers
     raise error states           after a call too
@@ -16,8 +16,8 @@ sees what was changed in place, and which of the results are the arguments thems
 
 Nothing here is secret, or safe from a program that shares its process with one end: whatever such
 an end says, the other takes for data. It is written in what Monty knows of Python;
-`peer_cpython.py` goes on where there is all of it. `send(line) -> line`, `dumps` and `loads` (JSON)
-are each box's own.
+`peer_cpython.py` goes on where there is all of it, and `peer_process.py` behind that. `send(line)
+-> line`, `dumps` and `loads` (JSON) are each box's own.
 """
 # ruff: noqa: F821
 
@@ -244,7 +244,7 @@ def run(source):
     exec(source, namespace)
 
 
-def bind(values):
+def bind(values, classes):
     namespace.update(values)
 
 
@@ -257,7 +257,7 @@ def perform(message):
             found = {name: namespace[name] for name in message[1] if name in namespace}
             return ["return", encode(found, call), []]
         if message[0] == "bind":
-            bind(decode(message[1], call))
+            bind(decode(message[1], call), message[2])
         else:
             run(message[1])
     except BaseException as error:

@@ -4,19 +4,19 @@ Whatever is no data is a `Remote` at the other end, on which Python's operators 
 end gives nothing away by that: an operand is often the very value that a test expects, so an object
 that a program returned where a number or a list was due is equal to none, and an operator that was
 given plain data must not answer with plain data. Only what the tests themselves made by calling a
-class (a name with a capital) is trusted to say `3 in it` or `it < 3`, and a comparison that holds
-for a stranger too holds for nothing.
+class (a name with a capital that they use as one) is trusted to say `3 in it` or `it < 3`, and a
+comparison that holds for a stranger too holds for nothing. What the program asks of the tests' end
+is to call what the tests gave it, or an operation on that, but for the attributes by which Python
+shows its own works.
 """
 # ruff: noqa: F821, SIM905
 
 # As few imports as can be, and none of `json`, which with `re` behind it takes as long as Python.
 import _collections
-import _json
 import _thread
 import builtins
 import math
 import operator
-import os
 import sys
 
 KNOWN.update({f.__name__: f for f in (object, type, slice, reversed, enumerate, zip, map, filter)})
@@ -27,12 +27,21 @@ for name, kind in vars(builtins).items():
         ERRORS[name] = kind
 CONTAINERS["deque"] = _collections.deque
 # Values that are made again of what they are made of.
-MADE = ["builtins.range", "builtins.bytearray", "decimal.Decimal", "fractions.Fraction"]
+MADE = [
+    "builtins.range",
+    "builtins.slice",
+    "builtins.bytearray",
+    "decimal.Decimal",
+    "fractions.Fraction",
+]
 MADE += ["datetime.date", "datetime.datetime", "datetime.time", "datetime.timedelta"]
 BASES = {int: int.__pos__, float: float.__pos__, frozenset: frozenset.union}
 BASES |= {kind: lambda x, kind=kind: kind.__getitem__(x, slice(None)) for kind in (str, bytes)}
 BASES[tuple] = lambda x: tuple(tuple.__iter__(x))
-PREDICATES = ("startswith", "endswith", "issubset", "issuperset", "isdisjoint")
+WORKS = ("module", "frame", "code", "traceback")
+PREDICATES = "startswith endswith issubset issuperset isdisjoint union intersection difference "
+PREDICATES += "symmetric_difference count index find rfind equals __contains__ __eq__ __ne__ "
+PREDICATES = (PREDICATES + "__lt__ __le__ __gt__ __ge__").split()  # of what a data type would say
 BINARY = "add sub mul truediv floordiv mod pow matmul and or xor lshift rshift divmod".split()
 COMPARED = "eq ne lt le gt ge".split()
 UNARY = "len bool str repr hash abs round int float complex index neg pos invert".split()
@@ -52,7 +61,7 @@ def encode_more(value, call):
     if isinstance(value, BaseException):
         return encode_error(value, call)
     if isinstance(value, type) and issubclass(value, BaseException):
-        return [*handle(value, "error"), value.__name__, [base.__name__ for base in value.__mro__]]
+        return [*handle(value, "error"), value.__name__, built_in(value)]
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return named_tuple(value, call)
     name = f"{kind.__module__}.{kind.__name__}"
@@ -71,14 +80,19 @@ def encode_more(value, call):
     return handle(value, "callable" if callable(value) else "object")
 
 
+def built_in(kind):
+    """The names of Python's own classes among a class of errors and its bases."""
+    return [base.__name__ for base in kind.__mro__ if ERRORS.get(base.__name__) is base]
+
+
 def encode_error(error, call):
     kind = type(error)
-    coded = ["error", [base.__name__ for base in kind.__mro__]]
+    coded = ["error", built_in(kind)]
     try:
         coded.append([encode(item, call) for item in error.args])
     except Exception:
         coded.append([repr(error)[:200]])
-    if kind.__name__ in ERRORS or id(kind) in theirs:
+    if ERRORS.get(kind.__name__) is kind or id(kind) in theirs:
         return coded
     return [*coded, encode_more(kind, call), encode(list(vars(error).items()), call)]
 
@@ -89,7 +103,10 @@ _decode_error = decode_error
 def decode_error(value, call):
     if len(value) == 3:
         return _decode_error(value, call)
-    error = decode(value[3], call)(*decode_all(value[2], call))
+    kind = decode(value[3], call)
+    if not (isinstance(kind, type) and issubclass(kind, BaseException)):
+        raise TypeError("no class of errors")
+    error = kind(*decode_all(value[2], call))
     error.__dict__.update(decode(value[4], call))
     return error
 
@@ -103,7 +120,7 @@ def decode_handle(value, call):
     number, kind = value[1:3]
     if kind == "error":
         if number not in errors:
-            made = next((ERRORS[name] for name in value[4] if name in ERRORS), Exception)
+            made = ERRORS[value[4][0]] if value[4] else Exception
             if made.__name__ != value[3]:
                 made = type(value[3], (made,), {"__init__": lambda self, *args, **named: None})
             theirs[id(made)] = number
@@ -134,13 +151,14 @@ def encode_result(function, value, call):
 
 
 class Remote:
-    """An object of the other end. `_trust`: "class", "named class" (with a capital), "named" (made
+    """An object of the other end. `_trust`: "class", "named class" (see above), "named" (made
     by calling one), "tainted" (by an operator that was given plain data) or "free"."""
 
     __slots__ = ("_number", "_trust")
 
     def __getattr__(self, name):
-        if name in PREDICATES and self._trust == "free" and judging():
+        doubted = self._trust == "free" and name in PREDICATES
+        if judging() and (doubted or self._trust == "tainted"):
             raise AttributeError(name)
         return apply("getattr", self, name)
 
@@ -153,6 +171,8 @@ class Remote:
         return remote_for(made._number, "named")
 
     def __iter__(self):
+        if self._trust == "tainted":
+            raise TypeError("an object of the program's has no items here")
         iterator = apply("iter", self)
         while True:
             try:
@@ -221,7 +241,9 @@ def binary(name, swapped):
 def compared(name):
     def compare(self, other):
         if not believed(self, other):
-            return NotImplemented  # eq and ne fall back on identity, the others raise
+            if name in ("eq", "ne"):
+                return name == "ne"
+            raise TypeError(f"an object of the program's is given plain data to compare ({name})")
         method = f"__{name}__"
         result = apply(name if type(other) is Remote else method, self, other)
         if result is True and name != "ne" and judging() and holds(method, self, object()):
@@ -272,75 +294,30 @@ for name in (*UNARY, *FORWARDED):
 
 
 def operation(target):
-    return OPERATIONS[target[1]] if target[0] == "operation" else decode(target, None)
+    if target[0] == "operation":
+        return guarded(target[1]) if judging() else OPERATIONS[target[1]]
+    if judging() and target[0] != "yours":
+        raise TypeError("only what the tests gave is called at their end")
+    return decode(target, None)
 
 
-def bind(values):
+def guarded(name):
+    """The operation, at the tests' end: on what they gave, and not to see Python's own works, as
+    `f.__globals__` does, or the frame of a generator."""
+
+    def operate(value, *operands):
+        asked = operands[0] if name in ("getattr", "setattr", "delattr") else ""
+        given = id(value) in my_numbers and type(asked) is str and asked[:2] != "__"
+        result = OPERATIONS[name](value, *operands) if given else None
+        if not given or type(result).__name__ in WORKS:
+            raise AttributeError(f"no {name} of {asked or 'that'} at the tests' end")
+        return result
+
+    return operate
+
+
+def bind(values, classes):
     for name, value in values.items():
-        if type(value) is Remote and value._trust == "class" and name[0].isupper():
+        if type(value) is Remote and value._trust == "class" and name in classes:
             value = remote_for(value._number, "named class")
         namespace[name] = value
-
-
-# -- the process -----------------------------------------------------------------------------------
-
-_ask = ask
-
-
-def ask(target, args, kwargs):
-    with lock:  # for programs with threads
-        return _ask(target, args, kwargs)
-
-
-def run(source):
-    if "random" in source:  # so that the same program earns the same
-        __import__("random").seed(0)
-    exec(compile(source, "<program>", "exec"), namespace)
-
-
-class Json:
-    """What `json` gives its scanner to go by."""
-
-    strict, object_hook, object_pairs_hook, memo = True, None, None, {}
-    parse_int, parse_float, parse_constant = int, float, float
-
-
-scan, text = _json.make_scanner(Json), _json.encode_basestring_ascii
-chunks = _json.make_encoder(None, None, text, None, ": ", ", ", False, False, True)
-
-
-def loads(line):
-    return scan(line, 0)[0]
-
-
-def dumps(value):
-    return "".join(chunks(value, 0))
-
-
-def send(message):
-    view = memoryview(message.encode() + b"\n")
-    while view:
-        view = view[os.write(channel["fd"], view) :]
-    line = channel["lines"].readline()
-    if not line:
-        os._exit(0)
-    return line.decode()
-
-
-def start(role, cpu, memory):
-    """Keep the channel, give up the standard streams, and set the limits: here, inside the
-    sandbox's own user namespace, so that processes are counted apart from those beside it."""
-    import resource
-
-    channel.update(fd=os.dup(0), lines=os.fdopen(os.dup(0), "rb"))
-    null = os.open("/dev/null", os.O_RDWR)
-    for stream in range(3):
-        os.dup2(null, stream)
-    limits = {"AS": memory, "FSIZE": 2**24, "NPROC": 32, "NOFILE": 64, "CORE": 0}
-    for name, limit in limits.items():
-        resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (limit, limit))
-    resource.setrlimit(resource.RLIMIT_CPU, (cpu, cpu + 1))
-    module = sys.modules[role] = type(sys)(role)
-    vars(module).update(namespace, __name__=role)
-    globals()["namespace"] = vars(module)
-    serve()

@@ -86,7 +86,8 @@ def process_session(
 
 @cache
 def _cpython_program(role: str, limits: Limits) -> bytes:
-    source = f"{PEER}\n{Path(__file__).with_name('peer_cpython.py').read_text()}"
+    own = (Path(__file__).with_name(f"peer_{part}.py") for part in ("cpython", "process"))
+    source = "\n".join([PEER, *(path.read_text() for path in own)])
     source += f"\nstart({role!r}, {limits.cpu}, {limits.memory * 2**20})"
     return marshal.dumps(compile(source, "<peer>", "exec"))
 
