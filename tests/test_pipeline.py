@@ -148,6 +148,10 @@ def test_thresholds_are_of_every_unit(mdm):
         found(mdm, prompts[:1], SAMPLER)
     with pytest.raises(InputError, match="expected a V"):
         pipeline().calibrated(mdm, prompts, SAMPLER)
+    with pytest.raises(InputError, match="descriptions=0"):
+        pipeline(descriptions=0)(mdm, ASKED, SAMPLER)
+    with pytest.raises(InputError, match="checks=None"):
+        pipeline(guide=GuideConfig(form="faithful", checks=None))(mdm, ASKED, SAMPLER)
     with pytest.raises(InputError, match="faithful"):
         pipeline(guide=GuideConfig(budget=2.0))(mdm, ASKED, SAMPLER)
 

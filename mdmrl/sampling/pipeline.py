@@ -33,7 +33,7 @@ from mdmrl.config import require
 from mdmrl.policies import Policy, Prompt
 from mdmrl.runs import generator_for
 from mdmrl.sampling import guidance
-from mdmrl.sampling.config import SamplerConfig
+from mdmrl.sampling.config import SamplerConfig, require_at_least
 from mdmrl.sampling.guidance import GuideConfig, Thresholds
 from mdmrl.sampling.guided import Attempts, Judgement, advance, steps_of
 from mdmrl.sampling.hierarchy import Draft, Place, Unit, canvas_of, phase_of
@@ -112,11 +112,14 @@ class Pipeline:
         """Complete `prompts`.
 
         Raises:
-            InputError: an autoregressive policy, two gates in place of three bands, thresholds of
-                other units or calibrated on one of `prompts`, or what `generate_guided` refuses.
+            InputError: an autoregressive policy, no description allowed, no checks, two gates in
+                place of three bands, thresholds of other units or calibrated on one of `prompts`,
+                or what `generate_guided` refuses.
         """
         guide, bands = self.guide, self.thresholds if config.temperature else None
         config = guidance.checked(policy, prompts, config, guide, None)
+        require_at_least(self, descriptions=1, description_tokens=1)
+        require(guide.checks is not None, "checks=None: expected shares of a unit's steps")
         said = f"form={guide.form!r}, description_length={guide.description_length}"
         fit = guide.form == "faithful" and not guide.description_length
         require(fit, f"{said}: expected 'faithful' and 0, a description is a phase of its own")
