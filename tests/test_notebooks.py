@@ -51,9 +51,9 @@ def test_is_stored_clean(path):
 @each_notebook
 def test_papermill_sees_the_parameters_that_the_cell_assigns(path):
     seen = papermill.inspect_notebook(path)
-    assert {
-        name: ast.literal_eval(parameter["default"]) for name, parameter in seen.items()
-    } == notebook_parameters(path)
+    assert {name: ast.literal_eval(parameter["default"]) for name, parameter in seen.items()} == {
+        name: parameter.value for name, parameter in notebook_parameters(path).items()
+    }
 
 
 @each_notebook
