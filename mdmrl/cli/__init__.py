@@ -67,6 +67,16 @@ def reproduce(
 
 
 @app.command()
+def html(
+    profile: Annotated[str, Option(help="A file of notebooks/profiles.")] = "cpu",
+) -> None:
+    """Write the notebooks that were reproduced as pages, figures and static twins in them."""
+    from mdmrl.study.notebooks import write_html
+
+    print(*write_html(profile), sep="\n")
+
+
+@app.command()
 def doctor() -> None:
     """Say what this machine has of what the study needs, and which profiles it runs for how long;
     exit code 1 where something needed is missing."""

@@ -108,6 +108,30 @@ def run_notebook(
     return ""
 
 
+def write_html(profile: str) -> list[Path]:
+    """Write the notebooks that `mdmrl reproduce` has executed as pages in `runs/<profile>/html/`,
+    each a file that needs no other: figures are embedded, and widgets stand as their static twins.
+
+    Raises:
+        InputError: none has been executed.
+    """
+    from nbconvert import HTMLExporter
+
+    here = project_root() / "runs" / profile
+    executed = sorted((here / "notebooks").glob("*.ipynb"))
+    wanted = f"{here / 'notebooks'} has no notebook: run mdmrl reproduce --profile {profile} first"
+    require(len(executed) > 0, wanted)
+    # What their texts show are the committed figures.
+    where = {"metadata": {"path": str(project_root() / "notebooks")}}
+    pages = []
+    for path in executed:
+        where["metadata"]["name"] = path.stem
+        page, _ = HTMLExporter(embed_images=True).from_filename(path, where)
+        pages.append(here / "html" / f"{path.stem}.html")
+        write_atomically(pages[-1], page)
+    return pages
+
+
 @contextmanager
 def _kernel(notebook: str) -> Iterator[None]:
     """Let `python3` name a kernel in this very interpreter, with this very package.
