@@ -18,9 +18,11 @@ ROWS = [{"prompt": "ab", "completion": "c"}] * 2
 def tracker(request, monkeypatch):
     fake = types.ModuleType(request.param)
     fake.calls = []
-    for name in ("init", "log", "finish"):
-        note = lambda *a, name=name, **k: fake.calls.append((name, *a, k))  # noqa: E731
-        setattr(fake, name, note)
+
+    def noting(called):
+        return lambda *given, **named: fake.calls.append((called, *given, named))
+
+    fake.init, fake.log, fake.finish = map(noting, ("init", "log", "finish"))
     monkeypatch.setitem(sys.modules, request.param, fake)
     return fake
 

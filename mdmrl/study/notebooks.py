@@ -126,7 +126,8 @@ def write_html(profile: str) -> list[Path]:
     pages = []
     for path in executed:
         where["metadata"]["name"] = path.stem
-        page, _ = HTMLExporter(embed_images=True).from_filename(path, where)
+        notebook = nbformat.read(path, as_version=4)
+        page, _ = HTMLExporter(embed_images=True).from_notebook_node(notebook, where)
         pages.append(here / "html" / f"{path.stem}.html")
         write_atomically(pages[-1], page)
     return pages
