@@ -101,7 +101,11 @@ def test_the_first_notebook_runs(results_elsewhere, path):
 
 @pytest.mark.slow
 def test_all_notebooks_run(results_elsewhere):
+    """And their pages show static twins, where a widget would be an empty box."""
     assert reproduce("smoke") == 0
+    pages = write_html("smoke")
+    assert len(pages) == len(NOTEBOOKS)
+    assert not any("widget-view" in page.read_text() for page in pages)
 
 
 # ------------------------------------------------------------------ the runner
