@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
-import json
 import os
-import time
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
 from mdmrl.policies import Policy
-from mdmrl.runs import read_rows
 from mdmrl.sampling import SamplerOutput
 
 MASK_SHOWN = "░"
 
 
+def front_end() -> bool:
+    """Whether somebody may look at what a notebook shows: JupyterLab and VS Code say so to their
+    kernels, `mdmrl reproduce` to its own that nobody does, and papermill says nothing."""
+    looked_at = {"JPY_SESSION_NAME", "VSCODE_PID"} & os.environ.keys()
+    return bool(looked_at) and "MDMRL_NOTEBOOK" not in os.environ
+
+
 class Interactive:
-    """What `widget` makes in JupyterLab, and `_repr_html_`, its static twin, for whom shows none:
-    an export, a page on GitHub; under `mdmrl reproduce` the twin alone."""
+    """What `widget` makes where there is a front end, and `_repr_html_`, its static twin, for whom
+    shows none: an export, a page on GitHub; under papermill the twin alone."""
 
     def _repr_mimebundle_(self, include=None, exclude=None) -> dict[str, str]:
-        live = {} if "MDMRL_NOTEBOOK" in os.environ else self.widget()._repr_mimebundle_()
+        live = self.widget()._repr_mimebundle_() if front_end() else {}
         return {**live, "text/html": self._repr_html_()}
 
 
@@ -48,28 +51,3 @@ def order_of_reveal(output: SamplerOutput, policy: Policy, row: int = 0) -> Figu
     axes.set(xlabel="position in the completion (dotted: its end)", ylabel="step of reveal")
     figure.colorbar(points, label="probability when revealed")
     return figure
-
-
-def live_curve(folder: str | Path, column: str = "reward", seconds: float = 0.0) -> None:
-    """Draw a run's curve from its folder, and again each second while `seconds` last.
-
-    Reads files only, so any notebook or kernel can watch any run; a finished one is drawn once, and
-    one that has logged nothing yet is an empty axis that says so.
-    """
-    from IPython.display import display
-
-    folder, deadline = Path(folder), time.monotonic() + seconds
-    last = json.loads((folder / "config.json").read_text())["max_steps"]
-    handle = display(display_id=True)
-    while True:
-        rows = read_rows(folder / "metrics.jsonl")
-        frame = pd.DataFrame(rows, columns=["step", column], dtype=float)
-        figure, axes = plt.subplots(figsize=(6.3, 2.2), layout="constrained")
-        title = folder.name if rows else f"{folder.name}: nothing has been logged yet"
-        axes.set(xlabel="update", ylabel=column, title=title)
-        axes.plot(frame.step, frame[column], marker=".", linewidth=1)
-        plt.close(figure)
-        handle.update(figure)
-        if frame.step.max() >= last or time.monotonic() >= deadline:
-            return
-        time.sleep(1)
