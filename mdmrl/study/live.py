@@ -87,7 +87,7 @@ class Live(Interactive):
         drawn = [_curve(name, rows, last) for name in CURVES if any(name in row for row in rows)]
         samples = read_rows(self.folder / "samples.jsonl")[-1:]
         head = f"<b>{html.escape(self.folder.name)}</b>: {self._state(rows, last)}"
-        return f"{head}<div>{''.join(drawn)}</div>{''.join(map(_completions, samples))}"
+        return f"{head}<div>{''.join(drawn)}</div>{''.join(map(completions, samples))}"
 
     def _logged(self) -> tuple[list[dict], int]:
         """The rows, and the number of updates asked for."""
@@ -212,7 +212,7 @@ def _curve(name: str, rows: Sequence[dict], last: int) -> str:
     return f"<div style='{style}'>{head}<br><svg {size} style='background:#8881'>{line}</svg></div>"
 
 
-def _completions(sample: dict) -> str:
+def completions(sample: dict) -> str:
     """The newest group of completions, and what each earned."""
     prompt = sample["prompt"] if isinstance(sample["prompt"], str) else str(sample["prompt"])
     said = html.escape(prompt[:LONGEST])

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import base64
+import html
+import io
 import os
+from collections.abc import Callable, Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
+from mdmrl.config import InputError
 from mdmrl.policies import Policy
 from mdmrl.sampling import SamplerOutput
 
@@ -51,3 +56,62 @@ def order_of_reveal(output: SamplerOutput, policy: Policy, row: int = 0) -> Figu
     axes.set(xlabel="position in the completion (dotted: its end)", ylabel="step of reveal")
     figure.colorbar(points, label="probability when revealed")
     return figure
+
+
+class Choices(Interactive):
+    """What `show(**chosen)` says, HTML, of whatever is chosen.
+
+    Args:
+        begin: what is chosen first, by name; else the first option.
+        options: by name, what can be chosen: numbers make a slider, a tuple a list of which any
+            number is chosen, anything else a menu of one.
+
+    >>> Choices(lambda power: f"{2**power}", power=[1, 2, 3])
+    """
+
+    def __init__(self, show: Callable[..., str], begin: Mapping | None = None, **options: Sequence):
+        self.show, self.options = show, options
+        firsts = (given[:1] if isinstance(given, tuple) else given[0] for given in options.values())
+        self.begin = dict(zip(options, firsts, strict=True)) | dict(begin or {})
+
+    def shown(self, **chosen) -> str:
+        try:
+            return self.show(**chosen)
+        except InputError as error:  # the options do not go together
+            return f"<i>{html.escape(str(error))}</i>"
+
+    def widget(self):
+        """A control an option, and what is shown."""
+        import ipywidgets
+
+        view, controls = ipywidgets.HTML(self._repr_html_()), {}
+
+        def update(_) -> None:
+            chosen = {name: control.value for name, control in controls.items()}
+            view.value = self.shown(**chosen)
+
+        for name, given in self.options.items():
+            kind, also = ipywidgets.Dropdown, {}
+            if isinstance(given, tuple):
+                kind, also = ipywidgets.SelectMultiple, {"layout": {"width": "95%"}}
+            elif all(isinstance(option, int | float) for option in given):
+                kind, also = ipywidgets.SelectionSlider, {"continuous_update": False}
+            said = {
+                "description": name.replace("_", " "),
+                "style": {"description_width": "initial"},
+            }
+            controls[name] = kind(options=given, value=self.begin[name], **said, **also)
+            controls[name].observe(update, "value")
+        return ipywidgets.VBox([*controls.values(), view])
+
+    def _repr_html_(self) -> str:
+        """The static twin: what is shown first."""
+        return self.shown(**self.begin)
+
+
+def picture(figure: Figure) -> str:
+    """A figure as HTML."""
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=120)
+    data = base64.b64encode(file.getvalue()).decode()
+    return f"<img style='max-width:100%' src='data:image/png;base64,{data}'>"
