@@ -1,7 +1,7 @@
 """Training in a thread: stop and resume, sampling meanwhile, and the view of a run's folder."""
 
 import copy
-import json
+import signal
 import time
 
 import pytest
@@ -170,15 +170,21 @@ def test_where_nobody_looks_the_run_is_made_at_once_with_lines(mdm, tmp_path, ca
     assert not capsys.readouterr().out
 
 
-def test_a_cell_that_trains_is_watched_and_leaves_a_line(tmp_path, looked_at, monkeypatch):
-    shown = []
+def test_a_cell_that_trains_is_watched_and_an_interrupt_stops_it_softly(
+    tmp_path, looked_at, monkeypatch
+):
+    shown, handler = [], signal.getsignal(signal.SIGINT)
 
     class Display:
         def update(self, what):
             shown.append(what.data)
 
     monkeypatch.setattr("IPython.display.display", lambda what, display_id: Display())
-    with watched(tmp_path):
-        (tmp_path / "config.json").write_text(json.dumps({"max_steps": 1}))
-        (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
-    assert shown == [f"<b>{tmp_path.name}</b>: complete, 1 updates"]
+    with watched(tmp_path), Run(tmp_path, {"max_steps": 3}) as run:
+        run.log({"step": 0})
+        signal.raise_signal(signal.SIGINT)
+        assert run.stop_requested()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert shown == [f"<b>{tmp_path.name}</b>: stopped, 1 of 3 updates"]
+    assert signal.getsignal(signal.SIGINT) is handler

@@ -11,6 +11,7 @@ import copy
 import html
 import inspect
 import json
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +23,7 @@ from mdmrl.progress import duration, viewed
 from mdmrl.runs import Stopped, being_written, read_rows, request_stop
 from mdmrl.study.widgets import Interactive, front_end
 
-EVERY = 0.5  # seconds between two looks at the files
+EVERY = 1.0  # seconds between two looks at the files
 CURVES = ("reward", "eval/reward", "eval/accuracy", "accuracy", "eval/loss", "loss")
 CURVES += ("loss/surrogate", "loss/kl", "kl", "values/loss", "entropy")
 WIDTH, HEIGHT = 190, 56  # pixels of a curve
@@ -66,7 +67,8 @@ class Live(Interactive):
         request_stop(self.folder)
 
     def wait(self) -> Path:
-        """Wait for the run's end; returns its folder.
+        """Wait for the run's end; returns its folder. Meanwhile the kernel hears no button; when it
+        is interrupted the wait is over, and the run goes on.
 
         Raises:
             Stopped: it was stopped: resume it, and call this again. Or what else ended it.
@@ -87,7 +89,8 @@ class Live(Interactive):
         drawn = [_curve(name, rows, last) for name in CURVES if any(name in row for row in rows)]
         samples = read_rows(self.folder / "samples.jsonl")[-1:]
         head = f"<b>{html.escape(self.folder.name)}</b>: {self._state(rows, last)}"
-        return f"{head}<div>{''.join(drawn)}</div>{''.join(map(completions, samples))}"
+        box = "<div style='line-height:1.4;height:15em;overflow:auto'>"  # the cells below stay
+        return f"{head}<div>{''.join(drawn)}</div>{box}{''.join(map(completions, samples))}</div>"
 
     def _logged(self) -> tuple[list[dict], int]:
         """The rows, and the number of updates asked for."""
@@ -101,7 +104,7 @@ class Live(Interactive):
         return bool(rows) and rows[-1]["step"] == last
 
     def _state(self, rows: Sequence[dict], last: int) -> str:
-        if self.complete:
+        if rows and rows[-1]["step"] == last:
             return f"complete, {last} updates"
         done = rows[-1]["step"] + 1 if rows else 0
         so_far = f"{done} of {last} updates" if rows else "nothing has been logged yet"
@@ -138,7 +141,7 @@ class Live(Interactive):
 
         def follow() -> None:
             over = False
-            while not over:
+            while not over and view.comm is not None:  # else it was closed
                 running, over = self.running, self.complete
                 stop.disabled, resume.disabled = not running, running or over or self.make is None
                 view.value = self.shown()
@@ -181,19 +184,33 @@ def in_background(train: Callable[..., Path], policy: Policy, *given, **named) -
 
 @contextmanager
 def watched(folder: str | Path) -> Iterator[None]:
-    """Show the run of that folder while it is made inside this context, if anybody looks."""
-    if not front_end():
+    """Show the run of that folder while this thread, the main one, makes it inside this context, if
+    anybody looks; in the end one line. The kernel is busy and hears no button, but an interrupt,
+    which stops the run after the update at hand; a second one is as ever."""
+    main = threading.current_thread() is threading.main_thread()
+    if not (main and front_end()):
         yield
         return
+    import ipywidgets
     from IPython.display import HTML, display
 
-    live = Live(folder)
-    handle = display(live, display_id=True)
+    live, before = Live(folder), signal.getsignal(signal.SIGINT)
+    _, view = live.widget().children
+    note = "<small>Interrupt the kernel (■) to stop after the update at hand.</small>"
+    handle = display(ipywidgets.VBox([ipywidgets.HTML(note), view]), display_id=True)
+
+    def stop(*_) -> None:
+        live.stop()
+        signal.signal(signal.SIGINT, before)
+
+    signal.signal(signal.SIGINT, stop)
     try:
         with viewed():
             yield
     finally:
-        handle.update(HTML(live.shown().partition("<div>")[0]))
+        signal.signal(signal.SIGINT, before)
+        view.close()
+        handle.update(HTML(live.shown().partition("<div")[0]))
 
 
 def _curve(name: str, rows: Sequence[dict], last: int) -> str:
@@ -222,4 +239,4 @@ def completions(sample: dict) -> str:
         shown = html.escape(str(text)[:LONGEST])
         style = "text-align:left;white-space:pre-wrap;font-family:monospace"
         lines.append(f"<tr><td>{earned}</td><td style='{style}'>{shown}</td></tr>")
-    return f"<table>{''.join(lines)}</table>"
+    return f"<table style='line-height:1.4'>{''.join(lines)}</table>"
