@@ -4,24 +4,39 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 from tqdm import tqdm
 
 SILENT = 8.0  # most seconds between two lines, updates permitting
 SHOWN = ("reward", "loss", "kl", "eval/accuracy", "accuracy")
 
+_viewed = ContextVar("viewed", default=False)
+
+
+@contextmanager
+def viewed() -> Iterator[None]:
+    """A context in which something else shows how far runs have come."""
+    before = _viewed.set(True)
+    try:
+        yield
+    finally:
+        _viewed.reset(before)
+
 
 class Progress:
     """Shows the updates of the run `name` as they finish, or what else is its `unit`, `first` being
-    done before and `last` in all; nothing unless `shown`."""
+    done before and `last` in all; nothing unless `shown`, and while it is `viewed`."""
 
     def __init__(self, name: str, first: int, last: int, shown: bool = True, unit: str = "update"):
         self.name, self.first, self.last = name, first, last
-        self.shown, self.unit = shown, unit
+        self.shown, self.unit = shown and not _viewed.get(), unit
         self.start = time.monotonic()
         self.said = self.start - SILENT
         self.bar = None
-        if shown and sys.stderr.isatty():
+        if self.shown and sys.stderr.isatty():
             shown_as = {"desc": name, "unit": unit, "unit_scale": last > 10**6}
             self.bar = tqdm(total=last, initial=first, **shown_as)
 

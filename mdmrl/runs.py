@@ -8,7 +8,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -16,6 +16,8 @@ from filelock import FileLock, Timeout
 
 from mdmrl.config import InputError
 from mdmrl.provenance import environment
+
+STOP = ".stop"  # in a run's folder: whoever trains is to stop
 
 
 def derived_seed(seed: int, purpose: str, step: int = 0, index: int = 0) -> int:
@@ -92,6 +94,27 @@ class RunFolderError(InputError, FileExistsError):
     """A run folder that cannot be used: it holds something else, or another process writes it."""
 
 
+class Stopped(KeyboardInterrupt):
+    """A run was asked to stop; its last finished update is kept, and the same call goes on."""
+
+
+def being_written(folder: str | Path) -> bool:
+    """Whether a process, this one too, has the run of that folder open."""
+    path = Path(folder) / ".lock"
+    try:
+        with FileLock(path, timeout=0) if path.exists() else nullcontext():
+            return False
+    except Timeout:
+        return True
+
+
+def request_stop(folder: str | Path) -> None:
+    """Ask whoever trains the run of that folder, in whatever process, to stop after the update at
+    hand. Where nobody does, nothing is left behind."""
+    if being_written(folder):
+        (Path(folder) / STOP).touch()
+
+
 class Run:
     """A run folder: `config.json`, `environment.json`, `metrics.jsonl`, `samples.jsonl`, and
     `checkpoints/step-NNNNNN/`, each complete or absent.
@@ -120,7 +143,8 @@ class Run:
         self._lock = FileLock(self.folder / ".lock")  # let go by the system when its process dies
         try:
             if writes:
-                self._lock.acquire(timeout=0)
+                self._lock.acquire(timeout=0.3)  # `being_written` holds it for a moment
+                (self.folder / STOP).unlink(missing_ok=True)
             self._open(json.loads(as_json(identity)), since or {}, writes, device)
         except Timeout:
             raise RunFolderError(
@@ -159,6 +183,10 @@ class Run:
 
     def __exit__(self, *_) -> None:
         self.close()
+
+    def stop_requested(self) -> bool:
+        """Whether `request_stop` was called since the run was opened."""
+        return (self.folder / STOP).exists()
 
     def log(self, row: Mapping, name: str = "metrics") -> None:
         """Append one row to `<name>.jsonl`; what is no finite number becomes null."""

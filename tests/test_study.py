@@ -11,7 +11,7 @@ from matplotlib.colors import to_rgb
 from safetensors.torch import load_file
 
 from mdmrl.runs import read_rows
-from mdmrl.study import plots, training, widgets
+from mdmrl.study import plots, training
 from mdmrl.study.colours import UNNAMED
 
 
@@ -182,25 +182,6 @@ def test_bars_show_the_mean_over_seeds_its_interval_and_nothing_where_a_group_ha
     expected = [(2 - half, 2 + half), (2, 2), (5 - half, 5 + half)]
     drawn = [tuple(span) for span in spans if span[0] == span[0]]
     assert drawn == [pytest.approx(span, rel=1e-4) for span in expected]
-
-
-def test_a_run_that_has_logged_nothing_is_watched_until_it_has(tmp_path, monkeypatch):
-    """An empty axis that says so, then the curve; a column that the first rows lack is a gap."""
-    (tmp_path / "config.json").write_text('{"max_steps": 2}')
-    log, drawn = tmp_path / "metrics.jsonl", []
-
-    class Display:
-        def update(self, figure):
-            axes = figure.axes[0]
-            drawn.append((axes.get_title(), list(axes.get_lines()[0].get_xdata())))
-
-    monkeypatch.setattr("IPython.display.display", lambda **_: Display())
-    widgets.live_curve(tmp_path)
-    rows = iter(['{"step": 0, "reward": null}\n{"step": 1}\n', '{"step": 2, "reward": 1.5}\n'])
-    monkeypatch.setattr("time.sleep", lambda _: log.open("a").write(next(rows)))
-    widgets.live_curve(tmp_path, seconds=60)  # ends when the run does
-    waiting, named = f"{tmp_path.name}: nothing has been logged yet", tmp_path.name
-    assert drawn == [(waiting, []), (waiting, []), (named, [0, 1]), (named, [0, 1, 2])]
 
 
 def test_per_seed_curves_leave_out_updates_without_the_column():

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import threading
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from mdmrl.config import require
 from mdmrl.runs import kept_random_state
+
+_locks: WeakKeyDictionary = WeakKeyDictionary()  # apart: a policy that has one cannot be copied
 
 
 class Reference:
@@ -27,6 +31,12 @@ class Reference:
     @model.setter
     def model(self, model) -> None:
         self._model, self._reference, self._name = model, None, (None, 0)
+
+    @property
+    def lock(self) -> threading.RLock:
+        """Held by the thread that samples or trains: an update puts the reference in the policy's
+        place for a while, and another thread would sample from that."""
+        return _locks.setdefault(self, threading.RLock())
 
     @property
     def name(self) -> str | None:

@@ -36,9 +36,9 @@ def generate(
     >>> generate(policy, ["A patient has ..."], SamplerConfig(steps=64)).completions
     """
     generator = generator or generator_for(0, "generate", device=policy.device)
-    return resolve(type(policy).sampler)(
-        policy, prompts, config or SamplerConfig(), generator, record
-    )
+    sample = resolve(type(policy).sampler)
+    with policy.lock:
+        return sample(policy, prompts, config or SamplerConfig(), generator, record)
 
 
 def infill(
@@ -94,7 +94,8 @@ def infill(
         "leave it out",
     )
     config = config.replace(max_new_tokens=masks, stop_at_end=False)
-    output = denoise(policy, canvas, attention, open_, 1, config, generator, record)
+    with policy.lock:
+        output = denoise(policy, canvas, attention, open_, 1, config, generator, record)
     output.completion_mask = encoded.attention_mask
     output.completions = policy.decode(output.completion_ids, encoded.attention_mask)
     return output

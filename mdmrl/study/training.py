@@ -29,6 +29,7 @@ from mdmrl.sampling import SamplerConfig
 from mdmrl.sampling.guidance import GuideConfig
 from mdmrl.sampling.hierarchy import Hierarchical
 from mdmrl.study.candidates import Candidates, measured
+from mdmrl.study.live import watched
 from mdmrl.study.looks import Looks, look, noted, sampled
 from mdmrl.study.outputs import runs_folder
 from mdmrl.study.pieces import cached_table, facts, kept_table
@@ -220,7 +221,9 @@ def _train(policy: Policy, arm: Arm, config: GRPOConfig | PPOConfig) -> tuple[pd
         drawn["draw"] = guided_draw(policy, task, config, GuideConfig(**arm.guide))
     already = policy.positions_computed - start
     before = look(policy, task, looked_at, looks, config) if arm.looks else {}
-    folder = train(policy, task.rewards, rows, config, held_out, task.metric, probe, **drawn)
+    given = policy, task.rewards, rows, config, held_out, task.metric, probe
+    with watched(config.output_dir):
+        folder = train(*given, **drawn)
     frame, found = pd.DataFrame(read_rows(folder / "metrics.jsonl")), {}
     frame.loc[0, "token_forwards"] += already
     if arm.looks:

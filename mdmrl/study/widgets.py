@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
-import json
+import base64
+import html
+import io
 import os
-import time
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
+from mdmrl.config import InputError
 from mdmrl.policies import Policy
-from mdmrl.runs import read_rows
 from mdmrl.sampling import SamplerOutput
 
 MASK_SHOWN = "░"
 
 
+def front_end() -> bool:
+    """Whether somebody may look at what a notebook shows: JupyterLab and VS Code say so to their
+    kernels, `mdmrl reproduce` to its own that nobody does, and papermill says nothing."""
+    looked_at = {"JPY_SESSION_NAME", "VSCODE_PID"} & os.environ.keys()
+    return bool(looked_at) and "MDMRL_NOTEBOOK" not in os.environ
+
+
 class Interactive:
-    """What `widget` makes in JupyterLab, and `_repr_html_`, its static twin, for whom shows none:
-    an export, a page on GitHub; under `mdmrl reproduce` the twin alone."""
+    """What `widget` makes where there is a front end, and `_repr_html_`, its static twin, for whom
+    shows none: an export, a page on GitHub; under papermill the twin alone."""
 
     def _repr_mimebundle_(self, include=None, exclude=None) -> dict[str, str]:
-        live = {} if "MDMRL_NOTEBOOK" in os.environ else self.widget()._repr_mimebundle_()
+        live = self.widget()._repr_mimebundle_() if front_end() else {}
         return {**live, "text/html": self._repr_html_()}
 
 
@@ -50,26 +58,60 @@ def order_of_reveal(output: SamplerOutput, policy: Policy, row: int = 0) -> Figu
     return figure
 
 
-def live_curve(folder: str | Path, column: str = "reward", seconds: float = 0.0) -> None:
-    """Draw a run's curve from its folder, and again each second while `seconds` last.
+class Choices(Interactive):
+    """What `show(**chosen)` says, HTML, of whatever is chosen.
 
-    Reads files only, so any notebook or kernel can watch any run; a finished one is drawn once, and
-    one that has logged nothing yet is an empty axis that says so.
+    Args:
+        begin: what is chosen first, by name; else the first option.
+        options: by name, what can be chosen: numbers make a slider, a tuple a list of which any
+            number is chosen, anything else a menu of one.
+
+    >>> Choices(lambda power: f"{2**power}", power=[1, 2, 3])
     """
-    from IPython.display import display
 
-    folder, deadline = Path(folder), time.monotonic() + seconds
-    last = json.loads((folder / "config.json").read_text())["max_steps"]
-    handle = display(display_id=True)
-    while True:
-        rows = read_rows(folder / "metrics.jsonl")
-        frame = pd.DataFrame(rows, columns=["step", column], dtype=float)
-        figure, axes = plt.subplots(figsize=(6.3, 2.2), layout="constrained")
-        title = folder.name if rows else f"{folder.name}: nothing has been logged yet"
-        axes.set(xlabel="update", ylabel=column, title=title)
-        axes.plot(frame.step, frame[column], marker=".", linewidth=1)
-        plt.close(figure)
-        handle.update(figure)
-        if frame.step.max() >= last or time.monotonic() >= deadline:
-            return
-        time.sleep(1)
+    def __init__(self, show: Callable[..., str], begin: Mapping | None = None, **options: Sequence):
+        self.show, self.options = show, options
+        firsts = (given[:1] if isinstance(given, tuple) else given[0] for given in options.values())
+        self.begin = dict(zip(options, firsts, strict=True)) | dict(begin or {})
+
+    def shown(self, **chosen) -> str:
+        try:
+            return self.show(**chosen)
+        except InputError as error:  # the options do not go together
+            return f"<i>{html.escape(str(error))}</i>"
+
+    def widget(self):
+        """A control an option, and what is shown."""
+        import ipywidgets
+
+        view, controls = ipywidgets.HTML(self._repr_html_()), {}
+
+        def update(_) -> None:
+            chosen = {name: control.value for name, control in controls.items()}
+            view.value = self.shown(**chosen)
+
+        for name, given in self.options.items():
+            kind, also = ipywidgets.Dropdown, {}
+            if isinstance(given, tuple):
+                kind, also = ipywidgets.SelectMultiple, {"layout": {"width": "95%"}}
+            elif all(isinstance(option, int | float) for option in given):
+                kind, also = ipywidgets.SelectionSlider, {"continuous_update": False}
+            said = {
+                "description": name.replace("_", " "),
+                "style": {"description_width": "initial"},
+            }
+            controls[name] = kind(options=given, value=self.begin[name], **said, **also)
+            controls[name].observe(update, "value")
+        return ipywidgets.VBox([*controls.values(), view])
+
+    def _repr_html_(self) -> str:
+        """The static twin: what is shown first."""
+        return self.shown(**self.begin)
+
+
+def picture(figure: Figure) -> str:
+    """A figure as HTML."""
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=120)
+    data = base64.b64encode(file.getvalue()).decode()
+    return f"<img style='max-width:100%' src='data:image/png;base64,{data}'>"

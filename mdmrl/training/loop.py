@@ -19,12 +19,13 @@ from torch import Tensor
 from mdmrl.identity import known, named
 from mdmrl.policies import Policy
 from mdmrl.progress import Progress
-from mdmrl.runs import Run, flushed_denormals
+from mdmrl.runs import Run, Stopped, flushed_denormals
 from mdmrl.training.checkpoints import restore, save
 from mdmrl.training.config import TrainingConfig
 from mdmrl.training.tracking import reporting
 
 MAX_SKIPPED = 5
+TURN = 1e-3  # seconds between updates, in which a thread that waits for the policy gets it
 Metrics = dict[str, float | None]
 
 
@@ -115,31 +116,55 @@ def train(
         held_out: measures the policy before every `eval_steps`-th update, and at the end; takes the
             number of updates made.
         values: a value head that is trained and kept beside the policy.
+
+    Raises:
+        Stopped: `mdmrl.runs.request_stop` asked for it; the last finished update is kept.
     """
     accelerator, last = optimizer.accelerator, config.max_steps
     kept = run, policy, optimizer.adamw, values
-    first = restore(*kept)
+    with policy.lock:
+        first = saved = restore(*kept)
     if first == last and run.complete(last):
         return
     accelerator.wait_for_everyone()  # before the log that `complete` reads is cut
     writes = accelerator.is_main_process
     if writes:
         run.rewind(first)
+
+    def keep(step: int) -> None:
+        nonlocal saved
+        if writes and step > saved:
+            save(*kept, step)
+            saved = step
+
+    def stop_if_asked(step: int) -> None:
+        if any(gather_object([run.stop_requested()])):
+            keep(step)
+            said = f"{run.folder}: stopped as asked after {step} of {last} updates"
+            raise Stopped(f"{said}; the same call goes on from there")
+
     shown = Progress(run.folder.name, first, last, shown=writes)
     with shown as progress, reporting(run, config.report_to if writes else "none") as report:
         for step in range(first, last):
-            looked = held_out(step) if held_out and step % config.eval_steps == 0 else {}
+            stop_if_asked(step)
+            looked = {}
+            if held_out and step % config.eval_steps == 0:
+                looked = held_out(step)
+                stop_if_asked(step)
             start = time.perf_counter()
-            found, sample = update(step)
+            with policy.lock:
+                found, sample = update(step)
             metrics = averaged(looked | found | {"step_time": time.perf_counter() - start})
             if writes:
                 run.log({"step": step, **metrics})
                 report({"step": step, **metrics})
                 if sample:
                     run.log({"step": step, **sample}, "samples")
-                if (step + 1) % config.save_steps == 0 or step + 1 == last:
-                    save(*kept, step + 1)
+            if (step + 1) % config.save_steps == 0 or step + 1 == last:
+                keep(step + 1)
             progress.update(step + 1, metrics)
+            time.sleep(TURN)
+        stop_if_asked(last)
         looked = held_out(last) if held_out else {}
         if writes:
             run.log({"step": last, **looked})
