@@ -66,6 +66,7 @@ def two_runs(tmp_path, monkeypatch):
     folder.mkdir(parents=True)
     (folder / "config.json").write_text('{"beta": 1, "seed": 0}')
     rows = [{"step": n, "prompt": "<p>", "completions": [f"t{n}"], "rewards": [n]} for n in (0, 10)]
+    rows = [row | {"reward": row["step"]} for row in rows]
     for name in ("metrics", "samples"):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (pieces / "theirs-s0-0123456789.csv").write_text("step,reward\n0,1\n4,2\n")
@@ -80,6 +81,8 @@ def test_runs_are_compared_wherever_they_lie(two_runs, monkeypatch):
     runs = ("mine", "theirs-s0-0123456789")
     made = compare_runs()
     assert made.options["runs"] == made.begin["runs"] == runs
+    made._repr_html_()
+    assert drawn.pop().axes[0].get_lines()[0].get_xydata().tolist() == [[0, 0], [10, 10]]
     early = made.shown(runs=runs, column="reward", percent=20)
     assert "t0" in early and "t10" not in early and "last" in early and "&lt;p&gt;" in early
     assert "t10" in made.shown(runs=runs, column="reward", percent=60)

@@ -99,7 +99,7 @@ def compare_runs(containing: str = "", begin: Sequence[str] = ()) -> Choices:
         return f"{picture(figure)}{differ}{''.join(texts)}"
 
     begin = {"runs": tuple(name for name in begin if name in names) or names[:2], "percent": 100}
-    return Choices(show, begin, runs=names, column=COLUMNS[:], percent=list(range(0, 101, 10)))
+    return Choices(show, begin, runs=names, column=list(COLUMNS), percent=list(range(0, 101, 10)))
 
 
 def _read_run(path: Path) -> tuple[DataFrame, list[dict], dict]:
