@@ -19,13 +19,16 @@ PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help reproduce test test-all lint lock thumbnails
+.PHONY: help reproduce figures test test-all lint lock thumbnails
 
 help: ## say what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 reproduce: $(INSTALLED) ## run the notebooks: PROFILE=smoke|cpu|full, ARGS="--only 03 04 --force"
 	$(BIN)/python -m mdmrl reproduce --profile $(PROFILE) $(ARGS)
+
+figures: $(INSTALLED) ## redraw the committed figures from figures/data, and their gallery: ARGS="block_rl"
+	$(BIN)/python -m mdmrl.study.figures $(ARGS)
 
 test: $(INSTALLED) ## run the tests
 	$(PYTEST)

@@ -1,0 +1,59 @@
+"""Redraw the committed figures from `figures/data`, without a model, and write the pages that show
+them:
+
+    python -m mdmrl.study.figures                   all of them
+    python -m mdmrl.study.figures block_rl kl_law   these
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import matplotlib
+import matplotlib.pyplot as plt
+
+from mdmrl.study import plots
+from mdmrl.study.figures import FIGURES, drawing
+from mdmrl.study.notebooks import load_profile, notebook_parameters
+from mdmrl.study.outputs import figures_folder, project_root, save
+from mdmrl.study.reproduce import write_docs
+
+
+def redraw(folder: Path, names: Iterable[str] = ()) -> list[str]:
+    """Draw those of `names`, by default all, whose provenance lies in `folder`; returns which. That
+    stays as it is: the run that it tells of is the same."""
+    plots.use_style()
+    done = []
+    for name in names or FIGURES:
+        of, origin = drawing(name), folder / f"{name}.json"
+        if origin.exists():
+            known = json.loads(origin.read_text())
+            facts = parameters(of.notebook, known["profile"]) | known
+            save(of.draw(facts, *of.read(folder)), folder, name)
+            plt.close("all")
+            done.append(name)
+    return done
+
+
+def parameters(notebook: str, profile: str) -> dict:
+    """A notebook's parameters in a profile: facts of its figures."""
+    path = project_root() / "notebooks" / f"{notebook}.ipynb"
+    return notebook_parameters(path) | load_profile(profile)[notebook]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="mdmrl.study.figures", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="name", help="of figures; all of them if none")
+    matplotlib.use("agg")
+    folder = figures_folder("full")
+    done = redraw(folder, parser.parse_args(arguments).names)
+    write_docs(folder)
+    print(f"{len(done)} figures drawn: {', '.join(done)}")
+
+
+if __name__ == "__main__":
+    main()
