@@ -1,4 +1,4 @@
-"""The registry of figures: each is drawn from its tables alone, says what they say, and is shown."""
+"""The registry of figures: each is drawn from its tables alone, and says what they say."""
 
 import csv
 import json

@@ -213,11 +213,11 @@ def test_the_page_has_a_line_a_row_then_errata_then_what_is_measured():
     link = "[03_reward_curves](../notebooks/03_reward_curves.ipynb)"
     assert rows[0][3].startswith(
         "**MedCoT, greedy: reproduced.** reward gained: 0.413 [0.32, 0.5] "
-        f"(p 1e-05 / {1e-5 * len(TRAINED):.2g}, 5 seeds, conditional on these checkpoints, {link})"
+        f"(p 1e-05 / {1e-5 * len(TRAINED):.2g}, conditional on these checkpoints)<br>"
     )
     assert rows[8][2:] == [
         "1 inconclusive",
-        f"**plateau: inconclusive.** reward gained: 0.413 [0.32, 0.5] (p 0.2, {link})"
+        f"**plateau: inconclusive.** reward gained: 0.413 [0.32, 0.5] (p 0.2)<br>{link}"
         "<br>Not judged yet: equal tokens",
     ]
     assert rows[1][2] == "not judged yet"

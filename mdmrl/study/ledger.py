@@ -185,8 +185,8 @@ def render(
 def _judged(
     row: Row, claims: Iterable[Claim], pictures: Mapping[int, str], whole: bool
 ) -> tuple[str, ...]:
-    """The cells of a row: its picture, what it claims, how many of its lines came out how, and
-    each line with its number, interval and verdict; none where there is nothing to say."""
+    """The cells of a row: its picture, what it claims, how many of its lines came out how, and each
+    line with its verdict, number and interval; none where there is nothing to say."""
     of = {claim.line: claim for claim in claims if claim.row == row.number}
     if not (of or whole):
         return ()
@@ -196,10 +196,10 @@ def _judged(
         shown = f'<a href="{path}"><img src="{path}" width="160" alt="{name}"></a>'
     for claim in (of[line] for line in row.lines if line in of):
         ps = " / ".join(f"{p:.2g}" for p in (claim.p, claim.p_holm) if p is not None)
-        facts = [f"p {ps}"] * bool(ps) + [f"{claim.seeds} seeds"] * (claim.seeds > 0)
-        facts += ["conditional on these checkpoints"] * claim.conditional
-        facts.append(_link(claim.notebook))
-        said.append(f"**{claim.line}: {claim.verdict}.** {sentence(claim)} ({', '.join(facts)})")
+        facts = [f"p {ps}"] * bool(ps) + ["conditional on these checkpoints"] * claim.conditional
+        text = f"**{claim.line}: {claim.verdict}.** {sentence(claim)}"
+        said.append(f"{text} ({', '.join(facts)})" if facts else text)
+    said += [_link(name) for name in dict.fromkeys(claim.notebook for claim in of.values())]
     missing = [line for line in row.lines if line not in of]
     if missing and whole:
         said.append(f"Not judged yet: {'; '.join(missing)}")

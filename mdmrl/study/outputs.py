@@ -63,6 +63,7 @@ def save(figure: Figure, folder: Path, name: str) -> None:
         with rc_context({"pdf.fonttype": 42}):
             figure.savefig(aside, format=ending, dpi=200, metadata=metadata)
         os.replace(aside, folder / f"{name}.{ending}")
+        figure.set_layout_engine("none")  # what the first has placed holds for the next
 
 
 class Outputs:

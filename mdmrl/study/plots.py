@@ -33,7 +33,7 @@ WORDS = {
     "grad_norm": "gradient norm",
     "grad_norm/surrogate": "norm of the surrogate's gradient",
     "grad_norm/kl": "norm of the KL term's gradient",
-    "token_forwards": "positions computed, an update",
+    "token_forwards": "positions, an update",
     "eval/reward": "held-out reward, greedy",
     "eval/sampled/reward": "held-out reward, sampled",
     "eval/accuracy": "right answers, greedy",
@@ -100,6 +100,15 @@ def interval(values: Series) -> tuple[float, float]:
     """The 95 % t-interval of the mean, for seaborn's `errorbar`; none of a single value."""
     _, low, high = t_interval(values) if len(values) > 1 else (math.nan,) * 3
     return low, high
+
+
+def trend(axes: Axes, table: DataFrame, x: str, y: str, shade: str, label: str, **line) -> None:
+    """The mean of `y` at every `x` over the rows of a table, and its 95 % t-interval as a band."""
+    groups = table.groupby(x)[y]
+    mean, ends = groups.mean(), np.array([interval(values) for _, values in groups])
+    axes.plot(mean.index, mean, color=shade, label=label, **line)
+    axes.fill_between(mean.index, *ends.T, color=shade, alpha=0.15, linewidth=0)
+    sns.despine(ax=axes)
 
 
 def panels(count: int, height: float = 2.4, columns: int = 2) -> tuple[Figure, np.ndarray]:
@@ -169,15 +178,21 @@ def point(axes: Axes, place: float, found: Sequence[float], shade: str, filled=T
 
 
 def dots(
-    axes: Axes, values: Series, arms: Iterable[str], filled=True, shift: float = 0.0, bound=None
+    axes: Axes,
+    values: Series,
+    arms: Iterable[str],
+    filled: bool = True,
+    shift: float = 0.0,
+    bound: float | None = None,
+    each: bool = True,
 ) -> None:
     """An arm a line, from top to bottom, in its colour: the mean over seeds with its 95 %
-    t-interval, each seed small. `values` have the index (arm, seed); an arm that they lack leaves
+    t-interval, `each` seed small. `values` have the index (arm, seed); an arm that they lack leaves
     its line empty. `bound` draws what decides: a dotted line at that value."""
     for place, (arm, shade) in enumerate(palette(arms).items()):
         own = values[values.index.get_level_values(0) == arm].dropna()
-        at = [place + shift] * len(own)
-        axes.plot(own, at, ".", color=shade, markersize=2.5, alpha=0.5)
+        if each:
+            axes.plot(own, [place + shift] * len(own), ".", color=shade, markersize=2.5, alpha=0.5)
         if len(own):
             point(axes, place + shift, (own.mean(), *interval(own)), shade, filled)
     if bound is not None:

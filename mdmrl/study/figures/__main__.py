@@ -10,6 +10,9 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import matplotlib
@@ -49,8 +52,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="mdmrl.study.figures", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="name", help="of figures; all of them if none")
     matplotlib.use("agg")
-    folder = figures_folder("full")
-    done = redraw(folder, parser.parse_args(arguments).names)
+    folder, names = figures_folder("full"), parser.parse_args(arguments).names or FIGURES
+    with ProcessPoolExecutor() as pool:
+        drawn = pool.map(partial(redraw, folder), ([name] for name in names))
+        done = [*chain.from_iterable(drawn)]
     write_docs(folder)
     print(f"{len(done)} figures drawn: {', '.join(done)}")
 

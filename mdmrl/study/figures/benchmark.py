@@ -21,7 +21,7 @@ from mdmrl.tasks.choice import CHANCE
     rows=(7, 8),
 )
 def table_4_1(facts, table, contrasts) -> Figure:
-    tasks = table.row.unique()
+    tasks = contrasts.row.unique()
     drawn, axes = plots.panels(len(tasks) + 2, height=1.9)
     for axis, task in zip(axes, tasks, strict=False):
         part = table[table.row == task]
@@ -43,7 +43,8 @@ def table_4_1(facts, table, contrasts) -> Figure:
             plots.point(axis, place, (found.change, found.low, found.high), colour("MDM"))
         plots.rows(axis, part.row)
         axis.axvline(0, color="0.3", linestyle=":", linewidth=1)
-        axis.set(title=f"tuned MDM minus {other}", xlabel="points, paired by item (dotted: 0)")
+        axis.set(title=f"tuned MDM minus {other}", xlabel="points, paired by item")
+    table = table[table.row.isin(tasks)]
     items = f"{table.n.max()} items a task"
     few = f", {table.n.min()} of them few-shot" if table.n.nunique() > 1 else ""
     said = "Filled: tuned by RL. Bars: 95 % intervals"
@@ -74,7 +75,7 @@ def planning_gap(facts, shares, leads) -> Figure:
             plots.point(lead, place, (found.lead, found.low, found.high), colour("MDM"))
         plots.rows(lead, part["of"])
         lead.axvline(0, color="0.3", linestyle=":", linewidth=1)
-        lead.set(xlabel="MDM minus AR, points (dotted: 0)", title=f"lead ({line})")
+        lead.set(xlabel="MDM minus AR, points", title=f"lead ({line})")
     items = " and ".join(f"{part.n.max()} items of {row}" for row, part in shares.groupby("row"))
     drawn.suptitle(f"{items}; as many steps as tokens; bars: 95 % intervals", fontsize=8)
     return drawn

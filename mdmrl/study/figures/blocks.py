@@ -101,7 +101,7 @@ def block_values(facts, known, ceilings) -> Figure:
     at = {"textcoords": "offset points", "fontsize": 7, "va": "center"}
     axes.annotate("what half of a text decides", (half, one.decided.mean()), (9, 0), **at)
     axes.annotate("one ending, as V", (half, one.explained.mean()), (9, 0), **at)
-    axes.set(xlabel="denoising steps made", ylabel="share of the reward's variance explained")
+    axes.set(xlabel="denoising steps made", ylabel="explained share of variance")
     sns.despine(ax=axes)
     drawn.suptitle("V, by the completions that it was fitted to; thin: a seed each", fontsize=8)
     return drawn

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from pandas import DataFrame
 
 from mdmrl.study import candidates, plots
-from mdmrl.study.colours import colour, palette
+from mdmrl.study.colours import colour, palette, tinted
 from mdmrl.study.figures.registry import figure
 
 MAIN = ("AR", "MDM ar_style, 4 steps", "MDM one_step, 4 steps", "MDM complementary, 4 steps")
@@ -31,7 +31,7 @@ def pair(runs: DataFrame, variant: str, columns: dict[str, bool], words: str) ->
             plots.curves(axis, runs, column, arms, 1 if looked else smooth, log=log)
         plots.same_heights(row)
     for axis, name in zip(grid[0], names, strict=True):
-        axis.set_title(name, color=colour(name))
+        axis.set_title(name, color=tinted(colour(name), 0.25))
     handles = [line for line in grid[0, 0].get_lines() if not line.get_label().startswith("_")]
     place = {"loc": "outside lower center", "ncols": 2, "frameon": False}
     drawn.legend(handles, words.split(" | "), **place)
@@ -269,7 +269,9 @@ def app_c_completions(facts, looks) -> Figure:
             axis.axvline(single.mean(), color=colour("AR"), linewidth=1)
         axis.tick_params(labelleft=axis is axes[0])
         axis.set(xlabel="share of texts", title=says[column])
-    text = "Hollow: completed in 16 denoising steps, filled: in 128; blue: AR; temperature 1"
+        axis.set_xlim(-0.01, max(0.05, axis.get_xlim()[1]))
+    few, many = sorted(looks["count"].dropna().unique())
+    text = f"Hollow: in {few:g} denoising steps, filled: in {many:g}; blue: AR; temperature 1"
     drawn.suptitle(f"{text}.\nDotted: 0.2 above filled, which decides. 95 % over seeds", fontsize=8)
     return drawn
 

@@ -84,8 +84,8 @@ def estimator_error(facts, table) -> Figure:
         axis.set(title=shown[model] if own else "", xlabel="" if own else "forward passes")
         if not own:
             axis.set_ylim(bottom=LOWEST)
-    axes[0].set_ylabel("error, nats: from its own target")
-    axes[2].set_ylabel("error, nats: from the sampler's log p")
+    axes[0].set_ylabel("from its own target")
+    axes[2].set_ylabel("from the sampler's log p")
     plots.shared_legend(drawn, axes[2], columns=5)
     draws = f"{facts['draws']} and {facts['real_draws']} draws; on the axis: exact"
     drawn.suptitle(f"Root mean square error, nats a text ({draws})", fontsize=8)
@@ -113,8 +113,8 @@ def estimator_gradients(facts, table) -> Figure:
         against_passes(axis, table[table.model == model], column, not own)
         axis.set(title=shown[model] if own else "", xlabel="" if own else "forward passes")
         axis.set_ylim(lowest, 1.05)
-    axes[0].set_ylabel("cosine to its own target")
-    axes[2].set_ylabel("cosine to the sampler's log p")
+    axes[0].set_ylabel("to its own target")
+    axes[2].set_ylabel("to the sampler's log p")
     plots.shared_legend(drawn, axes[2], columns=5)
     draws = f"{facts['gradient_draws']} and {facts['real_gradient_draws']} draws"
     drawn.suptitle(f"Cosine of gradients, mean of {draws}", fontsize=8)

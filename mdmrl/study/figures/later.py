@@ -176,8 +176,9 @@ def fig_5_2_pass_at_k(facts, table) -> Figure:
     for row, (column, said) in zip(grid, words.items(), strict=True):
         for axis, line in zip(row, lines, strict=True):
             own = table[table.line == line]
-            style = {"hue": "model", "palette": _before_and_after(line), "marker": "o"}
-            sns.lineplot(own, x="k", y=column, errorbar=plots.interval, ax=axis, **style)
+            for model, shade in _before_and_after(line).items():
+                part = own[own.model == model]
+                plots.trend(axis, part, "k", column, shade, model, marker=".")
             plots.doubling(axis, own.k.unique()[::2], "k, completions")
             axis.set_ylabel(said if axis is row[0] else "")
             axis.set_title(line if row is grid[0] else "")

@@ -129,13 +129,13 @@ def speed_frontier(facts, table) -> Figure:
 def cost_of_a_right_completion(facts, costs) -> Figure:
     drawn, axes = plots.panels(2)
     single, table = costs[costs.sampler == "AR"].iloc[0], costs[costs.sampler == WHOLE]
-    said = {"seconds": "seconds", "token_forwards": "positions computed"}
+    said = {"seconds": "seconds", "token_forwards": "positions"}
     for axis, (cost, word) in zip(axes, said.items(), strict=True):
         each = table[cost] / table.accuracy.where(table.accuracy > 0)
         axis.plot(table.setting, each, marker="o", color=MDM, label="MDM")
         level = single[cost] / (single.accuracy or np.nan)
         axis.plot(table.setting, [level] * len(table), color=AR, label="AR")
-        axis.set(yscale="log", ylabel=f"{word}, a right completion")
+        axis.set(yscale="log", ylabel=f"{word} a right completion")
         plots.doubling(axis, table.setting)
         plots.label_ends(axis, size=8)
     text = f"Temperature 1, {single.prompts:.0f} completions a point, {facts['machine']}"
@@ -152,12 +152,11 @@ def moved(facts, table: DataFrame, speeds: DataFrame, peers: DataFrame, what: st
     rate = speeds[speeds.sampler == WHOLE].set_index("setting").instances_per_second
     styles, shades = line_styles(curves[1:]), palette(curves[1:])
     for name in curves:
-        own = table[table["curve"] == name].groupby("steps")[measure]
-        mean, ends = own.mean(), np.array([plots.interval(values) for _, values in own])
-        look = {"color": shades.get(name, MDM), "linestyle": styles.get(name, "-")}
-        against.plot(mean.index, mean, marker="o", markersize=3, label=name, **look)
-        against.fill_between(mean.index, *ends.T, color=look["color"], alpha=0.15, linewidth=0)
-        fast.plot(rate.reindex(mean.index), mean, marker="o", markersize=3, **look)
+        look = {"linestyle": styles.get(name, "-"), "marker": "o", "markersize": 3}
+        own, shade = table[table["curve"] == name], shades.get(name, MDM)
+        plots.trend(against, own, "steps", measure, shade, name, **look)
+        mean = own.groupby("steps")[measure].mean()
+        fast.plot(rate.reindex(mean.index), mean, color=shade, **look)
     for peer, line in zip(peers.itertuples(), LINES, strict=False):
         against.axhline(peer.value, color=AR, linestyle=line, linewidth=1, label=peer.name)
         alpha = 1 if line == "-" else 0.5

@@ -111,7 +111,9 @@ def _restored(axes, runs: pd.DataFrame, arms: list[str]) -> None:
         plots.point(axes, place, np.clip(share, -1, 3), shade)
     plots.rows(axes, [arm.removeprefix("MDM ") for arm in arms])
     axes.axvline(0.5, color="0.3", linestyle=":", linewidth=1)
+    axes.yaxis.tick_right()
     axes.tick_params(labelsize=6.5)
+    sns.despine(ax=axes, left=True, right=False)
     axes.set_xlabel("share of the lost gain restored (dotted: half)", fontsize=7)
 
 
@@ -158,8 +160,8 @@ def kl_law(facts, cells) -> Figure:
         estimator=cells.main.str.extract(r"MDM (.*),")[0],
         term=cells.form + ", β = " + cells["β"].map("{:g}".format),
     )
-    words = {"closed": "share of the headroom closed", "kl/std": "standard deviation of the KL"}
-    drawn, axes = plots.panels(2)
+    words = {"closed": "headroom closed", "kl/std": "deviation of the KL, nats"}
+    drawn, axes = plots.panels(2, height=2.8)
     style = {"hue": "estimator", "palette": palette(cells.estimator.unique()), "style": "term"}
     for axis, (column, said) in zip(axes, words.items(), strict=True):
         sns.scatterplot(cells, x="law", y=column, **style, ax=axis, s=18)
@@ -169,7 +171,7 @@ def kl_law(facts, cells) -> Figure:
         sns.despine(ax=axis)
     axes[1].set_yscale("log")
     names = {name: name for name in (*cells.estimator.unique(), *cells.term.unique())}
-    plots.shared_legend(drawn, axes[0], columns=4, names=names)
+    plots.shared_legend(drawn, *axes, columns=4, names=names)
     text = f"One point a run, {cells.seed.nunique()} seeds, {facts['max_steps']} updates"
     drawn.suptitle(text, fontsize=8)
     return drawn

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
@@ -28,12 +27,7 @@ def value_calibration(facts, fifths, known) -> Figure:
     left.axline((fifths.V.mean(),) * 2, slope=1, color="0.6", linewidth=0.6)
     left.set(xlabel="V at half the steps, by fifths", ylabel="mean reward at the end")
     for judge, part in known.groupby("judge", sort=False):
-        areas = part.groupby("look").area
-        ends = pd.DataFrame([plots.interval(values) for _, values in areas], areas.mean().index)
-        right.plot(areas.mean(), color=colour(judge), label=judge)
-        right.fill_between(
-            ends.index, ends[0], ends[1], color=colour(judge), alpha=0.2, linewidth=0
-        )
+        plots.trend(right, part, "look", "area", colour(judge), judge)
     for level, style in ((0.5, "-"), (ABOVE, ":")):
         right.axhline(level, color="0.5", linewidth=0.8, linestyle=style)
     right.set(xlabel="look (four a block)", ylabel="AUROC within prompts")
@@ -57,19 +51,16 @@ def value_guided(facts, curves, compared) -> Figure:
     shades = palette(shown.arm.unique())
     drawn, (left, right) = plots.panels(2, height=2.8)
     for by, line in {"V": "-", "true reward": "--"}.items():
-        own = curves[curves.by == by].groupby("n").reward
-        ends = pd.DataFrame([plots.interval(values) for _, values in own], own.mean().index)
-        left.plot(own.mean(), line, color="0.4", label=f"best of n, {by}", linewidth=1)
-        left.fill_between(ends.index, ends[0], ends[1], color="0.4", alpha=0.15, linewidth=0)
-    plots.label_ends(left, {f"best of n, {by}": f"by {by}" for by in ("V", "true reward")}, 6.5)
+        plots.trend(left, curves[curves.by == by], "n", "reward", "0.4", by, linestyle=line)
+    plots.label_ends(left)
     for arm, row in shown.groupby("arm", sort=False)[["texts", "reward"]].mean().iterrows():
         left.plot(row.texts, row.reward, "o", color=shades[arm], markersize=4.5)
     left.set(
         xlabel="cost, in plain completions", ylabel="mean reward", title="best of n, and guided"
     )
     gains = shown.groupby(["arm", "prompt"], sort=False).gain.mean()
-    plots.dots(right, gains, shades, bound=0.0)
-    right.set(xlabel="reward above best of n by V (dotted: 0)", title="at equal cost")
+    plots.dots(right, gains, shades, bound=0.0, each=False)
+    right.set(xlabel="reward above best of n by V", title="at equal cost")
     sns.despine(drawn)
     text = (
         f"95 % over {curves.seed.nunique()} seeds (left), over {facts['prompts']} prompts (right)"
@@ -119,10 +110,7 @@ def few_steps(facts, ends) -> Figure:
 def value_countdown(facts, areas, best, compared, runs) -> Figure:
     drawn, axes = plots.panels(3, columns=3)
     for judge, part in areas.groupby("judge", sort=False):
-        own = part.groupby("steps").area
-        ends = pd.DataFrame([plots.interval(values) for _, values in own], own.mean().index)
-        axes[0].plot(own.mean(), color=colour(judge), marker="o", markersize=3, label=judge)
-        axes[0].fill_between(ends.index, ends[0], ends[1], color=colour(judge), alpha=0.2)
+        plots.trend(axes[0], part, "steps", "area", colour(judge), judge, marker=".")
     for level, style in ((0.5, "-"), (ABOVE, ":")):
         axes[0].axhline(level, color="0.5", linewidth=0.8, linestyle=style)
     axes[0].set(xlabel="denoising steps S", ylabel="AUROC of the answer at S/2")
