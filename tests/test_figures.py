@@ -100,12 +100,13 @@ def test_redrawing_leaves_the_provenance_and_writes_the_same_bytes(tmp_path, mon
     before = (tmp_path / "figures" / "few_steps.json").read_bytes()
     found = []
     for _ in range(2):
-        assert redraw(tmp_path / "figures") == ["few_steps"]
+        assert redraw(tmp_path / "figures", "few_steps")
         found.append([p.read_bytes() for p in sorted((tmp_path / "figures").glob("few_steps.p*"))])
     assert len(found[0]) == 2 and found[0] == found[1]
     assert (tmp_path / "figures" / "few_steps.json").read_bytes() == before
+    assert not redraw(tmp_path / "figures", "kl_grid")  # no run has made it there
     with pytest.raises(ValueError, match="did you mean 'few_steps'"):
-        redraw(tmp_path / "figures", ["few_step"])
+        redraw(tmp_path / "figures", "few_step")
 
 
 def test_every_row_that_is_judged_has_a_figure():

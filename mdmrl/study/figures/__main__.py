@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from itertools import chain
 from pathlib import Path
 
 import matplotlib
@@ -25,20 +24,17 @@ from mdmrl.study.outputs import figures_folder, project_root, save
 from mdmrl.study.reproduce import write_docs
 
 
-def redraw(folder: Path, names: Iterable[str] = ()) -> list[str]:
-    """Draw those of `names`, by default all, whose provenance lies in `folder`; returns which. That
-    stays as it is: the run that it tells of is the same."""
-    plots.use_style()
-    done = []
-    for name in names or FIGURES:
-        of, origin = drawing(name), folder / f"{name}.json"
-        if origin.exists():
-            known = json.loads(origin.read_text())
-            facts = parameters(of.notebook, known["profile"]) | known
-            save(of.draw(facts, *of.read(folder)), folder, name)
-            plt.close("all")
-            done.append(name)
-    return done
+def redraw(folder: Path, name: str) -> bool:
+    """Draw a figure again whose provenance lies in `folder`; whether it does. That stays as it is:
+    the run that it tells of is the same."""
+    of, origin = drawing(name), folder / f"{name}.json"
+    if origin.exists():
+        plots.use_style()
+        known = json.loads(origin.read_text())
+        facts = parameters(of.notebook, known["profile"]) | known
+        save(of.draw(facts, *of.read(folder)), folder, name)
+        plt.close("all")
+    return origin.exists()
 
 
 def parameters(notebook: str, profile: str) -> dict:
@@ -54,8 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     matplotlib.use("agg")
     folder, names = figures_folder("full"), parser.parse_args(arguments).names or FIGURES
     with ProcessPoolExecutor() as pool:
-        drawn = pool.map(partial(redraw, folder), ([name] for name in names))
-        done = [*chain.from_iterable(drawn)]
+        drawn = pool.map(partial(redraw, folder), names)
+        done = [name for name, known in zip(names, drawn, strict=True) if known]
     write_docs(folder)
     print(f"{len(done)} figures drawn: {', '.join(done)}")
 
