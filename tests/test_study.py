@@ -105,6 +105,8 @@ def test_a_shade_says_how_many_denoising_steps():
     assert shades["MDM one_step, 4 steps, SFT"] == shades[names[1]]
     assert shades["AR"] == plots.colour("AR")
     assert plots.palette(names[:1])[names[0]] == plots.colour("one_step")
+    blue = [sum(to_rgb(shade)) for shade in plots.palette(["ar, 2 steps", "ar, 1 step"]).values()]
+    assert blue[0] < sum(to_rgb(plots.colour("ar"))) < blue[1]  # a dark hue goes both ways
 
 
 # Machado et al. 2009, full severity, on linear RGB.

@@ -47,7 +47,8 @@ UNNAMED = GREY  # a policy or arm of the reader's own
 LINES = ("-", "--", ":", "-.")
 # The parts of the medical reward: greys, and a warning for the one without a bound.
 PARTS = {"accuracy": "#3b3b3b", "depth": "#b66dff", "format": "#bdbdbd"}
-LIGHTEST, DARKEST = 0.35, 0.4  # how much white the fewest steps get, and black the most
+# How much black the fewest denoising steps get, white where below 0, and the most.
+TONES, OF_PALE = (-0.35, 0.4), (0.0, 0.6)
 STEPS = r",? \b(\d+) steps?\b"
 
 
@@ -70,7 +71,8 @@ def palette(names: Iterable[str]) -> dict[str, str]:
         tone = 0.0
         if name in steps and len(counts) > 1:
             place = counts.index(steps[name]) / (len(counts) - 1)
-            tone = place * (LIGHTEST + DARKEST) - LIGHTEST
+            fewest, most = OF_PALE if sum(to_rgb(colour(name))) > 1.8 else TONES
+            tone = fewest + place * (most - fewest)
         shades[name] = tinted(colour(name), tone)
     return shades
 

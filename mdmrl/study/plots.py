@@ -11,7 +11,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 from pandas import DataFrame, Series
 
 from mdmrl.evaluation.stats import t_interval
@@ -38,7 +40,7 @@ WORDS = {
     "eval/sampled/reward": "held-out reward, sampled",
     "eval/accuracy": "right answers, greedy",
     "eval/sampled/accuracy": "right answers, sampled",
-    "eval/code/R_a": "syntax tree found again, greedy",
+    "eval/code/R_a": "syntax tree found again",
 }
 UNITS = {"spent/positions": 1e6, "spent/seconds": 60}
 
@@ -206,6 +208,28 @@ def rows(axes: Axes, names: Iterable[str]) -> None:
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.5, -0.5)
     sns.despine(ax=axes)
+
+
+def decimals(axis: Axis) -> None:
+    """Plain numbers at 1, 2, 5, 10 and so on, of a log axis."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_locator(NullLocator())
+
+
+def cells(axes: Axes, table: DataFrame, said: DataFrame, ends: tuple[float, float], cmap: str):
+    """A table as coloured cells that say `said`, `ends` being the values of the colour map's."""
+    image = axes.imshow(table.to_numpy(float), cmap=cmap, vmin=ends[0], vmax=ends[1], aspect="auto")
+    shades = image.cmap(image.norm(table.to_numpy(float)))[..., :3] @ (0.3, 0.6, 0.1)
+    for (row, column), light in np.ndenumerate(shades):
+        place = {"ha": "center", "va": "center", "fontsize": 7}
+        ink = "0.1" if light > 0.5 else "white"
+        axes.text(column, row, said.iloc[row, column], color=ink, **place)
+    axes.set_xticks(range(table.shape[1]), table.columns)
+    axes.set_yticks(range(len(table)), table.index)
+    axes.tick_params(length=0)
+    sns.despine(ax=axes, left=True, bottom=True)
+    return image
 
 
 def doubling(axes: Axes, ticks: Iterable[float], label: str = "denoising steps") -> None:

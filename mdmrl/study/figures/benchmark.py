@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import seaborn as sns
 from matplotlib.figure import Figure
 
 from mdmrl.study import plots
@@ -104,11 +103,9 @@ def forgetting(facts, changes) -> Figure:
     )
     drawn, (axis,) = plots.panels(1, height=0.9 + 0.5 * len(grid), columns=1)
     most = max(5.0, grid.abs().to_numpy().max())
-    shown = {"annot": said, "fmt": "", "annot_kws": {"fontsize": 8}, "linewidths": 1}
-    shown |= {"cmap": "vlag_r", "vmin": -most, "vmax": most, "cbar_kws": {"label": "points"}}
-    sns.heatmap(grid, ax=axis, **shown)
+    image = plots.cells(axis, grid, said, (-most, most), "vlag_r")
+    drawn.colorbar(image, label="points")
     axis.set(xlabel="scored on", ylabel="tuned on")
-    axis.tick_params(left=False, bottom=False, labelrotation=0)
     said = f"{facts['items']} items a task, 95 % intervals"
     text = f"Right answers after RL minus before, {said}; updates on one task: {facts['max_steps']}"
     drawn.suptitle(text, fontsize=8)

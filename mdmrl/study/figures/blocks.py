@@ -51,6 +51,7 @@ def block_rl(facts, runs, table, ratios) -> Figure:
     for axis, (column, (said, bound)) in zip(axes[4:], TO_WHOLE.items(), strict=True):
         plots.dots(axis, own[column], ratios.arm.unique(), bound=bound)
         axis.set_xlabel(said)
+        axis.locator_params(axis="x", nbins=5)
     text = (
         "Above: means over seeds; grey: equal cost. Middle: 95 % t-intervals. Below: less `whole`"
     )

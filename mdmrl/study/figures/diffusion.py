@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 
 import numpy as np
+import pandas as pd
 import seaborn as sns
 import torch
 from matplotlib.figure import Figure
@@ -83,10 +84,9 @@ def diffusion_matrices(facts) -> Figure:
     drawn, axes = plots.panels(6, height=1.9, columns=3)
     names = ["A", "B", "C", MASK_SHOWN]
     for axis, (title, matrix) in zip(axes, matrices.items(), strict=True):
-        options = {"vmin": 0, "vmax": 1, "cmap": "Greys", "cbar": False, "square": True}
-        sns.heatmap(matrix, ax=axis, annot=True, fmt=".2g", annot_kws={"size": 7}, **options)
-        axis.set(title=title, xticklabels=names, yticklabels=names, xlabel="to", ylabel="from")
-        axis.tick_params(length=0)
+        table = pd.DataFrame(matrix.numpy(), names, names)
+        plots.cells(axis, table, table.map("{:.2g}".format), (0, 1), "Greys")
+        axis.set(title=title, xlabel="to", ylabel="from", aspect="equal")
     return drawn
 
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import pandas as pd
-import seaborn as sns
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator
 
 from mdmrl.study import candidates, plots
 from mdmrl.study.colours import colour, palette
@@ -48,13 +46,11 @@ def titles(facts) -> dict[str, str]:
 def estimator_targets(facts, gaps) -> Figure:
     gap = gaps.set_index("object").drop(columns="mass")
     drawn, (axis,) = plots.panels(1, height=3.6, columns=1)
-    labels = [f"{name}  ({mass:.2f})" for name, mass in zip(gap.index, gaps.mass, strict=True)]
-    options = {"cmap": "vlag", "center": 0, "vmax": 8, "cbar": False, "yticklabels": labels}
-    sns.heatmap(gap, ax=axis, annot=True, fmt=".2f", annot_kws={"size": 6.5}, **options)
-    axis.axhline(gap.shape[1], color="white", linewidth=3)
+    gap.index = [f"{name}  ({mass:.2f})" for name, mass in zip(gap.index, gaps.mass, strict=True)]
+    plots.cells(axis, gap, gap.map("{:.2f}".format), (-8, 8), "vlag")
+    axis.axhline(gap.shape[1] - 0.5, color="white", linewidth=3)
     axis.set(xlabel="the sampler that writes the texts", ylabel="scored by  (mass)")
-    axis.set_xticklabels(axis.get_xticklabels(), rotation=25, ha="right")
-    axis.tick_params(length=0)
+    axis.set_xticks(range(gap.shape[1]), gap.columns, rotation=25, ha="right")
     said = f"mean over its texts of {facts['length']} tokens, in nats"
     drawn.suptitle(f"log p of the sampler minus score: {said}", fontsize=8)
     return drawn
@@ -78,9 +74,7 @@ def estimator_error(facts, table) -> Figure:
         own = column == "error"
         against_passes(axis, table[table.model == model], column, not own, LOWEST)
         axis.set_yscale("log")
-        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.yaxis.set_major_formatter("{x:g}")
-        axis.minorticks_off()
+        plots.decimals(axis.yaxis)
         axis.set(title=shown[model] if own else "", xlabel="" if own else "forward passes")
         if not own:
             axis.set_ylim(bottom=LOWEST)
@@ -140,6 +134,7 @@ def estimator_candidates(facts, table) -> Figure:
         plots.moved(axis, pd.concat(parts, keys=["before", "after"], names=["end"]), arms)
         axis.set_xlabel(name, fontsize=7)
         axis.locator_params(axis="x", nbins=2)
+        axis.tick_params(axis="x", labelsize=6)
         axis.tick_params(labelleft=axis is axes[0])
     seeds = f"checkpoints: {table.index.unique('seed').size}"
     drawn.suptitle(f"Before (hollow) and along the first updates; {seeds}", fontsize=8)

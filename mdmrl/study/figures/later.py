@@ -96,10 +96,10 @@ def reward_ablation(facts, table) -> Figure:
     for axis, (task, title) in zip(axes, said.items(), strict=True):
         part = table[table.arm.str.startswith(task)].set_index(["arm", "seed"]).gain
         names = part.index.unique("arm")
-        plots.dots(axis, part, names, bound=0.0)
-        axis.set_yticklabels([name.partition(": ")[2] for name in names])
-        axis.set(title=title, xlabel="gain on held-out items, greedy (dotted: 0)")
-    drawn.suptitle(f"{table.seed.nunique()} seeds, 95 % t-intervals", fontsize=8)
+        plots.dots(axis, part.rename("MDM, {}".format, level="arm"), "MDM, " + names, bound=0.0)
+        axis.set_yticks(axis.get_yticks(), [name.partition(": ")[2] for name in names])
+        axis.set(title=title, xlabel="gain on held-out items, greedy")
+    drawn.suptitle(f"{table.seed.nunique()} seeds, 95 % t-intervals; dotted: 0", fontsize=8)
     return drawn
 
 
@@ -137,7 +137,7 @@ def code_infilling(facts, table) -> Figure:
         plots.point(axis, place, (row.passes, row.low, row.high), colour(row.policy), filled)
     plots.rows(axis, table.policy)
     axis.set(xlabel=f"held-out tests pass, of {facts['items']} spans (95 % Wilson intervals)")
-    axis.set_xlim(0, 1)
+    axis.set_xlim(-0.02, 1)
     return drawn
 
 
@@ -181,10 +181,9 @@ def fig_5_2_pass_at_k(facts, table) -> Figure:
                 plots.trend(axis, part, "k", column, shade, model, marker=".")
             plots.doubling(axis, own.k.unique()[::2], "k, completions")
             axis.set_ylabel(said if axis is row[0] else "")
-            axis.set_title(line if row is grid[0] else "")
-    for axis in grid[0]:
-        axis.set_ylim(0, 1.02)
-    plots.shared_legend(drawn, *axes, columns=2)
+    for axis, line in zip(grid[0], lines, strict=True):
+        axis.set(title=line, ylim=(0, 1.02))
+        axis.legend(frameon=False, loc="lower right")
     prompts = table.groupby("line").item.nunique().max()
     said = f"{prompts} prompts, {table.checkpoint.nunique()} checkpoint(s), temperature 1"
     drawn.suptitle(f"Fig. 5-2. {said}; bands: 95 % over prompts", fontsize=8)
@@ -250,6 +249,7 @@ def unified_objective(facts, runs, ends) -> Figure:
             cost.scatter(part.positions, part.after, color=colour(arm), s=18)
         cost.set(title=f"{family}, after training", xlabel=plots.WORDS["spent/positions"])
         cost.set(xscale="log", ylabel=plots.WORDS["eval/accuracy"])
+        plots.decimals(cost.xaxis)
         sns.despine(ax=cost)
     plots.shared_legend(drawn, axes[0])
     text = f"Fig. 5-1. {facts['updates']} updates of {facts['completions']} completions"
@@ -271,7 +271,7 @@ def reward_model(facts, runs) -> Figure:
         for family, shade in palette(runs.arm.unique()).items():
             own = runs[runs.arm == family]
             axis.scatter(own["kl/sum"], own[column], color=shade, s=8, label=family)
-        axis.set(ylabel=f"mean reward by {judge}", xlabel="KL from the start, nats a completion")
+        axis.set(ylabel=f"mean of {judge}", xlabel="KL from the start, nats a completion")
         sns.despine(ax=axis)
     plots.shared_legend(drawn, axes[0])
     plots.title(drawn, "RL on a reward model, a point an update", runs)

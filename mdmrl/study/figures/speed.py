@@ -50,7 +50,7 @@ def against_steps(facts, table: DataFrame, ratios: DataFrame, thesis: int | None
         axis.annotate("MDM", (1, last), (4, 0), color=MDM, fontsize=8, **at)
     prompts = f"{reference.prompts:.0f} items, {reference.setting:g} new tokens"
     said = f"{prompts}, batches of {facts['batch_size']}; {facts['machine']}"
-    drawn.suptitle(f"{said}. Bars and band: 95 % Wilson intervals", fontsize=8)
+    drawn.suptitle(f"{said}.\nBars and band: 95 % Wilson intervals", fontsize=8)
     return drawn
 
 
@@ -110,6 +110,7 @@ def speed_frontier(facts, table) -> Figure:
         axis.annotate("AR", at, (6, -3), textcoords="offset points", color=AR, fontsize=8)
         axis.set(xscale="log", xlabel="instances per second", title=titles[by_threshold])
         axis.set_ylim(-0.03, 1.05)
+        plots.decimals(axis.xaxis)
         axis.legend(frameon=False, fontsize=6.5, loc="lower left")
         sns.despine(ax=axis)
     axes[0].set_ylabel("exact answers, greedy")
@@ -164,6 +165,7 @@ def moved(facts, table: DataFrame, speeds: DataFrame, peers: DataFrame, what: st
     word = {"accuracy": "right answers", "reward": "reward"}[measure]
     against.set_ylabel(f"{word}, greedy")
     fast.set(xscale="log", xlabel="instances per second", ylabel=f"{word}, greedy")
+    plots.decimals(fast.xaxis)
     plots.doubling(against, table.steps)
     for axis in (against, fast):
         axis.set_ylim(bottom=0)

@@ -131,18 +131,21 @@ def kl_grid(facts, cells) -> Figure:
         term=cells.form + ", β = " + cells["β"].map("{:g}".format),
     )
     found = cells.estimator.unique()
-    said = {"spread": ("log10 of the KL's standard deviation", "viridis", None)}
-    said["closed"] = ("share of the headroom closed", "vlag_r", 0)
+    said = {"spread": ("log10 of the KL's standard deviation", "viridis")}
+    said["closed"] = ("share of the headroom closed", "vlag_r")
     drawn, axes = plots.panels(2 * len(found), height=2.2)
     for row, name in zip(axes.reshape(-1, 2), found, strict=True):
-        for axis, (column, (title, cmap, center)) in zip(row, said.items(), strict=True):
+        for axis, (column, (title, cmap)) in zip(row, said.items(), strict=True):
             grid = cells[cells.estimator == name].pivot_table(column, "term", "steps", sort=False)
-            ends = cells.groupby(["main", "term"])[column].mean()
-            limits = {"vmin": ends.min(), "vmax": ends.max(), "center": center, "cmap": cmap}
-            sns.heatmap(grid, ax=axis, annot=True, fmt=".2f", annot_kws={"size": 7}, **limits)
+            means = cells.groupby(["main", "term"])[column].mean()
+            ends = means.min(), means.max()
+            if column == "closed":  # white is 0
+                ends = -means.abs().max(), means.abs().max()
+            image = plots.cells(axis, grid, grid.map("{:.2f}".format), ends, cmap)
+            drawn.colorbar(image, ax=axis)
             axis.set_title(f"{name}: {title}", fontsize=7.5)
-            axis.set(xlabel="denoising steps", ylabel="")
-            axis.tick_params(rotation=0, labelsize=7)
+            axis.set_xlabel("denoising steps")
+            axis.tick_params(labelsize=7)
     text = f"Means over {cells.seed.nunique()} seeds, {facts['max_steps']} updates"
     drawn.suptitle(text, fontsize=8)
     return drawn
@@ -214,6 +217,6 @@ def kl_countdown(facts, runs) -> Figure:
             axis.yaxis.label.set_fontsize(6.5)
         row[0].set_title(task)
     axes[0].set_ylim(bottom=1e-6)
-    plots.shared_legend(drawn, axes[0], axes[4], columns=3)
+    plots.shared_legend(drawn, *axes, columns=3)
     plots.title(drawn, "Loss, KL and gradient norms on both tasks", runs, log=True)
     return drawn

@@ -91,7 +91,7 @@ def few_steps(facts, ends) -> Figure:
     axes[1].axvline(REWARD_CEILING, color="0.3", linestyle=":", linewidth=1)
     axes[1].tick_params(labelleft=False)
     text = "Hollow: {} denoising steps at inference, filled: {}. Dotted: the base at {}; the"
-    said = f"temperature 1, {ends.seed.nunique()} seeds, 95 % intervals"
+    said = f"Temperature 1, {ends.seed.nunique()} seeds, 95 % intervals"
     text = f"{text.format(*counts, counts[-1])}\nceiling by the thesis's count. {said}"
     drawn.suptitle(text, fontsize=8)
     return drawn
