@@ -22,12 +22,17 @@ class Progress:
         self.said = self.start - SILENT
         self.bar = None
         if shown and sys.stderr.isatty():
-            self.bar = tqdm(total=last, initial=first, desc=name, unit=unit)
+            shown_as = {"desc": name, "unit": unit, "unit_scale": last > 10**6}
+            self.bar = tqdm(total=last, initial=first, **shown_as)
 
     def __enter__(self) -> Progress:
         return self
 
     def __exit__(self, *_) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Leave the bar as it stands."""
         if self.bar is not None:
             self.bar.close()
 
@@ -44,7 +49,7 @@ class Progress:
             what = [f"{name} {value}" for name, value in found.items()]
             # A notebook shows what goes to stderr as an error, a shell's pipe wants results alone.
             where = sys.stdout if in_a_notebook() else sys.stderr
-            said = [f"{self.name}: {self.unit} {done} of {self.last}", *what]
+            said = [f"{self.name}: {self.unit} {done:,} of {self.last:,}", *what]
             print(", ".join([*said, f"{duration(left)} left"]), file=where)
 
 

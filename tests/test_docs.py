@@ -6,7 +6,9 @@ blocks `mdmrl` runs in this process; `make` and `jupyter` are looked up. What st
 `<!-- not executed: why -->` is only parsed: the options of `mdmrl` must exist.
 """
 
+import contextlib
 import importlib
+import itertools
 import json
 import math
 import os
@@ -15,11 +17,15 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
+from importlib import metadata
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import typer
+import yaml
+from packaging.requirements import Requirement
 from PIL import Image
 
 from mdmrl.cli import app
@@ -27,7 +33,8 @@ from mdmrl.evaluation.stats import t_interval
 from mdmrl.study.verdicts.table import ROWS
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+OUTSIDE = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+PAGES = [*OUTSIDE, *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(
     r"(?:<!-- not executed: (?P<why>[^>]+) -->\n)?```(?P<language>\w+)\n(?P<code>.*?)```", re.S
 )
@@ -74,7 +81,9 @@ def run(words, slow, executed):
     if not words:
         return
     words[0] = words[0].removeprefix(".venv/bin/")
-    if words[0] == "make":
+    if words == [".ci/run"]:
+        assert os.access(ROOT / words[0], os.X_OK)
+    elif words[0] == "make":
         assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.M), words
     elif words[0] == "mdmrl" and executed:
         assert COMMAND.main(words[1:], standalone_mode=False) in (0, None), words
@@ -124,7 +133,7 @@ def test_every_page_is_linked_from_the_front_page():
     front = (ROOT / "README.md").read_text()
     assert len(front.splitlines()) <= 150
     for page in PAGES[1:]:
-        assert f"(docs/{page.name})" in front
+        assert f"({page.relative_to(ROOT)})" in front
     for notebook in (ROOT / "notebooks").glob("*.ipynb"):
         assert f"(notebooks/{notebook.name})" in front
         thumbnail = ROOT / "docs" / "thumbnails" / f"{notebook.stem}.png"
@@ -133,9 +142,18 @@ def test_every_page_is_linked_from_the_front_page():
         assert thumbnail.stat().st_size < 40_000
 
 
+NUMBERED = ["Def. 2.2.1", "(3-1)", "(3-2)", "Table 4-1", "Table A-1", "Fig. A-1"]
+NUMBERED += [f"Fig. {n}" for n in ("3-1", "3-2", "3-3", "4-1", "4-2", "4-3", "4-4", "5-1", "5-2")]
+
+
 def test_the_map_of_the_thesis_names_what_there_is():
-    """Functions and classes that can be imported, notebooks, and rows that are judged."""
+    """Functions and classes that can be imported, notebooks, and rows that are judged; and all that
+    the thesis numbers has a line, with a function."""
     text = (ROOT / "docs" / "thesis.md").read_text()
+    lines = [line.split("|") for line in text.splitlines() if line.startswith("|")]
+    for item in NUMBERED:
+        (line,) = (line for line in lines if re.search(rf"{re.escape(item)}(?!\d)", line[1]))
+        assert "`mdmrl." in line[3], item
     for module, name in re.findall(r"`(mdmrl[\w.]*)\.(\w+)`", text):
         assert hasattr(importlib.import_module(module), name), f"{module}.{name}"
     for notebook in re.findall(r"`(\d\d_\w+)`", text):
@@ -144,6 +162,33 @@ def test_the_map_of_the_thesis_names_what_there_is():
     for first, joint, last in re.findall(r"rows? (\d+)(?: (and|to) (\d+))?", text):
         said |= {*range(int(first), int(last) + 1)} if joint else {int(first)}
     assert said == {row.number for row in ROWS}
+
+
+def test_every_package_and_every_shipped_file_has_a_licence():
+    """Each package that pyproject.toml names, with the licence that it states itself where it is
+    installed and states one; each table that ships."""
+    text = (ROOT / "docs" / "licences.md").read_text()
+    rows = [line.split("|") for line in text.splitlines() if line.startswith("| `")]
+    licence = {name: row[2] for row in rows for name in re.findall("`([^`]+)`", row[1])}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"].values()
+    for wanted in [*project["dependencies"], *itertools.chain(*extras)]:
+        name = Requirement(wanted).name
+        assert name in licence, name
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            stated = metadata.metadata(name).get("License-Expression")
+            assert not stated or stated.split()[0] in licence[name] or name == "torch", name
+    data = ROOT / "mdmrl"
+    shipped = {path for ending in ("tsv", "txt", "md") for path in data.glob(f"*/*.{ending}")}
+    assert {str(path.relative_to(ROOT)) for path in shipped} <= licence.keys()
+    assert all([*ROOT.glob(name)] for name in licence if "/" in name)
+
+
+def test_the_citation_is_of_this_package():
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert cited["version"] == project["version"] and cited["license"] == project["license"]
+    assert {"cff-version", "message", "title", "authors"} <= cited.keys()
 
 
 # ------------------------------------------------------------------ findings

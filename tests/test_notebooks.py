@@ -15,11 +15,18 @@ from pathlib import Path
 import nbformat
 import papermill
 import pytest
-from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+from PIL import Image
 from rich.console import Console
 
 from mdmrl.study import progress
-from mdmrl.study.notebooks import code_cells, load_profile, notebook_parameters, plan
+from mdmrl.study.notebooks import (
+    code_cells,
+    load_profile,
+    notebook_parameters,
+    plan,
+    write_html,
+)
 from mdmrl.study.outputs import figures_folder
 from mdmrl.study.progress import Progress, expected_seconds
 from mdmrl.study.reproduce import reproduce, write_docs
@@ -51,9 +58,9 @@ def test_is_stored_clean(path):
 @each_notebook
 def test_papermill_sees_the_parameters_that_the_cell_assigns(path):
     seen = papermill.inspect_notebook(path)
-    assert {
-        name: ast.literal_eval(parameter["default"]) for name, parameter in seen.items()
-    } == notebook_parameters(path)
+    assert {name: ast.literal_eval(parameter["default"]) for name, parameter in seen.items()} == {
+        name: parameter.value for name, parameter in notebook_parameters(path).items()
+    }
 
 
 @each_notebook
@@ -62,6 +69,19 @@ def test_every_profile_fits(path, profile):
     (job,) = plan(profile, [path.stem])
     assert job[0].stem == path.stem
     assert path.stem in load_profile(profile)
+
+
+@pytest.mark.parametrize("name", ["00_tour", "04_kl_instability", "05_estimator_lab", "12_code"])
+def test_three_exercises_end_it_with_their_solutions(name):
+    """The questions with folded hints, then a folded cell for each, which runs with the others."""
+    (path,) = FOLDER.glob(f"{name}*.ipynb")
+    *_, questions, first, second, third = nbformat.read(path, as_version=4).cells
+    assert questions.source.startswith("## Exercises")
+    assert len(re.findall(r"^\*\*\d\.\*\* .*\?", questions.source, re.M)) == 3
+    assert questions.source.count("<details><summary>Hint</summary>\n\n") == 3
+    for number, cell in enumerate((first, second, third), start=1):
+        assert cell.source.startswith(f"# Solution {number}. ")
+        assert cell.metadata.jupyter.source_hidden
 
 
 # ------------------------------------------------------------------ execution
@@ -81,7 +101,11 @@ def test_the_first_notebook_runs(results_elsewhere, path):
 
 @pytest.mark.slow
 def test_all_notebooks_run(results_elsewhere):
+    """And their pages show static twins, where a widget would be an empty box."""
     assert reproduce("smoke") == 0
+    pages = write_html("smoke")
+    assert len(pages) == len(NOTEBOOKS)
+    assert not any("widget-view" in page.read_text() for page in pages)
 
 
 # ------------------------------------------------------------------ the runner
@@ -229,6 +253,25 @@ def test_the_tables_in_docs_are_those_of_the_committed_figures(tmp_path, monkeyp
     for page in ("results.md", "bench.md"):
         written, committed = (root / "docs" / page for root in (tmp_path, FOLDER.parent))
         assert written.read_text() == committed.read_text()
+
+
+def test_pages_of_executed_notebooks_need_no_other_file(study, monkeypatch):
+    """An image of a text is embedded, an output stands, and what needs a front end is not there."""
+    Image.new("RGB", (3, 2)).save(study / "notebooks" / "drawn.png")
+    executed = study / "runs" / "smoke" / "notebooks" / "00_fine.ipynb"
+    write_notebook(executed, "Player()")
+    notebook = nbformat.read(executed, as_version=4)
+    notebook.cells[0].source = "![a picture](drawn.png)"
+    shown = {"text/html": "<b>the static twin</b>"}
+    notebook.cells[-1].outputs = [new_output("execute_result", shown, execution_count=1)]
+    nbformat.write(notebook, executed)
+    (page,) = write_html("smoke")
+    assert page == study / "runs" / "smoke" / "html" / "00_fine.html"
+    text = page.read_text()
+    assert 'src="data:image/png;base64,' in text and "drawn.png" not in text
+    assert "<b>the static twin</b>" in text and "widget-view" not in text
+    with pytest.raises(ValueError, match="run mdmrl reproduce --profile cpu first"):
+        write_html("cpu")
 
 
 def test_a_dead_kernel_is_a_failure(study, capsys):

@@ -5,12 +5,14 @@ import json
 import re
 import shutil
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import random_policy
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+import mdmrl.zoo
 from mdmrl.config import InputError
 from mdmrl.policies import MaskedDiffusionPolicy, add_lora, load, load_policy, merge_lora
 from mdmrl.policies.lora import thesis_lora_share
@@ -568,6 +570,22 @@ def test_an_adapter_names_its_base_as_it_was_asked_for(tmp_path):
     (path,) = (tmp_path / "tiny-mdm").glob("*.md")
     for file in ("adapter_config.json", path.name):
         assert "/zoo/" not in (tmp_path / "tiny-mdm" / file).read_text()
+
+
+@pytest.mark.parametrize("name", ["tiny-ar-reasoning-tuned", "tiny-mdm-reasoning-tuned"])
+def test_a_policy_that_ships_as_an_adapter_is_whole(name, tmp_path):
+    policy, base = load_policy(name), name.removesuffix("-tuned")
+    adapter = Path(mdmrl.zoo.__path__[0]) / name
+    ids = ids_of(policy)
+    above = load_policy(base, adapter=adapter).logits(ids)
+    torch.testing.assert_close(policy.logits(ids), above, atol=1e-3, rtol=0)
+    assert not torch.allclose(policy.logits(ids), load_policy(base).logits(ids), atol=1e-2)
+    assert (policy.name, policy.uses_lora) == (name, False)
+    assert {n for n, _ in policy.model.named_parameters()} == {*trained_names(policy)}
+    # And an adapter of one's own goes on top, which names it as its base.
+    logits, named = saved_adapter(policy, tmp_path)
+    assert named == name
+    assert torch.equal(load_policy(tmp_path).logits(ids), logits)
 
 
 @pytest.mark.parametrize("change", ["none", "optimizer", "state", "merge"])

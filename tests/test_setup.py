@@ -119,7 +119,7 @@ def test_a_python_that_will_not_do_is_named(make, lack, sentence):
 
 def test_help_names_every_target(make):
     text = make().stdout
-    for target in ("reproduce", "test", "test-all", "lint"):
+    for target in ("reproduce", "html", "test", "test-all", "lint"):
         assert re.search(rf"^make {target} +\w", text, re.MULTILINE)
 
 

@@ -27,6 +27,7 @@ from mdmrl.config import require, unknown
 from mdmrl.policies import Policy, load_policy
 from mdmrl.policies.families import FAMILIES
 from mdmrl.policies.load import DTYPES
+from mdmrl.progress import Progress
 from mdmrl.provenance import environment, pick_device
 from mdmrl.sampling import SamplerConfig, generate
 from mdmrl.sampling.denoise import Canvas
@@ -87,10 +88,11 @@ def bench_samplers(
         for batch in batches
         for count in (steps or [64] if loaded.denoises else [length])
     ]
-    rows = []
-    for size, prompts, group in work:
-        for sampler in group:
-            rows += _compared(loaded, prompts, sampler, size, repeats)
+    rows, groups = [], [(size, prompts, own) for size, prompts, group in work for own in group]
+    with Progress(policy, 0, len(groups), unit="comparison") as progress:
+        for done, (size, prompts, group) in enumerate(groups, start=1):
+            rows += _compared(loaded, prompts, group, size, repeats)
+            progress.update(done, {})
     asked = {"policy": policy, "prompt_length": prompt_length, "repeats": repeats}
     return {**asked, "rows": rows, **environment(loaded.device)}
 

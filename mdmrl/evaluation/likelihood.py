@@ -50,7 +50,7 @@ def log_likelihoods(
     totals = torch.zeros(len(pairs), dtype=torch.float64)
     greedy = torch.ones(len(pairs), dtype=torch.bool)
     longest_first = sorted(range(len(pairs)), key=lambda i: -sum(map(len, pairs[i])))
-    shown = tqdm(longest_first, "log-likelihoods", disable=not progress)
+    shown = tqdm(longest_first, "log-likelihoods", disable=None if progress else True)
     rows = ((i, *row) for i in shown for row in _masked_sets(policy, pairs[i], n_mc, seed))
     while batch := list(islice(rows, batch_size)):
         numbers, masked, weights = zip(*batch, strict=True)

@@ -117,7 +117,7 @@ class PolicyLM(TemplateLM):
             alike[repr(request.args[1])].append(number)
         size = self.batch_size
         batches = [g[i : i + size] for g in alike.values() for i in range(0, len(g), size)]
-        for batch in tqdm(batches, "generate_until", disable=disable_tqdm):
+        for batch in tqdm(batches, "generate_until", disable=disable_tqdm or None):
             config, limit, until = self._asked(requests[batch[0]].args[1])
             generator = generator_for(self.seed, "lm-eval", 0, batch[0], self.policy.device)
             prompts = [requests[number].args[0] for number in batch]

@@ -63,13 +63,17 @@ def load_policy(
     whole = name in NAMES or (folder / "config.json").exists()
     if adapter is None and not whole and (folder / ADAPTER).exists():
         name, adapter = _base_of(folder), name
-    source = _source(name)
+    tuned = resources.files("mdmrl.zoo") / name if name in ZOO else None
+    tuned = tuned if tuned and (tuned / ADAPTER).is_file() else None  # shipped as an adapter
+    source = _source(_base_of(tuned) if tuned else name)
     with_words = adapter is not None and (Path(adapter) / "tokenizer_config.json").exists()
     fields = read_fields(source)
     with loading(source):
         tokenizer = load_tokenizer(adapter if with_words else source)
     model = load_model(source, fields, tokenizer, DTYPES[dtype])
     _give_own_float32_head(model)
+    if tuned:
+        model = _with_adapter(model, str(tuned)).merge_and_unload().requires_grad_(True).eval()
     if name not in NAMES and Path(name).is_dir():
         name = str(Path(name).absolute())
     model.config.name_or_path = name  # which peft writes into an adapter's model card
@@ -92,14 +96,18 @@ def _family_of(settings: dict) -> type[Policy]:
     return FAMILIES["bd" if "block_length" in settings else "mdm"]
 
 
-def _put_on_top(policy: Policy, adapter: str) -> None:
+def _with_adapter(model, adapter: str):
     import peft
 
-    base = policy.name
     # By way of the processor: else of the first card, whichever the policy is on.
     options = {"is_trainable": True, "torch_device": "cpu"}
     with loading(adapter):
-        policy.model = peft.PeftModel.from_pretrained(policy.model, adapter, **options)
+        return peft.PeftModel.from_pretrained(model, adapter, **options)
+
+
+def _put_on_top(policy: Policy, adapter: str) -> None:
+    base = policy.name
+    policy.model = _with_adapter(policy.model, adapter)
     policy.model.eval().peft_config["default"].base_model_name_or_path = base
     policy.sync_reference()
 

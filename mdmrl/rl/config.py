@@ -54,7 +54,7 @@ class RLConfig(TrainingConfig):
 
     COUNTS: ClassVar = (*TrainingConfig.COUNTS, "num_iterations", "ref_model_sync_steps")
     POSITIVE: ClassVar = (*TrainingConfig.POSITIVE, "epsilon_high")
-    NAMED: ClassVar = {"clip": CLIPS}
+    NAMED: ClassVar = TrainingConfig.NAMED | {"clip": CLIPS}
     OWN_SAMPLER: ClassVar = {"remasking": "state_confidence"}
     LEAST_GROUP: ClassVar = 1
 

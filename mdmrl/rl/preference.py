@@ -68,7 +68,7 @@ class DPOConfig(TrainingConfig):
     logp_estimator: str | Callable | None = None
 
     POSITIVE: ClassVar = (*TrainingConfig.POSITIVE, "beta")
-    NAMED: ClassVar = {"loss_type": LOSSES}
+    NAMED: ClassVar = TrainingConfig.NAMED | {"loss_type": LOSSES}
     OWN_SAMPLER: ClassVar = RLConfig.OWN_SAMPLER
 
     def estimator_for(self, policy: Policy) -> str | Callable:

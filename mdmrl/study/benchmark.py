@@ -24,7 +24,7 @@ from mdmrl.policies import Policy, load_policy
 from mdmrl.rl import grpo
 from mdmrl.rl.config import GRPOConfig
 from mdmrl.sampling import SamplerConfig
-from mdmrl.study.outputs import project_root
+from mdmrl.study.outputs import runs_folder
 from mdmrl.study.pieces import cached_table
 from mdmrl.tasks import load_task
 from mdmrl.tasks.base import Task
@@ -168,7 +168,7 @@ def tuned_on(
     }
 
     def compute(piece: str) -> tuple[pd.DataFrame, dict]:
-        folder = project_root() / "runs" / profile / "grpo" / piece
+        folder = runs_folder(profile) / "grpo" / piece
         grpo.train_grpo(policy, task.rewards, learnt, config.replace(output_dir=str(folder)))
         found = {row: evaluate_examples(policy, *look).examples for row, look in looks.items()}
         right = {row: frame.set_index("index").score for row, frame in found.items()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import os
 import sys
@@ -11,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
+from types import MappingProxyType
 
 import nbformat
 import papermill
@@ -20,17 +20,22 @@ from accelerate.utils import patch_environment
 from mdmrl.config import InputError, require, unknown
 from mdmrl.identity import digest
 from mdmrl.runs import write_atomically
-from mdmrl.study.outputs import project_root
+from mdmrl.study.outputs import profile_of, project_root
+from mdmrl.study.parameters import Parameter, check, declared
 
 PACKAGE = Path(__file__).parents[1]
 
 
-def plan(profile: str, only: Iterable[str] = ()) -> list[tuple[Path, dict]]:
-    """The notebooks to run, in order, each with its parameters at this profile's scale.
+def plan(
+    profile: str, only: Iterable[str] = (), changes: Mapping = MappingProxyType({})
+) -> list[tuple[Path, dict]]:
+    """The notebooks to run, in order, each with its parameters at this profile's scale, but for
+    `changes`, which all of them must have.
 
     Raises:
         InputError: an unknown profile or notebook, a notebook that the profile leaves out, or a
-            parameter that the notebook does not have (papermill would only warn).
+            parameter that the notebook does not have, or has with another type (papermill would
+            only warn of the one, and take the other).
     """
     settings, only = load_profile(profile), tuple(only)
     notebooks = {path.stem: path for path in sorted((project_root() / "notebooks").glob("*.ipynb"))}
@@ -45,12 +50,11 @@ def plan(profile: str, only: Iterable[str] = ()) -> list[tuple[Path, dict]]:
         if only and not name.startswith(only):
             continue
         require(name in settings, f"{profile}.yaml leaves out {name}: add its parameters, or {{}}")
-        parameters = {**settings[name], "profile": profile}
         known = notebook_parameters(path)
-        for parameter in parameters:
-            if parameter not in known:
-                raise unknown(f"parameter of {name} in {profile}.yaml", parameter, known)
-        jobs.append((path, parameters))
+        check(known, {**settings[name], "profile": profile}, f"{name} in {profile}.yaml")
+        check(known, changes, name)
+        place = profile_of(profile, changes)
+        jobs.append((path, {**settings[name], **changes, "profile": place}))
     return jobs
 
 
@@ -70,23 +74,12 @@ def load_profile(name: str) -> dict[str, dict]:
     return {notebook: dict(parameters or {}) for notebook, parameters in settings.items()}
 
 
-def notebook_parameters(path: Path) -> dict[str, object]:
-    """What a notebook's one parameters cell sets: names, each with its value, a literal."""
+def notebook_parameters(path: Path) -> dict[str, Parameter]:
+    """What a notebook's one parameters cell sets."""
     cells = [c.source for c in _cells(path) if "parameters" in c.metadata.get("tags", [])]
     count = len(cells)
     require(count == 1, f"{path.name}: {count} cells are tagged 'parameters', expected one")
-    values = {}
-    for statement in ast.parse(cells[0]).body:
-        try:
-            typed = isinstance(statement, ast.AnnAssign)
-            target = statement.target if typed else statement.targets[0]
-            values[target.id] = ast.literal_eval(statement.value)
-        except (AttributeError, ValueError):
-            raise InputError(
-                f"{path.name}: '{ast.unparse(statement)}' in the parameters cell: "
-                "expected one name set to a literal; compute in the next cell"
-            ) from None
-    return values
+    return declared(cells[0], path.name)
 
 
 def code_cells(path: Path) -> int:
@@ -113,6 +106,31 @@ def run_notebook(
         except Exception as error:  # a dead kernel, say: the other notebooks still run
             return f"{type(error).__name__}: {error}"
     return ""
+
+
+def write_html(profile: str) -> list[Path]:
+    """Write the notebooks that `mdmrl reproduce` has executed as pages in `runs/<profile>/html/`,
+    each a file that needs no other: figures are embedded, and widgets stand as their static twins.
+
+    Raises:
+        InputError: none has been executed.
+    """
+    from nbconvert import HTMLExporter
+
+    here = project_root() / "runs" / profile
+    executed = sorted((here / "notebooks").glob("*.ipynb"))
+    wanted = f"{here / 'notebooks'} has no notebook: run mdmrl reproduce --profile {profile} first"
+    require(len(executed) > 0, wanted)
+    # What their texts show are the committed figures.
+    where = {"metadata": {"path": str(project_root() / "notebooks")}}
+    pages = []
+    for path in executed:
+        where["metadata"]["name"] = path.stem
+        notebook = nbformat.read(path, as_version=4)
+        page, _ = HTMLExporter(embed_images=True).from_notebook_node(notebook, where)
+        pages.append(here / "html" / f"{path.stem}.html")
+        write_atomically(pages[-1], page)
+    return pages
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from mdmrl.evaluation.stats import Interval
 from mdmrl.provenance import environment, machine, pick_device
 from mdmrl.runs import write_atomically
 from mdmrl.study import ledger
+from mdmrl.study.parameters import check_injected
 from mdmrl.study.verdicts import row_of
 
 # No dates or versions inside the files: a re-run gives identical bytes.
@@ -39,11 +40,24 @@ def project_root() -> Path:
     return folder
 
 
+def profile_of(profile: str, changes: Mapping[str, object]) -> str:
+    """The profile as it is called where parameters have other values: "cpu@beta=0.05"."""
+    said = (f"@{name}={value}" for name, value in changes.items())
+    return profile + re.sub(r"[^\w.+=@-]+", "_", "".join(said))
+
+
+def runs_folder(profile: str) -> Path:
+    """Where the training runs of a profile lie, which are the same with other values of parameters:
+    a run is known by its settings."""
+    return project_root() / "runs" / profile.partition("@")[0]
+
+
 def figures_folder(profile: str) -> Path:
     """`figures/` for the `full` profile, `runs/<profile>/figures/` for any other."""
     require(
-        re.fullmatch(r"[\w-]+", profile) is not None,
-        f"profile={profile!r}: expected letters, digits, '-' and '_' (it names a folder)",
+        re.fullmatch(r"[\w-]+(@[\w.=+-]+)*", profile) is not None,
+        f"profile={profile!r}: expected letters, digits, '-' and '_' (it names a folder), perhaps "
+        "with '@name=value' behind",
     )
     root = project_root()
     return root / "figures" if profile == "full" else root / "runs" / profile / "figures"
@@ -67,13 +81,16 @@ def save(figure: Figure, folder: Path, name: str) -> None:
 
 
 class Outputs:
-    """What a notebook writes, to the folder of its profile: one object, made in its first cell.
+    """What a notebook writes, to the folder of its profile: one object, made in its first cell,
+    where it refuses a parameter that papermill was given and the notebook does not have, or has
+    with another type.
 
     `notebook` is its name without ending, by default what `mdmrl reproduce` or JupyterLab says it
     is; give it where papermill is run by hand.
     """
 
     def __init__(self, profile: str, notebook: str | None = None):
+        check_injected()
         named = os.environ.get("MDMRL_NOTEBOOK") or os.environ.get("JPY_SESSION_NAME", "")
         self.profile, self.folder = profile, figures_folder(profile)
         self.notebook = notebook or Path(named).stem
@@ -89,7 +106,9 @@ class Outputs:
         origin = {"notebook": self.notebook, "profile": self.profile, "seeds": list(seeds)}
         known = {**facts, **origin, **environment(pick_device())}
         if "MDMRL_NOTEBOOK" in os.environ:  # else run by hand, maybe with parameters of its own
-            known["command"] = f"mdmrl reproduce --profile {self.profile} --only {self.notebook}"
+            profile, swept, change = self.profile.partition("@")
+            command = f"mdmrl reproduce --profile {profile} --only {self.notebook}"
+            known["command"] = f"{command} --sweep {change}" if swept else command
         write_atomically(path, json.dumps(known, indent=1) + "\n")
         return path.with_suffix(".png")
 

@@ -21,7 +21,7 @@ import pandas as pd
 from mdmrl.identity import described, digest
 from mdmrl.provenance import machine, pick_device, revision
 from mdmrl.runs import as_json, filled, write_atomically
-from mdmrl.study.outputs import figures_folder, project_root
+from mdmrl.study.outputs import figures_folder, runs_folder
 
 
 def cached_table(
@@ -81,4 +81,4 @@ def pieces_folder(profile: str) -> Path:
     """Where pieces lie."""
     if profile == "full":
         return figures_folder(profile) / "data" / "runs"
-    return project_root() / "runs" / profile / "runs"
+    return runs_folder(profile) / "runs"

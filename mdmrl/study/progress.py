@@ -109,7 +109,7 @@ def expected_seconds(profile: str, cells: dict[str, int]) -> dict[str, list[floa
     """Seconds of each code cell of each notebook, of which `cells` has the numbers: as they were
     when the profile last ran here, else as committed in `notebooks/profiles/seconds.json`."""
     committed = _read(project_root() / "notebooks" / "profiles" / "seconds.json").get(profile, {})
-    known = committed | _read(_recorded(profile))
+    known = committed | _read(recorded(profile))
     found = {}
     for name, count in cells.items():
         timed = known.get(name, [UNKNOWN])
@@ -120,9 +120,9 @@ def expected_seconds(profile: str, cells: dict[str, int]) -> dict[str, list[floa
 
 def record_seconds(profile: str, name: str, taken: list[float]) -> None:
     """Keep the seconds of a notebook's cells for the next run's estimate."""
-    known = _read(_recorded(profile)) | {name: [round(seconds, 1) for seconds in taken]}
+    known = _read(recorded(profile)) | {name: [round(seconds, 1) for seconds in taken]}
     lines = ",\n".join(f" {json.dumps(key)}: {json.dumps(known[key])}" for key in sorted(known))
-    write_atomically(_recorded(profile), f"{{\n{lines}\n}}\n")
+    write_atomically(recorded(profile), f"{{\n{lines}\n}}\n")
 
 
 def about(seconds: float) -> str:
@@ -134,7 +134,8 @@ def about(seconds: float) -> str:
     return f"about {hours}{minutes % 60} min left"
 
 
-def _recorded(profile: str) -> Path:
+def recorded(profile: str) -> Path:
+    """The file of what the profile's notebooks took when they last ran here."""
     return project_root() / "runs" / profile / "seconds.json"
 
 

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
+import pandas as pd
 from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from mdmrl.config import resolve
+from mdmrl.config import require, resolve
 from mdmrl.progress import duration
 from mdmrl.runs import write_atomically
 from mdmrl.study import ledger
 from mdmrl.study.notebooks import code_cells, fingerprint, package_digest, plan, run_notebook
-from mdmrl.study.outputs import figures_folder, figures_of, project_root
+from mdmrl.study.outputs import (
+    figures_folder,
+    figures_of,
+    profile_of,
+    project_root,
+    runs_folder,
+)
 from mdmrl.study.progress import Progress, expected_seconds, record_seconds
 
 
@@ -32,10 +39,44 @@ def reproduce(profile: str = "cpu", only: Iterable[str] = (), force: bool = Fals
         the exit code: 1 if a notebook failed (its traceback is printed, the others still run), 130
         if Ctrl-C stopped it. An unknown profile, notebook or parameter is refused before any work.
     """
-    jobs, folder = plan(profile, only := list(only)), figures_folder(profile)
-    if profile == "full":
+    only = list(only)
+    named = ["--only", *only] if only else []
+    return _until_stopped(lambda: _run(profile, only, force, {}), profile, *named)
+
+
+def sweep(
+    profile: str, only: Iterable[str], name: str, values: Sequence, force: bool = False
+) -> int:
+    """Run notebooks once for each of the `values` of their parameter `name`, and put the tables
+    that they write, and their claims, one below the other, with a column `swept_<name>` in front,
+    in `runs/<profile>/sweeps/<name>/`.
+
+    Each value has a profile of its own, "cpu@beta=0.05", but for training runs, which are shared:
+    what does not depend on the value is trained once.
+
+    Returns:
+        the exit code, as of `reproduce`.
+    """
+    only = list(only)
+    require(bool(only and values), "a sweep needs notebooks and values: --only 04 --sweep beta=0,1")
+    for value in values:
+        plan(profile, only, {name: value})  # refused before any work
+
+    def run() -> int:
+        failed = [_run(profile, only, force, {name: value}) for value in values]
+        print(*_collect(profile, name, values), sep="\n")
+        return max(failed)
+
+    asked = f"{name}={','.join(map(str, values))}"
+    return _until_stopped(run, profile, "--only", *only, "--sweep", asked)
+
+
+def _run(profile: str, only: Sequence[str], force: bool, changes: Mapping) -> int:
+    jobs, place = plan(profile, only, changes), profile_of(profile, changes)
+    folder = figures_folder(place)
+    if place == "full":
         write_docs(folder)  # lacking markers show now, not at the end
-    here, package = project_root() / "runs" / profile, package_digest()
+    here, package = project_root() / "runs" / place, package_digest()
     prints = {path.stem: fingerprint(path, parameters, package) for path, parameters in jobs}
     outputs = {path.stem: here / "notebooks" / path.name for path, _ in jobs}
     done = {} if force else _read(here / "done.json")
@@ -46,37 +87,60 @@ def reproduce(profile: str = "cpu", only: Iterable[str] = (), force: bool = Fals
     }
     cells = {path.stem: code_cells(path) for path, _ in jobs if path.stem not in unchanged}
     rows, failed = [], False
-    try:
-        with Progress(expected_seconds(profile, cells)) as progress:
-            for number, (path, parameters) in enumerate(jobs, 1):
-                name, label = path.stem, f"[{number}/{len(jobs)}] {path.stem}"
-                if name in unchanged:
-                    print(f"{label}: unchanged since it last ran", flush=True)
-                    rows.append((name, 0.0, *_count(name, folder), "unchanged"))
-                    continue
-                print(f"{label}: started", flush=True)
-                _note(here / "done.json", name, None)
-                progress.begin(name, label)
-                failure = run_notebook(path, outputs[name], parameters, progress.cell_ends)
-                seconds, counts = progress.end(), _count(name, folder)
-                if failure:
-                    failed = True
-                    print(f"{label}: failed after {duration(seconds)}\n{failure}", flush=True)
-                else:
-                    print(f"{label}: done in {duration(seconds)}", flush=True)
-                    _note(here / "done.json", name, [prints[name], *counts])
+    with Progress(expected_seconds(profile, cells)) as progress:
+        for number, (path, parameters) in enumerate(jobs, 1):
+            name, label = path.stem, f"[{number}/{len(jobs)}] {path.stem}"
+            if name in unchanged:
+                print(f"{label}: unchanged since it last ran", flush=True)
+                rows.append((name, 0.0, *_count(name, folder), "unchanged"))
+                continue
+            print(f"{label}: started", flush=True)
+            _note(here / "done.json", name, None)
+            progress.begin(name, label)
+            failure = run_notebook(path, outputs[name], parameters, progress.cell_ends)
+            seconds, counts = progress.end(), _count(name, folder)
+            if failure:
+                failed = True
+                print(f"{label}: failed after {duration(seconds)}\n{failure}", flush=True)
+            else:
+                print(f"{label}: done in {duration(seconds)}", flush=True)
+                _note(here / "done.json", name, [prints[name], *counts])
+                if not changes:
                     record_seconds(profile, name, progress.taken)
-                rows.append((name, seconds, *counts, "failed" if failure else "ok"))
+            rows.append((name, seconds, *counts, "failed" if failure else "ok"))
+    _print_summary(place, rows)
+    _print_ledger(ledger.load(folder / "claims.json"))
+    if place == "full":
+        write_docs(folder)
+    return int(failed)
+
+
+def _until_stopped(work: Callable[[], int], profile: str, *options: str) -> int:
+    """The exit code of `work`; where Ctrl-C stops it 130, once it is said how to go on."""
+    try:
+        return work()
     except KeyboardInterrupt:
-        words = ["mdmrl", "reproduce", "--profile", profile, *(["--only", *only] if only else [])]
+        words = ["mdmrl", "reproduce", "--profile", profile, *options]
         kept = "stopped; notebooks and training runs that ended are kept"
         print(f"{kept}. To go on: {shlex.join(words)}", flush=True)
         return 130
-    _print_summary(profile, rows)
-    _print_ledger(ledger.load(folder / "claims.json"))
-    if profile == "full":
-        write_docs(folder)
-    return int(failed)
+
+
+def _collect(profile: str, name: str, values: Sequence) -> list[Path]:
+    """One table for each of those of the runs of a sweep."""
+    found: dict[str, list[pd.DataFrame]] = {}
+    for value in values:
+        folder = figures_folder(profile_of(profile, {name: value}))
+        tables = {path.stem: pd.read_csv(path) for path in sorted((folder / "data").glob("*.csv"))}
+        claims = [claim.to_dict() for claim in ledger.load(folder / "claims.json")]
+        for table, frame in ({"claims": pd.DataFrame(claims)} | tables).items():
+            frame.insert(0, f"swept_{name}", [value] * len(frame))
+            found.setdefault(table, []).append(frame)
+    written = []
+    for table, frames in found.items():
+        written.append(runs_folder(profile) / "sweeps" / name / f"{table}.csv")
+        write_atomically(written[-1], pd.concat(frames).to_csv(index=False))
+    return written
 
 
 def write_docs(folder: Path) -> None:

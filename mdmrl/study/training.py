@@ -30,7 +30,7 @@ from mdmrl.sampling.guidance import GuideConfig
 from mdmrl.sampling.hierarchy import Hierarchical
 from mdmrl.study.candidates import Candidates, measured
 from mdmrl.study.looks import Looks, look, noted, sampled
-from mdmrl.study.outputs import project_root
+from mdmrl.study.outputs import runs_folder
 from mdmrl.study.pieces import cached_table, facts, kept_table
 from mdmrl.study.rejecting import guided_draw, pipeline_draw
 from mdmrl.tasks import load_task
@@ -158,7 +158,7 @@ def train_arm(arm: Arm, seed: int, profile: str, train: bool = True) -> pd.DataF
     slug = "-".join([Path(arm.policy).name, kind, f"s{seed}"])
 
     def compute(name: str) -> tuple[pd.DataFrame, dict]:
-        folders = project_root() / "runs" / profile / arm.algorithm
+        folders = runs_folder(profile) / arm.algorithm
         begun = policy if earlier is None else trained_policy(profile, earlier)
         frame, found = _train(begun, arm, config.replace(output_dir=str(folders / name)))
         return frame, read_rows(folders / name / "samples.jsonl")[-1] | found
@@ -175,7 +175,7 @@ def train_arm(arm: Arm, seed: int, profile: str, train: bool = True) -> pd.DataF
 
 def trained_policy(profile: str, run: str) -> Policy:
     """The policy with which the run of that name ended, of an arm with `looks`."""
-    folders = project_root() / "runs" / profile
+    folders = runs_folder(profile)
     found = sorted(folders.glob(f"*/{run}/checkpoints/step-*/pretrained"))
     mend = "delete that run's piece, so that it is trained again, and then this one"
     said = f"runs/{profile}, {run}"

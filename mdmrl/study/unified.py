@@ -16,7 +16,7 @@ from mdmrl.rl import grpo, ppo, preference, rejection
 from mdmrl.rl.config import EPISODE, GRPOConfig, PPOConfig
 from mdmrl.rl.reward_models import RewardModel
 from mdmrl.runs import read_rows
-from mdmrl.study.outputs import project_root
+from mdmrl.study.outputs import runs_folder
 from mdmrl.study.pieces import cached_table
 from mdmrl.tasks import Task, load_task
 from mdmrl.training import sft
@@ -95,7 +95,7 @@ def train_one(name: str, method: str, seed: int, budget: Budget, profile: str) -
     }
 
     def compute(run: str) -> tuple[pd.DataFrame, dict]:
-        folder = project_root() / "runs" / profile / "unified" / run
+        folder = runs_folder(profile) / "unified" / run
         held_out = task.rows("validation", budget.eval_prompts)
         given = config.replace(output_dir=str(folder)), held_out, task.metric
         before = policy.positions_computed

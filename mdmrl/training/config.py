@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from importlib.util import find_spec
 from typing import ClassVar
 
 from mdmrl.config import Config, require, unknown
@@ -12,6 +14,7 @@ from mdmrl.policies import Policy
 from mdmrl.sampling import SamplerConfig
 from mdmrl.tasks import Task
 
+TRACKERS = ("none", "trackio", "wandb")
 FLAT = {"max_new_tokens": "max_completion_length", "temperature": "temperature"}
 NESTED = [field.name for field in fields(SamplerConfig) if field.name not in FLAT]
 
@@ -29,6 +32,7 @@ class TrainingConfig(Config):
         sampler: any other settings of `SamplerConfig`, by name, as in {"steps": 16}.
         eval_steps: every so many updates (and at the end) complete the held-out prompts greedily.
         save_steps: every so many updates (and at the end) write a checkpoint.
+        report_to: `trackio` or `wandb` gets the rows of the log too.
     """
 
     MOVED: ClassVar[Mapping[str, str]] = {
@@ -47,12 +51,13 @@ class TrainingConfig(Config):
     eval_steps: int = 10
     save_steps: int = 20
     seed: int = 0
+    report_to: str = "none"
 
     # Settings that are at least 1, that are positive if given, and that have one of some names.
     COUNTS: ClassVar = ("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps")
     COUNTS += ("max_completion_length", "eval_steps", "save_steps")
     POSITIVE: ClassVar = ("learning_rate", "max_grad_norm")
-    NAMED: ClassVar = {}
+    NAMED: ClassVar = {"report_to": TRACKERS}
     OWN_SAMPLER: ClassVar = {}  # what a family may set, where `sampler` says nothing
 
     def __post_init__(self) -> None:
@@ -71,6 +76,9 @@ class TrainingConfig(Config):
             value = getattr(self, name)
             if not callable(value) and value not in known:
                 raise unknown(name, value, known)
+        tracker = self.report_to
+        there = tracker == "none" or tracker in sys.modules or find_spec(tracker) is not None
+        require(there, f"report_to={tracker!r} needs its package: pip install {tracker}")
         for name, value in self.sampler.items():
             require(
                 name not in FLAT,
@@ -118,8 +126,9 @@ class TrainingConfig(Config):
         return self.replace(max_completion_length=length, sampler=sampler)
 
     def settings_for(self, policy: Policy) -> dict:
-        """Every setting as it holds for `policy`, the sampler's among them, the folder left out."""
-        resolved = {k: v for k, v in self.to_dict().items() if k != "output_dir"}
+        """Every setting that decides results as it holds for `policy`, the sampler's among them."""
+        elsewhere = ("output_dir", "report_to")
+        resolved = {k: v for k, v in self.to_dict().items() if k not in elsewhere}
         return resolved | {"sampler": self.sampler_for(policy).to_dict()}
 
 

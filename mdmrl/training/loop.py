@@ -22,6 +22,7 @@ from mdmrl.progress import Progress
 from mdmrl.runs import Run, flushed_denormals
 from mdmrl.training.checkpoints import restore, save
 from mdmrl.training.config import TrainingConfig
+from mdmrl.training.tracking import reporting
 
 MAX_SKIPPED = 5
 Metrics = dict[str, float | None]
@@ -124,7 +125,8 @@ def train(
     writes = accelerator.is_main_process
     if writes:
         run.rewind(first)
-    with Progress(run.folder.name, first, last, shown=writes) as progress:
+    shown = Progress(run.folder.name, first, last, shown=writes)
+    with shown as progress, reporting(run, config.report_to if writes else "none") as report:
         for step in range(first, last):
             looked = held_out(step) if held_out and step % config.eval_steps == 0 else {}
             start = time.perf_counter()
@@ -132,6 +134,7 @@ def train(
             metrics = averaged(looked | found | {"step_time": time.perf_counter() - start})
             if writes:
                 run.log({"step": step, **metrics})
+                report({"step": step, **metrics})
                 if sample:
                     run.log({"step": step, **sample}, "samples")
                 if (step + 1) % config.save_steps == 0 or step + 1 == last:
@@ -140,6 +143,7 @@ def train(
         looked = held_out(last) if held_out else {}
         if writes:
             run.log({"step": last, **looked})
+            report({"step": last, **looked})
 
 
 def averaged(metrics: Metrics) -> Metrics:

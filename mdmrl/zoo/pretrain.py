@@ -27,6 +27,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from mdmrl.config import require, resolve, unknown
 from mdmrl.policies import Policy, load_policy
 from mdmrl.policies.families import FAMILIES
+from mdmrl.progress import Progress
 from mdmrl.provenance import environment
 from mdmrl.runs import (
     Run,
@@ -171,7 +172,8 @@ def pretrain(config: PretrainConfig, tokenizer, stream, folder: str | Path) -> P
 
     autocast = config.bf16 and native_bfloat16()
     policy.model.train()
-    clock, losses = time.perf_counter(), []
+    clock, losses, whole = time.perf_counter(), [], int(config.tokens)
+    bar = Progress(run.folder.name, seen, whole, unit="token")
     for batch in batches(policy, stream, config, step):
         if seen >= config.tokens:
             break
@@ -191,6 +193,7 @@ def pretrain(config: PretrainConfig, tokenizer, stream, folder: str | Path) -> P
             optim.zero_grad()
         step, seen = step + 1, seen + batch.document_tokens
         losses.append(loss.item())
+        bar.update(min(seen, whole), {"loss": losses[-1]})
         if step % config.logging_steps == 0:
             pace = (time.perf_counter() - clock) / len(losses)
             row = {"step": step, "tokens": seen, "loss": sum(losses) / len(losses)}
@@ -198,6 +201,7 @@ def pretrain(config: PretrainConfig, tokenizer, stream, folder: str | Path) -> P
             clock, losses = time.perf_counter(), []
         if step % config.save_steps == 0:
             run.save_checkpoint(step, write)
+    bar.close()
     policy.model.eval().to(torch.bfloat16)
     policy.save_pretrained(run.folder / "model")
     return load_policy(run.folder / "model", device="cpu")

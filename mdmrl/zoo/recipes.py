@@ -99,14 +99,8 @@ REASONING = PretrainConfig(
     attn_implementation="eager",
 )
 CODE = PretrainConfig(task="code", canvas=64, max_position_embeddings=256, batch_size=96)
-MATCHED_TOKENS = (
-    1.42e6,
-    1.42e6,
-    1.42e6,
-    2.9e6,
-    1.42e6,
-    1.42e6,
-)  # of each pair's autoregressive model
+# Document tokens of each pair's autoregressive model.
+MATCHED_TOKENS = (1.42e6, 1.42e6, 1.42e6, 2.9e6, 1e6, 5.4e5)
 
 RECIPES = {
     "tiny-ar": MEDCOT.replace(family="ar", tokens=4e6, warmup_share=0.015),

@@ -9,10 +9,31 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-import yaml
 from typer import Argument, Option
 
 import mdmrl
+from mdmrl.cli.options import (
+    Counts,
+    Device,
+    Draw,
+    Dtype,
+    Family,
+    File,
+    Files,
+    Name,
+    Pair,
+    PolicyName,
+    Rank,
+    Rewards,
+    Sampler,
+    Settings,
+    TaskName,
+    Words,
+    read_pairs,
+    read_settings,
+    read_yaml,
+    require_one_kind,
+)
 from mdmrl.config import InputError, load_object, require, unknown
 
 app = typer.Typer(
@@ -21,8 +42,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-File, Name, Words, Counts = Path | None, str | None, list[str] | None, list[int] | None
-Files, Pair = list[Path] | None, tuple[Path, Path] | None
 
 
 @app.command()
@@ -31,12 +50,39 @@ def reproduce(
     profile: Annotated[str, Option(help="A file of notebooks/profiles.")] = "cpu",
     only: Annotated[Words, Option(help="Only those whose names begin so: --only 03 04.")] = None,
     force: Annotated[bool, Option("--force", help="Run unchanged ones again.")] = False,
+    sweep: Annotated[Name, Option(metavar="NAME=A,B,C", help="A run for each value.")] = None,
 ) -> None:
     """Run the notebooks headlessly; write figures, tables and claims."""
     print(f"profile {profile}: loading", flush=True)  # which takes a while at first
-    from mdmrl.study.reproduce import reproduce
+    from mdmrl.study import reproduce as study
 
-    raise typer.Exit(reproduce(profile, [*(only or []), *(more or [])], force))
+    chosen = [*(only or []), *(more or [])]
+    if sweep is None:
+        raise typer.Exit(study.reproduce(profile, chosen, force))
+    name, equals, values = sweep.partition("=")
+    require(bool(equals), f"--sweep {sweep}: expected NAME=A,B,C, as in beta=0,0.05,1")
+    listed = values if values.startswith("[") else f"[{values}]"
+    values = read_yaml(listed, f"--sweep {sweep}")
+    raise typer.Exit(study.sweep(profile, chosen, name, values, force))
+
+
+@app.command()
+def html(
+    profile: Annotated[str, Option(help="A file of notebooks/profiles.")] = "cpu",
+) -> None:
+    """Write the notebooks that were reproduced as pages, figures and static twins in them."""
+    from mdmrl.study.notebooks import write_html
+
+    print(*write_html(profile), sep="\n")
+
+
+@app.command()
+def doctor() -> None:
+    """Say what this machine has of what the study needs, and which profiles it runs for how long;
+    exit code 1 where something needed is missing."""
+    from mdmrl.study.doctor import doctor
+
+    raise typer.Exit(doctor())
 
 
 @app.command()
@@ -53,68 +99,6 @@ def pretrain(
     print(f"{name}: saved in {pretrain_by_name(name, folder, tokens, seed)}")
 
 
-# -- options that commands share -------------------------------------------------------------------
-
-PolicyName = Annotated[str, Option(help="A name, a folder, or a hub's organisation/model.")]
-Family = Annotated[Name, Option(metavar="FILE.py:NAME", help="The policy's class, if yours.")]
-Device = Annotated[str, Option(help="auto (a card if there is one), cpu, cuda, cuda:1 ...")]
-Dtype = Annotated[str, Option(help="Of the policy's body: float32 or bfloat16.")]
-TaskName = Annotated[Name, Option(metavar="NAME|FILE.py:NAME", help="Medcot without --data.")]
-Rewards = Annotated[
-    Words, Option(metavar="FILE.py:NAME", help="A reward instead of the task's; repeatable.")
-]
-Draw = Annotated[Name, Option(metavar="FILE.py:NAME", help="What completes prompts.")]
-Rank = Annotated[int, Option(help="LoRA rank; 0 trains every weight.")]
-Settings = Annotated[
-    Words,
-    Argument(metavar="[FILE.yaml] [KEY=VALUE]...", help="Settings, as in sampler.steps=16."),
-]
-Sampler = Annotated[
-    Words,
-    Option(metavar="KEY=VALUE", help="A field of SamplerConfig: block_length=32; repeatable."),
-]
-
-
-def _settings(given: Words) -> dict:
-    """Settings by name, from the words of a command line."""
-    found: dict = {}
-    for word in given or []:
-        key, equals, value = word.partition("=")
-        outer, _, inner = key.partition(".")
-        if not equals:
-            found |= _from_file(Path(word))
-        elif inner:
-            found[outer] = {**found.get(outer, {}), inner: _yaml(value, repr(value))}
-        else:
-            found[outer] = _yaml(value, repr(value))
-    return found
-
-
-def _from_file(path: Path) -> dict:
-    wanted = f"{str(path)!r}: expected a file of settings, FILE.yaml, or KEY=VALUE"
-    require(path.suffix in (".yaml", ".yml"), wanted)
-    require(path.is_file(), f"there is no file {path}")
-    found = _yaml(path.read_bytes(), path) or {}
-    require(isinstance(found, dict), f"{path}: expected settings, a line `name: value` each")
-    return found
-
-
-def _yaml(text: str | bytes, where: object):
-    try:
-        return yaml.safe_load(text)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        wanted = "expected YAML, as in 3, 1e-5 or [1, 2]"
-        raise InputError(f"{where}: {wanted} ({' '.join(str(error).split())})") from None
-
-
-def _pairs(given: Words) -> dict:
-    """Fields of SamplerConfig by name, from `KEY=VALUE` pairs."""
-    for pair in given or []:
-        require("=" in pair, f"--sampler {pair}: expected KEY=VALUE, as in block_length=32")
-    found = (pair.split("=", 1) for pair in given or [])
-    return {key: _yaml(value, repr(value)) for key, value in found}
-
-
 def _held_out(task: mdmrl.Task) -> Sequence[dict]:
     """What training is watched on."""
     return task.rows("validation", 48) if "validation" in task.splits else ()
@@ -128,20 +112,6 @@ def _resumable() -> Iterator[None]:
     except KeyboardInterrupt:
         print("mdmrl: stopped; the same command goes on from what it has kept", file=sys.stderr)
         raise typer.Exit(130) from None
-
-
-def _require_one_kind(context: typer.Context) -> None:
-    """Of `mdmrl eval`: a policy, stored generations or a comparison, and what goes with it."""
-    goes_with = {"generations": {"task", "output_dir", "json"}, "compare": {"json"}}
-    given = {
-        name for name in context.params if context.get_parameter_source(name).name != "DEFAULT"
-    }
-    kinds = [kind for kind in ("policy", *goes_with) if kind in given]
-    said = ", ".join(kinds) or "none of them"
-    require(len(kinds) == 1, f"got {said}: expected one of a policy, --generations, --compare")
-    ignored = given - {kinds[0]} - goes_with.get(kinds[0], given)
-    named = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(ignored))
-    require(not ignored, f"--{kinds[0]} would ignore {named}: leave it out")
 
 
 # -- commands --------------------------------------------------------------------------------------
@@ -178,7 +148,7 @@ def evaluate(
     policy, or of stored --generations; or --compare two evaluations of the same prompts."""
     from mdmrl.evaluation import command
 
-    _require_one_kind(context)
+    require_one_kind(context)
     if compare:
         return command.compare_evaluations(*compare, json)
     options = {} if n_shot is None else {"n_shot": n_shot}
@@ -191,7 +161,7 @@ def evaluate(
     own |= {"output_dir": output_dir, "csv": csv, "json": json, "batch_size": batch_size}
     own |= {"steps": steps or [], "seeds": seed or [0], "samples": samples, "ks": k or []}
     with _resumable():
-        command.evaluate_policy(policy, loaded, judged, split, limit, _pairs(sampler), **own)
+        command.evaluate_policy(policy, loaded, judged, split, limit, read_pairs(sampler), **own)
 
 
 @app.command()
@@ -200,17 +170,19 @@ def sample(
     prompt: Annotated[str, Argument(help="A user's message.")],
     sampler: Sampler = None,
     seed: Annotated[int, Option(help="Of the sampler.")] = 0,
+    watch: Annotated[bool, Option("--watch", help="Play the steps.")] = False,
     family: Family = None,
     device: Device = "auto",
     dtype: Dtype = "float32",
 ) -> None:
-    """Complete one prompt."""
+    """Complete one prompt; a terminal shows in colour which step wrote what."""
     from mdmrl.runs import generator_for
+    from mdmrl.study.terminal import show
 
     loaded = mdmrl.load_policy(policy, device=device, dtype=dtype, family=family)
     generator = generator_for(seed, "sample", device=loaded.device)
-    config = mdmrl.SamplerConfig.from_dict(_pairs(sampler))
-    print(mdmrl.generate(loaded, [prompt], config, generator).completions[0])
+    config = mdmrl.SamplerConfig.from_dict(read_pairs(sampler))
+    show(mdmrl.generate(loaded, [prompt], config, generator, loaded.denoises), loaded, watch)
 
 
 @app.command()
@@ -229,7 +201,7 @@ def sft(
     """Fine-tune on completions, of your own or of a task's pre-training split; on several processes
     by `torchrun --nproc-per-node N -m mdmrl sft ...` or `accelerate launch -m mdmrl sft ...`."""
     require(bool(data or task), "nothing to learn from: give --data FILE, --task NAME or both")
-    given = _settings(settings)
+    given = read_settings(settings)
     config = mdmrl.SFTConfig.from_dict(given)
     judged = mdmrl.load_task(task) if task else None
     rows = mdmrl.load_rows(data, ("prompt", "completion")) if data else judged.rows("pretrain")
@@ -270,7 +242,7 @@ def train(
     if algorithm not in algorithms:
         raise unknown("algorithm", algorithm, algorithms)
     made, run = algorithms[algorithm]
-    given = _settings(settings)
+    given = read_settings(settings)
     config = made.from_dict(given)
     require(algorithm == "grpo" or not draw, f"--draw is for grpo, not {algorithm}: leave it out")
     if algorithm == "dpo":

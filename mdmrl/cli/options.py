@@ -1,0 +1,89 @@
+"""Options that commands share, and how their words are read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+import yaml
+from typer import Argument, Option
+
+from mdmrl.config import InputError, require
+
+File, Name, Words, Counts = Path | None, str | None, list[str] | None, list[int] | None
+Files, Pair = list[Path] | None, tuple[Path, Path] | None
+
+PolicyName = Annotated[str, Option(help="A name, a folder, or a hub's organisation/model.")]
+Family = Annotated[Name, Option(metavar="FILE.py:NAME", help="The policy's class, if yours.")]
+Device = Annotated[str, Option(help="auto (a card if there is one), cpu, cuda, cuda:1 ...")]
+Dtype = Annotated[str, Option(help="Of the policy's body: float32 or bfloat16.")]
+TaskName = Annotated[Name, Option(metavar="NAME|FILE.py:NAME", help="Medcot without --data.")]
+Rewards = Annotated[
+    Words, Option(metavar="FILE.py:NAME", help="A reward instead of the task's; repeatable.")
+]
+Draw = Annotated[Name, Option(metavar="FILE.py:NAME", help="What completes prompts.")]
+Rank = Annotated[int, Option(help="LoRA rank; 0 trains every weight.")]
+Settings = Annotated[
+    Words,
+    Argument(metavar="[FILE.yaml] [KEY=VALUE]...", help="Settings, as in sampler.steps=16."),
+]
+Sampler = Annotated[
+    Words,
+    Option(metavar="KEY=VALUE", help="A field of SamplerConfig: block_length=32; repeatable."),
+]
+
+
+def read_settings(given: Words) -> dict:
+    """Settings by name, from the words of a command line."""
+    found: dict = {}
+    for word in given or []:
+        key, equals, value = word.partition("=")
+        outer, _, inner = key.partition(".")
+        if not equals:
+            found |= _from_file(Path(word))
+        elif inner:
+            found[outer] = {**found.get(outer, {}), inner: read_yaml(value, repr(value))}
+        else:
+            found[outer] = read_yaml(value, repr(value))
+    return found
+
+
+def _from_file(path: Path) -> dict:
+    wanted = f"{str(path)!r}: expected a file of settings, FILE.yaml, or KEY=VALUE"
+    require(path.suffix in (".yaml", ".yml"), wanted)
+    require(path.is_file(), f"there is no file {path}")
+    found = read_yaml(path.read_bytes(), path) or {}
+    require(isinstance(found, dict), f"{path}: expected settings, a line `name: value` each")
+    return found
+
+
+def read_yaml(text: str | bytes, where: object):
+    """What a text in YAML says; `where` is what an error calls it."""
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        wanted = "expected YAML, as in 3, 1e-5 or [1, 2]"
+        raise InputError(f"{where}: {wanted} ({' '.join(str(error).split())})") from None
+
+
+def read_pairs(given: Words) -> dict:
+    """Fields of SamplerConfig by name, from `KEY=VALUE` pairs."""
+    for pair in given or []:
+        require("=" in pair, f"--sampler {pair}: expected KEY=VALUE, as in block_length=32")
+    found = (pair.split("=", 1) for pair in given or [])
+    return {key: read_yaml(value, repr(value)) for key, value in found}
+
+
+def require_one_kind(context: typer.Context) -> None:
+    """Of `mdmrl eval`: a policy, stored generations or a comparison, and what goes with it."""
+    goes_with = {"generations": {"task", "output_dir", "json"}, "compare": {"json"}}
+    given = {
+        name for name in context.params if context.get_parameter_source(name).name != "DEFAULT"
+    }
+    kinds = [kind for kind in ("policy", *goes_with) if kind in given]
+    said = ", ".join(kinds) or "none of them"
+    require(len(kinds) == 1, f"got {said}: expected one of a policy, --generations, --compare")
+    ignored = given - {kinds[0]} - goes_with.get(kinds[0], given)
+    named = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(ignored))
+    require(not ignored, f"--{kinds[0]} would ignore {named}: leave it out")
