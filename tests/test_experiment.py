@@ -11,9 +11,9 @@ from mdmrl.config import InputError
 from mdmrl.study import experiment, plots
 from mdmrl.study.figures.speed import moved
 from mdmrl.study.looks import areas, looked, with_costs
+from mdmrl.study.outputs import project_root
 from mdmrl.study.pieces import facts
 from mdmrl.study.speed import WHOLE
-from mdmrl.study.training import project_root
 
 NAMES = ["trajectory", "trajectory-4-2"]
 SMALL = {

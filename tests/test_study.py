@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from mdmrl.runs import read_rows
 from mdmrl.study import plots, training, widgets
 from mdmrl.study.colours import UNNAMED
+from mdmrl.study.outputs import project_root
 
 
 @pytest.fixture
@@ -39,7 +40,7 @@ def test_a_finished_run_is_read_not_trained(arm, monkeypatch):
     assert first.step.tolist() == [0, 1]
     assert first["final8/failure_rate"].notna().tolist() == [False, True]
 
-    folder = training.project_root() / "runs" / "quick" / "grpo" / first.run[0]
+    folder = project_root() / "runs" / "quick" / "grpo" / first.run[0]
     sample = read_rows(folder / "samples.jsonl")[-1]
     shutil.rmtree(folder)  # what follows must not need it
     shown = training.last_sample(first, "AR", "quick")
@@ -268,7 +269,7 @@ def test_a_cold_start_comes_before_rl(arm):
     sft = {"max_steps": 2, "per_device_train_batch_size": 2}
     cold = training.train_arm(arm.replace(sft=sft), 0, "quick")
     assert cold.run[0] != plain.run[0]
-    folder = training.project_root() / "runs" / "quick" / "grpo" / f"{cold.run[0]}-sft"
+    folder = project_root() / "runs" / "quick" / "grpo" / f"{cold.run[0]}-sft"
     learnt = read_rows(folder / "metrics.jsonl")
     assert [row["step"] for row in learnt] == [0, 1, 2]
     assert cold["kl/sum"][0] == 0
@@ -280,7 +281,7 @@ def test_lora_stays_lora_after_a_cold_start(arm):
     sft = {"max_steps": 1, "per_device_train_batch_size": 2}
     settings = arm.settings | {"save_steps": 1}
     cold = training.train_arm(arm.replace(lora={"r": 2}, sft=sft, settings=settings), 0, "quick")
-    folder = training.project_root() / "runs" / "quick" / "grpo" / cold.run[0] / "checkpoints"
+    folder = project_root() / "runs" / "quick" / "grpo" / cold.run[0] / "checkpoints"
     latest = max(folder.iterdir())
     assert (latest / "pretrained" / "adapter_config.json").exists()
     assert all("lora" in name for name in load_file(latest / "policy.safetensors"))

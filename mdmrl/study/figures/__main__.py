@@ -40,7 +40,8 @@ def redraw(folder: Path, name: str) -> bool:
 def parameters(notebook: str, profile: str) -> dict:
     """A notebook's parameters in a profile: facts of its figures."""
     path = project_root() / "notebooks" / f"{notebook}.ipynb"
-    return notebook_parameters(path) | load_profile(profile)[notebook]
+    declared = {name: found.value for name, found in notebook_parameters(path).items()}
+    return declared | load_profile(profile)[notebook]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
