@@ -19,13 +19,16 @@ PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help reproduce html test test-all lint lock thumbnails
+.PHONY: help reproduce figures html test test-all lint lock thumbnails
 
 help: ## say what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 reproduce: $(INSTALLED) ## run the notebooks: PROFILE=smoke|cpu|full, ARGS="--only 03 04 --force"
 	$(BIN)/python -m mdmrl reproduce --profile $(PROFILE) $(ARGS)
+
+figures: $(INSTALLED) ## redraw figures/ and its gallery from figures/data: ARGS="block_rl kl_law"
+	$(BIN)/python -m mdmrl.study.figures $(ARGS)
 
 html: $(INSTALLED) ## write the notebooks that were reproduced as pages, in runs/PROFILE/html
 	$(BIN)/python -m mdmrl html --profile $(PROFILE)

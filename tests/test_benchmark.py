@@ -15,6 +15,7 @@ from mdmrl.evaluation.accuracy import evaluate
 from mdmrl.policies.published import loading
 from mdmrl.sampling import SamplerConfig
 from mdmrl.study import benchmark, pieces
+from mdmrl.study.outputs import project_root
 from mdmrl.tasks import items
 from mdmrl.tasks.base import Task
 
@@ -116,7 +117,7 @@ def test_tuning_on_one_task_scores_all_and_is_kept(policy, tmp_path, monkeypatch
     found = benchmark.tuned_on(*options, 2, "quick")
     assert found[["row", "index"]].to_numpy().tolist() == [[r, i] for r in "AB" for i in range(4)]
     assert found.run[0].startswith("toy-policy-tuned-on-a-s0-")
-    (folder,) = (pieces.project_root() / "runs" / "quick" / "grpo").iterdir()
+    (folder,) = (project_root() / "runs" / "quick" / "grpo").iterdir()
     steps = [line for line in (folder / "metrics.jsonl").read_text().splitlines() if "loss" in line]
     assert len(steps) == 2
 

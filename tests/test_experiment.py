@@ -9,9 +9,11 @@ import pytest
 from mdmrl import SamplerConfig, generate, load_policy, load_task
 from mdmrl.config import InputError
 from mdmrl.study import experiment, plots
+from mdmrl.study.figures.speed import moved
 from mdmrl.study.looks import areas, looked, with_costs
+from mdmrl.study.outputs import project_root
 from mdmrl.study.pieces import facts
-from mdmrl.study.training import project_root
+from mdmrl.study.speed import WHOLE
 
 NAMES = ["trajectory", "trajectory-4-2"]
 SMALL = {
@@ -119,8 +121,10 @@ def test_accuracy_by_steps_is_of_the_start_and_of_the_end_of_each_stage():
         "MDM trajectory, 4 steps": [0.3, 0.5],
         "MDM trajectory, 2 steps, after 4": [0.6, 0.5],
     }
-    speeds = pd.Series({2: 400.0, 12: 80.0})
-    figure = plots.moved_trade_off(table, speeds, {"AR": (200.0, 0.45)})
+    speeds = pd.DataFrame({"sampler": WHOLE, "setting": [2, 12]})
+    speeds["instances_per_second"] = [400.0, 80.0]
+    peers = pd.DataFrame([{"name": "AR", "value": 0.45, "instances_per_second": 200.0}])
+    figure = moved({"machine": "here"}, table, speeds, peers, "Countdown")
     against, fast = figure.axes
     curves = {line.get_label(): list(line.get_ydata()) for line in against.get_lines()}
     assert {name: curves[name] for name in found} == found and curves["AR"] == [0.45, 0.45]

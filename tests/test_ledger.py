@@ -185,42 +185,56 @@ def tables(text: str) -> dict[str, list[list[str]]]:
     return {name: [re.split(r" ?(?<!\\)\| ?", line)[1:-1] for line in lines] for name, lines in cut}
 
 
-def test_the_page_has_every_line_then_what_is_measured_then_errata():
-    found = tables(
-        render(
-            [
-                judged(p=1e-5, conditional=True),
-                judged(9, "plateau", p=0.2, verdict="inconclusive", seeds=0),
-                claim(says="a | b\nc", unit="points"),
-                claim(id="e", estimate=32_243_712, low=None, high=None, verdict="erratum"),
-            ]
-        )
-    )
-    assert list(found) == ["Judged", "Measured", "Errata"]
-    head, _, *rows = found["Judged"]
-    assert " ".join(head) == "# Claim Thesis Line Measured here p / Holm's Seeds Verdict Notebook"
-    for row in ROWS:
-        own = [cells for cells in rows if cells[0].split()[0] == str(row.number)]
-        assert {cells[0].endswith(" T") for cells in own} == {row.trained}
-        assert own[0][1:3] == [row.says, row.where]
-        assert sorted("; ".join(cells[3] for cells in own).split("; ")) == sorted(row.lines)
-    link = "[03_reward_curves](../notebooks/03_reward_curves.ipynb)"
-    (own,) = (row for row in rows if row[:1] + row[3:4] == ["1 T", "MedCoT, greedy"])
-    assert own[4:] == [
-        "reward gained: 0.413 [0.32, 0.5]",
-        f"1e-05 / {1e-5 * len(TRAINED):.2g}",
-        "5",
-        "reproduced, conditional on these checkpoints",
-        link,
+def test_the_page_has_a_line_a_row_then_errata_then_what_is_measured():
+    claims = [
+        judged(p=1e-5, conditional=True),
+        judged(line="code, greedy", p=0.2, verdict="inconclusive"),
+        judged(9, "plateau", p=0.2, verdict="inconclusive", seeds=0),
+        claim(says="a | b\nc", unit="points"),
+        claim(id="e", estimate=32_243_712, low=None, high=None, verdict="erratum"),
     ]
-    (own,) = (row for row in rows if row[3] == "plateau")
-    assert own[5:8] == ["0.2", "-", "inconclusive"]
-    assert sum(row[7] == "not judged yet" for row in rows) == len(ROWS)
-    assert len(rows) == len(ROWS) + 2
+    found = tables(render(claims, {1: "main_experiment"}))
+    assert list(found) == ["Judged", "Errata", "Measured"]
+    head, _, *rows = found["Judged"]
+    assert head == ["Figure", "Claim", "Verdict", "Measured here"]
+    assert len(rows) == len(ROWS)
+    for row, cells in zip(ROWS, rows, strict=True):
+        assert cells[1] == f"**{row.number}{' T' * row.trained}.** {row.says} ({row.where})"
+        assert bool(cells[0]) == (row.number == 1)
+        said = cells[3].split("<br>")
+        lines = [text.split(":")[0][2:] for text in said if text.startswith("**")]
+        missing = said[-1].removeprefix("Not judged yet: ").split("; ")
+        assert sorted([*lines, *(missing if len(lines) < len(row.lines) else ())]) == sorted(
+            row.lines
+        )
+    path = "../figures/main_experiment.png"
+    assert rows[0][0].startswith(f'<a href="{path}"><img src="{path}" width=')
+    assert rows[0][2] == "1 reproduced, 1 inconclusive"
+    link = "[03_reward_curves](../notebooks/03_reward_curves.ipynb)"
+    assert rows[0][3].startswith(
+        "**MedCoT, greedy: reproduced.** reward gained: 0.413 [0.32, 0.5] "
+        f"(p 1e-05 / {1e-5 * len(TRAINED):.2g}, conditional on these checkpoints)<br>"
+    )
+    assert rows[8][2:] == [
+        "1 inconclusive",
+        f"**plateau: inconclusive.** reward gained: 0.413 [0.32, 0.5] (p 0.2)<br>{link}"
+        "<br>Not judged yet: equal tokens",
+    ]
+    assert rows[1][2] == "not judged yet"
     assert found["Measured"][2:] == [
         [r"a \| b c", "Fig. 4-1", "reward gained: 0.413 [0.32, 0.5] points", "5", link]
     ]
     assert found["Errata"][2][2] == "reward gained: 32,243,712"
+
+
+def test_a_notebooks_part_has_only_what_it_claims(root):
+    outputs = Outputs("full", notebook="06_benchmark_tables")
+    for own in (judged(), claim(notebook="05_estimator_lab", id="other")):
+        record(own, root / "figures")
+    record(judged(9, "plateau", notebook="06_benchmark_tables"), root / "figures")
+    found = tables(outputs.found().data)
+    assert list(found) == ["Judged"]
+    assert [cells[1].split(".")[0] for cells in found["Judged"][2:]] == ["**9"]
 
 
 # ------------------------------------------------------------------ the page

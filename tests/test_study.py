@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from mdmrl.runs import read_rows
 from mdmrl.study import plots, training
 from mdmrl.study.colours import UNNAMED
+from mdmrl.study.outputs import project_root
 
 
 @pytest.fixture
@@ -39,7 +40,7 @@ def test_a_finished_run_is_read_not_trained(arm, monkeypatch):
     assert first.step.tolist() == [0, 1]
     assert first["final8/failure_rate"].notna().tolist() == [False, True]
 
-    folder = training.project_root() / "runs" / "quick" / "grpo" / first.run[0]
+    folder = project_root() / "runs" / "quick" / "grpo" / first.run[0]
     sample = read_rows(folder / "samples.jsonl")[-1]
     shutil.rmtree(folder)  # what follows must not need it
     shown = training.last_sample(first, "AR", "quick")
@@ -85,15 +86,28 @@ def test_a_colour_says_what_an_arm_is():
     assert plots.colour("bd blocks") == plots.colour("bd PPO") == plots.colour("block diffusion")
     assert plots.colour("MDM") == plots.colour("whole completion") != one_step
     assert plots.colour("my own") == UNNAMED
-    names = ["AR", "MDM one_step, 4 steps", "MDM one_step, 16 steps", "MDM one_step, 64 steps"]
-    assert list(plots.line_styles(names).values()) == ["-", "-", "--", ":"]
+    names = ["AR", "MDM one_step, 4 steps", "MDM one_step, 64 steps", "MDM one_step, 4 steps, SFT"]
+    assert list(plots.line_styles(names).values()) == ["-", "-", "-", "--"]
 
     runs = pd.DataFrame([{"arm": n, "seed": 0, "step": s, "x": s} for n in names for s in (0, 1)])
     _, axes = plt.subplots()
     plots.curves(axes, runs, "x", names)
     lines = [line for line in axes.get_lines() if line.get_label() in names]
-    assert [line.get_color() for line in lines] == [plots.colour(name) for name in names]
-    assert [line.get_linestyle() for line in lines] == ["-", "-", "--", ":"]
+    assert [line.get_color() for line in lines] == list(plots.palette(names).values())
+    assert [line.get_linestyle() for line in lines] == ["-", "-", "-", "--"]
+
+
+def test_a_shade_says_how_many_denoising_steps():
+    """Fewer are lighter, more are darker, in whatever order; alone, an arm has the hue itself."""
+    names = [f"MDM one_step, {steps} steps" for steps in (64, 4, 16)]
+    shades = plots.palette([*names, "AR", "MDM one_step, 4 steps, SFT"])
+    light = {name: sum(to_rgb(shade)) for name, shade in shades.items()}
+    assert light[names[1]] > light[names[2]] > light[names[0]]
+    assert shades["MDM one_step, 4 steps, SFT"] == shades[names[1]]
+    assert shades["AR"] == plots.colour("AR")
+    assert plots.palette(names[:1])[names[0]] == plots.colour("one_step")
+    blue = [sum(to_rgb(shade)) for shade in plots.palette(["ar, 2 steps", "ar, 1 step"]).values()]
+    assert blue[0] < sum(to_rgb(plots.colour("ar"))) < blue[1]  # a dark hue goes both ways
 
 
 # Machado et al. 2009, full severity, on linear RGB.
@@ -166,22 +180,33 @@ def test_log_curves_show_the_median_and_range_and_leave_gaps_at_zero():
     assert tuple(band.get_paths()[0].get_extents().intervaly) == (1, 400)
 
 
-def test_bars_show_the_mean_over_seeds_its_interval_and_nothing_where_a_group_has_no_value():
-    nan = float("nan")
-    table = pd.DataFrame(
-        {("format", 0): [1.0, 2.0], ("format", 1): [3.0, 2.0]}
-        | {("masks left", 0): [nan, 4.0], ("masks left", 1): [nan, 6.0]},
-        index=["AR", "MDM"],
-    )
+def test_dots_show_the_mean_over_seeds_its_interval_and_what_decides():
+    values = pd.Series({("AR", 0): 1.0, ("AR", 1): 3.0, ("MDM", 0): 2.0})
     _, axes = plt.subplots()
-    plots.bars(axes, table)
-    lengths = [bar.get_width() for bar in axes.patches]
-    assert lengths == pytest.approx([2, 2, nan, 5], nan_ok=True)
+    plots.dots(axes, values, ["AR", "MDM", "BD"], bound=0.5)
+    means = {
+        line.get_ydata()[0]: line.get_xdata()[0]
+        for line in axes.get_lines()
+        if line.get_marker() == "o"
+    }
+    assert means == {0: 2.0, 1: 2.0}
     half = 12.7062  # t quantile of one degree of freedom times the standard error of 1
-    spans = [s[:, 0] for lines in axes.collections for s in lines.get_segments() if len(s)]
-    expected = [(2 - half, 2 + half), (2, 2), (5 - half, 5 + half)]
-    drawn = [tuple(span) for span in spans if span[0] == span[0]]
-    assert drawn == [pytest.approx(span, rel=1e-4) for span in expected]
+    spans = [list(line.get_xdata()) for line in axes.get_lines() if line.get_marker() == "None"]
+    assert spans[0] == pytest.approx([2 - half, 2 + half], rel=1e-4)
+    assert spans[-1] == [0.5, 0.5]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["AR", "MDM", "BD"]
+
+
+def test_labels_at_the_ends_of_lines_stand_apart_in_their_order():
+    figure, axes = plt.subplots(figsize=(3, 2))
+    for name, end in {"low": 0.0, "high": 1.0, "mid": 0.999, "same": 0.999}.items():
+        axes.plot([0, 1], [0, end], label=name)
+    plots.label_ends(axes)
+    heights = {text.get_text(): text.xy[1] for text in axes.texts}
+    assert sorted(heights, key=heights.get) == ["low", "mid", "same", "high"]
+    ordered = sorted(heights.values())
+    assert min(b - a for a, b in itertools.pairwise(ordered)) > 0.05
+    plt.close(figure)
 
 
 def test_per_seed_curves_leave_out_updates_without_the_column():
@@ -225,7 +250,7 @@ def test_a_cold_start_comes_before_rl(arm):
     sft = {"max_steps": 2, "per_device_train_batch_size": 2}
     cold = training.train_arm(arm.replace(sft=sft), 0, "quick")
     assert cold.run[0] != plain.run[0]
-    folder = training.project_root() / "runs" / "quick" / "grpo" / f"{cold.run[0]}-sft"
+    folder = project_root() / "runs" / "quick" / "grpo" / f"{cold.run[0]}-sft"
     learnt = read_rows(folder / "metrics.jsonl")
     assert [row["step"] for row in learnt] == [0, 1, 2]
     assert cold["kl/sum"][0] == 0
@@ -237,7 +262,7 @@ def test_lora_stays_lora_after_a_cold_start(arm):
     sft = {"max_steps": 1, "per_device_train_batch_size": 2}
     settings = arm.settings | {"save_steps": 1}
     cold = training.train_arm(arm.replace(lora={"r": 2}, sft=sft, settings=settings), 0, "quick")
-    folder = training.project_root() / "runs" / "quick" / "grpo" / cold.run[0] / "checkpoints"
+    folder = project_root() / "runs" / "quick" / "grpo" / cold.run[0] / "checkpoints"
     latest = max(folder.iterdir())
     assert (latest / "pretrained" / "adapter_config.json").exists()
     assert all("lora" in name for name in load_file(latest / "policy.safetensors"))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +25,7 @@ from mdmrl.study.verdicts.rules import LEVEL
 JUDGED = ("reproduced", "contradicted", "inconclusive")
 VERDICTS = (*JUDGED, "measured", "erratum")
 COLUMNS = ("What", "Thesis", "Measured here", "Seeds", "Notebook")
-JUDGED_COLUMNS = ("#", "Claim", "Thesis", "Line", "Measured here", "p / Holm's", "Seeds")
-JUDGED_COLUMNS += ("Verdict", "Notebook")
+JUDGED_COLUMNS = ("Figure", "Claim", "Verdict", "Measured here")
 
 
 @dataclass(kw_only=True)
@@ -145,46 +145,68 @@ def load(path: str | Path) -> list[Claim]:
         ) from error
 
 
+def numbers(claim: Claim) -> str:
+    """The number and its interval: "0.41 [0.32, 0.5]"; what was measured, where it is none."""
+    if claim.estimate is None:
+        return claim.measured
+    ends = "" if claim.low is None else f" [{_number(claim.low)}, {_number(claim.high)}]"
+    return f"{_number(claim.estimate)}{ends}"
+
+
 def sentence(claim: Claim) -> str:
     """What was measured, in words, with the number and its interval."""
     if claim.estimate is None:
         return claim.measured
-    number, ends = _number(claim.estimate), ""
-    if claim.low is not None:
-        ends = f" [{_number(claim.low)}, {_number(claim.high)}]"
-    if ends and number + ends in claim.measured:  # a rule's sentence holds its interval
+    found = numbers(claim)
+    if claim.low is not None and found in claim.measured:  # a rule's sentence holds its interval
         return claim.measured
-    return f"{claim.measured}: {number}{ends} {claim.unit}".rstrip()
+    return f"{claim.measured}: {found} {claim.unit}".rstrip()
 
 
-def render(claims: Iterable[Claim]) -> str:
-    """The claims as Markdown for a page of `docs/`, without a newline at its end: all rows that are
-    to be judged, then what was measured, then errata."""
+def render(
+    claims: Iterable[Claim], pictures: Mapping[int, str] | None = None, whole: bool = True
+) -> str:
+    """The claims as Markdown for a page beside `figures/`, without a newline at its end: a line a
+    row that is judged, with the figure of `pictures` that shows its evidence; then errata, then
+    what was measured beyond them. With `whole`, rows that nobody has judged yet too."""
     claims = settled(claims)
-    of = {(claim.row, claim.line): claim for claim in claims}
-    judged = [cells for row in ROWS for cells in _judged(row, of)]
-    parts = {"### Judged": _table(JUDGED_COLUMNS, judged)}
-    for verdict, heading in {"measured": "### Measured", "erratum": "### Errata"}.items():
-        cells = [_plain(claim) for claim in claims if claim.verdict == verdict]
-        parts[heading] = _table(COLUMNS, cells) if cells else "None yet."
+    parts = {}
+    lines = [_judged(row, claims, pictures or {}, whole) for row in ROWS]
+    if any(lines):
+        parts["### Judged"] = _table(JUDGED_COLUMNS, filter(None, lines))
+    for verdict, heading in {"erratum": "### Errata", "measured": "### Measured"}.items():
+        own = [claim for claim in claims if claim.verdict == verdict]
+        cells = [_plain(claim) for claim in sorted(own, key=lambda claim: claim.notebook)]
+        if cells or whole:
+            parts[heading] = _table(COLUMNS, cells) if cells else "None yet."
     return "\n\n".join(f"{heading}\n\n{body}" for heading, body in parts.items())
 
 
-def _judged(row: Row, claims: Mapping[tuple, Claim]) -> list[tuple[str, ...]]:
-    """A tuple of cells for each line of a row that is judged, and one for all that are not yet; the
-    first says what the row claims."""
-    name = f"{row.number}{' T' if row.trained else ''}"
-    known = [claim for line in row.lines if (claim := claims.get((row.number, line)))]
-    found = []
-    for claim in known:
+def _judged(
+    row: Row, claims: Iterable[Claim], pictures: Mapping[int, str], whole: bool
+) -> tuple[str, ...]:
+    """The cells of a row: its picture, what it claims, how many of its lines came out how, and each
+    line with its verdict, number and interval; none where there is nothing to say."""
+    of = {claim.line: claim for claim in claims if claim.row == row.number}
+    if not (of or whole):
+        return ()
+    shown, said = "", []
+    if name := pictures.get(row.number):
+        path = f"../figures/{name}.png"
+        shown = f'<a href="{path}"><img src="{path}" width="160" alt="{name}"></a>'
+    for claim in (of[line] for line in row.lines if line in of):
         ps = " / ".join(f"{p:.2g}" for p in (claim.p, claim.p_holm) if p is not None)
-        verdict = claim.verdict + ", conditional on these checkpoints" * claim.conditional
-        last = ps, str(claim.seeds or "-"), verdict, _link(claim.notebook)
-        found.append((claim.line, sentence(claim), *last))
-    if missing := [line for line in row.lines if line not in {claim.line for claim in known}]:
-        found.append(("; ".join(missing), "", "", "-", "not judged yet", "-"))
-    heads = [(row.says, row.where)] + [("", "")] * (len(found) - 1)
-    return [(name, *head, *cells) for head, cells in zip(heads, found, strict=True)]
+        facts = [f"p {ps}"] * bool(ps) + ["conditional on these checkpoints"] * claim.conditional
+        text = f"**{claim.line}: {claim.verdict}.** {sentence(claim)}"
+        said.append(f"{text} ({', '.join(facts)})" if facts else text)
+    said += [_link(name) for name in dict.fromkeys(claim.notebook for claim in of.values())]
+    missing = [line for line in row.lines if line not in of]
+    if missing and whole:
+        said.append(f"Not judged yet: {'; '.join(missing)}")
+    counts = Counter(claim.verdict for claim in of.values())
+    verdict = ", ".join(f"{counts[name]} {name}" for name in JUDGED if counts[name])
+    claim = f"**{row.number}{' T' if row.trained else ''}.** {row.says} ({row.where})"
+    return shown, claim, verdict or "not judged yet", "<br>".join(said)
 
 
 def _plain(claim: Claim) -> tuple[str, ...]:
@@ -203,11 +225,13 @@ def _table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def fill_claims(page: Path, claims_path: str | Path) -> None:
+def fill_claims(
+    page: Path, claims_path: str | Path, pictures: Mapping[int, str] | None = None
+) -> None:
     """Put the `full` profile's claims into the page's section `claims`."""
     claims = [claim for claim in load(claims_path) if claim.profile == "full"]
     none = "No `full` run has been recorded yet."
-    fill_section(page, "claims", render(claims) if claims else none)
+    fill_section(page, "claims", render(claims, pictures) if claims else none)
 
 
 def fill_section(page: Path, name: str, body: str) -> None:

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from mdmrl.config import require
 from mdmrl.evaluation.stats import Interval
-from mdmrl.provenance import environment, pick_device
+from mdmrl.provenance import environment, machine, pick_device
 from mdmrl.runs import write_atomically
 from mdmrl.study import ledger
 from mdmrl.study.parameters import check_injected
@@ -70,6 +70,16 @@ def figures_of(notebook: str, folder: Path) -> list[str]:
     return [path.stem for path in beside if json.loads(path.read_text())["notebook"] == notebook]
 
 
+def save(figure: Figure, folder: Path, name: str) -> None:
+    """Write `<name>.png` (200 dpi) and `<name>.pdf`, identical bytes for an identical figure."""
+    for ending, metadata in FORMATS.items():
+        aside = folder / f".{name}.{ending}"
+        with rc_context({"pdf.fonttype": 42}):
+            figure.savefig(aside, format=ending, dpi=200, metadata=metadata)
+        os.replace(aside, folder / f"{name}.{ending}")
+        figure.set_layout_engine("none")  # what the first has placed holds for the next
+
+
 class Outputs:
     """What a notebook writes, to the folder of its profile: one object, made in its first cell,
     where it refuses a parameter that papermill was given and the notebook does not have, or has
@@ -92,11 +102,7 @@ class Outputs:
         writes the figure again, and any further `facts` (the runs drawn, say).
         """
         path = self._path(self.folder, name, "json")
-        for ending, metadata in FORMATS.items():
-            aside = path.with_name(f".{name}.{ending}")
-            with rc_context({"pdf.fonttype": 42}):
-                figure.savefig(aside, format=ending, dpi=200, metadata=metadata)
-            os.replace(aside, path.with_suffix(f".{ending}"))
+        save(figure, self.folder, name)
         origin = {"notebook": self.notebook, "profile": self.profile, "seeds": list(seeds)}
         known = {**facts, **origin, **environment(pick_device())}
         if "MDMRL_NOTEBOOK" in os.environ:  # else run by hand, maybe with parameters of its own
@@ -105,6 +111,15 @@ class Outputs:
             known["command"] = f"{command} --sweep {change}" if swept else command
         write_atomically(path, json.dumps(known, indent=1) + "\n")
         return path.with_suffix(".png")
+
+    def draw(self, name: str, seeds: Iterable[int] = (), **facts) -> Path:
+        """Draw the figure of that name (`mdmrl.study.figures`) from the tables which the notebook
+        wrote, and write it; `facts` are those that it takes, and any further ones."""
+        from mdmrl.study.figures import drawing
+
+        of = drawing(name)
+        known = {"seeds": list(seeds), "machine": machine(pick_device()), **facts}
+        return self.figure(of.draw(known, *of.read(self.folder)), name, seeds, **facts)
 
     def data(self, frame: pd.DataFrame, name: str) -> Path:
         """Write the frame's columns to `data/<name>.csv`, its index left out."""
@@ -146,6 +161,15 @@ class Outputs:
         claim = ledger.Claim(**known, **numbers, unit=unit, verdict="measured")
         self.claim(claim)
         return ledger.sentence(claim)
+
+    def found(self) -> object:
+        """What this notebook has claimed so far, as the page of results shows it."""
+        from IPython.display import Markdown
+
+        from mdmrl.study.figures.gallery import pictures
+
+        own = [c for c in ledger.load(self.folder / "claims.json") if c.notebook == self.notebook]
+        return Markdown(ledger.render(own, pictures(self.folder), whole=False))
 
     @staticmethod
     def _path(folder: Path, name: str, ending: str) -> Path:

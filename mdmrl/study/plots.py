@@ -5,20 +5,44 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 
 import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 from pandas import DataFrame, Series
 
 from mdmrl.evaluation.stats import t_interval
-from mdmrl.study.colours import LINES, line_styles, palette
-from mdmrl.study.colours import colour as colour
+from mdmrl.study.colours import colour, line_styles, palette, tinted
 
 TEXT_WIDTH = 6.3  # inches, a page of A4 with the thesis's margins
-COLOURS = sns.color_palette("colorblind").as_hex()  # of what `palette` does not name
+# What columns of a log are called on an axis, with their units.
+WORDS = {
+    "step": "update",
+    "spent/positions": "million positions computed",
+    "spent/seconds": "minutes",
+    "reward": "mean reward of a batch",
+    "rewards/accuracy/mean": "similarity to the reference",
+    "format_rate": "share with all four tags",
+    "loss": "loss",
+    "kl": "KL, nats a token",
+    "kl/sum": "KL, nats a completion",
+    "kl/max": "largest KL of a token, nats",
+    "grad_norm": "gradient norm",
+    "grad_norm/surrogate": "norm of the surrogate's gradient",
+    "grad_norm/kl": "norm of the KL term's gradient",
+    "token_forwards": "positions, an update",
+    "eval/reward": "held-out reward, greedy",
+    "eval/sampled/reward": "held-out reward, sampled",
+    "eval/accuracy": "right answers, greedy",
+    "eval/sampled/accuracy": "right answers, sampled",
+    "eval/code/R_a": "syntax tree found again",
+}
+UNITS = {"spent/positions": 1e6, "spent/seconds": 60}
 
 
 def use_style() -> None:
@@ -34,11 +58,12 @@ def curves(
     smooth: int = 1,
     log: bool = False,
     against: str = "step",
+    each: bool = True,
 ) -> None:
-    """One line an arm, in its colour and style: the mean over seeds, each seed thin behind it, and
-    with two seeds or more the 95 % t-interval of the mean as a band. `smooth` is the width of the
-    running mean in updates (1 shows the raw trace); `against`, what the other axis has, of which
-    the mean over seeds is taken at each update.
+    """One line an arm, in its colour and style: the mean over seeds, with two seeds or more the
+    95 % t-interval of the mean as a band, and `each` seed thin behind it. `smooth` is the width of
+    the running mean in updates (1 shows the raw trace); `against`, what the other axis has, of
+    which the mean over seeds is taken at each update.
 
     With `log`, for positive quantities that span powers of ten, where a mean is its largest value
     and a t-interval reaches below 0: a log axis, the median over seeds, their range as the band. A
@@ -58,15 +83,18 @@ def curves(
         else:
             middle, band = table.mean(axis=1), None
             if table.shape[1] > 1:
-                band = np.array([t_interval(row.dropna())[1:] for _, row in table.iterrows()]).T
-        at = own.groupby("step")[against].mean()[table.index] if against != "step" else table.index
-        axes.plot(at, table, color=shade, linewidth=0.4, alpha=0.4)
+                band = np.array([interval(row.dropna()) for _, row in table.iterrows()]).T
+        at = table.index
+        if against != "step":
+            at = own.groupby("step")[against].mean()[table.index] / UNITS.get(against, 1)
+        if each:
+            axes.plot(at, table, color=shade, linewidth=0.4, alpha=0.4)
         axes.plot(at, middle, styles[arm], color=shade, linewidth=1.5, label=arm)
         if band is not None:
             axes.fill_between(at, *band, color=shade, alpha=0.15, linewidth=0)
     if log and axes.has_data():
         axes.set_yscale("log")
-    axes.set_xlabel("update" if against == "step" else against.removeprefix("spent/"))
+    axes.set(xlabel=WORDS[against], ylabel=WORDS.get(column, column))
     sns.despine(ax=axes)
 
 
@@ -74,6 +102,15 @@ def interval(values: Series) -> tuple[float, float]:
     """The 95 % t-interval of the mean, for seaborn's `errorbar`; none of a single value."""
     _, low, high = t_interval(values) if len(values) > 1 else (math.nan,) * 3
     return low, high
+
+
+def trend(axes: Axes, table: DataFrame, x: str, y: str, shade: str, label: str, **line) -> None:
+    """The mean of `y` at every `x` over the rows of a table, and its 95 % t-interval as a band."""
+    groups = table.groupby(x)[y]
+    mean, ends = groups.mean(), np.array([interval(values) for _, values in groups])
+    axes.plot(mean.index, mean, color=shade, label=label, **line)
+    axes.fill_between(mean.index, *ends.T, color=shade, alpha=0.15, linewidth=0)
+    sns.despine(ax=axes)
 
 
 def panels(count: int, height: float = 2.4, columns: int = 2) -> tuple[Figure, np.ndarray]:
@@ -91,36 +128,145 @@ def title(figure: Figure, text: str, runs: DataFrame, smooth: int = 1, log: bool
     seeds = runs.seed.nunique()
     bands = ["thick: their median", "band: their range"]
     bands = bands if log else ["band: 95 % t-interval of the mean"]
-    shown = [f"{seeds} seeds, thin lines", *bands] if seeds > 1 else ["1 seed, so no interval"]
+    shown = [f"{seeds} seeds", *bands] if seeds > 1 else ["1 seed, so no interval"]
     if smooth > 1:
         shown.append(f"running mean of {smooth} updates")
     figure.suptitle(textwrap.fill(f"{text}. {'; '.join(shown)}", 100), fontsize=8)
 
 
-def shared_legend(figure: Figure, axes: Axes, columns: int = 3) -> None:
-    """One legend below all panels, with the lines of `axes`."""
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
+def shared_legend(
+    figure: Figure, *axes: Axes, columns: int = 3, names: dict[str, str] | None = None
+) -> None:
+    """One legend below all panels, a line for every label of `axes`; `names`, of those that it has,
+    are what they are called."""
+    of = {}
+    for axis in axes:
+        of |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
+        if axis.get_legend():
+            axis.get_legend().remove()
+    said = names or {label: label for label in of}
+    shown = {said[label]: of[label] for label in of if label in said}
+    place = {"loc": "outside lower center", "ncols": columns, "frameon": False}
+    figure.legend(shown.values(), shown, **place)
 
 
-def bars(axes: Axes, table: DataFrame, colours: Sequence[str] = COLOURS) -> None:
-    """Grouped bars, from top to bottom, of the means over seeds (rows: groups, columns:
-    `(measure, seed)`), with the 95 % t-interval where there are two seeds or more; a measure that
-    a group lacks has no bar."""
-    measures = table.columns.unique(level=0)
-    height = 0.8 / len(measures)
-    for i, measure in enumerate(measures):
-        at = np.arange(len(table)) + (i - (len(measures) - 1) / 2) * height
-        values, error = table[measure], None
-        means = values.mean(axis=1)
-        if values.shape[1] > 1:
-            seeds = [row.dropna() for _, row in values.iterrows()]
-            low = [t_interval(row).low if len(row) else np.nan for row in seeds]
-            error = np.maximum(means - low, 0)
-        axes.barh(at, means, height * 0.9, xerr=error, color=colours[i], label=measure)
-    axes.set_yticks(range(len(table)), table.index)
-    axes.invert_yaxis()
+def smoothed(runs: DataFrame) -> int:
+    """The running mean's width for curves of training batches: a twelfth of a run."""
+    return max(1, int(runs.step.max()) // 12) if len(runs) else 1
+
+
+def ramp(count: int) -> list:
+    """Shades for what is ordered, such as temperatures, and is no arm."""
+    return sns.color_palette("flare", count)
+
+
+def same_heights(axes: Iterable[Axes]) -> None:
+    """One y axis for panels side by side, named and numbered on the first alone."""
+    first, *others = axes
+    ends = np.array([axis.get_ylim() for axis in (first, *others)])
+    for axis in (first, *others):
+        axis.set_ylim(ends[:, 0].min(), ends[:, 1].max())
+    for axis in others:
+        axis.tick_params(labelleft=False)
+        axis.set_ylabel("")
+
+
+def point(axes: Axes, place: float, found: Sequence[float], shade: str, filled=True) -> None:
+    """An estimate with the ends of its interval, (estimate, low, high), in line `place`."""
+    estimate, *ends = found
+    axes.plot(ends, [place, place], color=shade, linewidth=1.2)
+    inside = shade if filled else "white"
+    axes.plot(estimate, place, "o", color=shade, markerfacecolor=inside, markersize=4.5)
+
+
+def dots(
+    axes: Axes,
+    values: Series,
+    arms: Iterable[str],
+    filled: bool = True,
+    shift: float = 0.0,
+    bound: float | None = None,
+    each: bool = True,
+) -> None:
+    """An arm a line, from top to bottom, in its colour: the mean over seeds with its 95 %
+    t-interval, `each` seed small. `values` have the index (arm, seed); an arm that they lack leaves
+    its line empty. `bound` draws what decides: a dotted line at that value."""
+    for place, (arm, shade) in enumerate(palette(arms).items()):
+        own = values[values.index.get_level_values(0) == arm].dropna()
+        if each:
+            axes.plot(own, [place + shift] * len(own), ".", color=shade, markersize=2.5, alpha=0.5)
+        if len(own):
+            point(axes, place + shift, (own.mean(), *interval(own)), shade, filled)
+    if bound is not None:
+        axes.axvline(bound, color="0.4", linestyle=":", linewidth=1)
+    rows(axes, arms)
+
+
+def rows(axes: Axes, names: Iterable[str]) -> None:
+    """Names from top to bottom, one a line."""
+    names = list(names)
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.5, -0.5)
     sns.despine(ax=axes)
+
+
+def decimals(axis: Axis) -> None:
+    """Plain numbers at 1, 2, 5, 10 and so on, of a log axis."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_locator(NullLocator())
+
+
+def cells(axes: Axes, table: DataFrame, said: DataFrame, ends: tuple[float, float], cmap: str):
+    """A table as coloured cells that say `said`, `ends` being the values of the colour map's."""
+    image = axes.imshow(table.to_numpy(float), cmap=cmap, vmin=ends[0], vmax=ends[1], aspect="auto")
+    shades = image.cmap(image.norm(table.to_numpy(float)))[..., :3] @ (0.3, 0.6, 0.1)
+    for (row, column), light in np.ndenumerate(shades):
+        place = {"ha": "center", "va": "center", "fontsize": 7}
+        ink = "0.1" if light > 0.5 else "white"
+        axes.text(column, row, said.iloc[row, column], color=ink, **place)
+    axes.set_xticks(range(table.shape[1]), table.columns)
+    axes.set_yticks(range(len(table)), table.index)
+    axes.tick_params(length=0)
+    sns.despine(ax=axes, left=True, bottom=True)
+    return image
+
+
+def doubling(axes: Axes, ticks: Iterable[float], label: str = "denoising steps") -> None:
+    """An x axis on which numbers double, with these ticks."""
+    ticks = sorted({*ticks})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+    axes.set_xlabel(label)
+    sns.despine(ax=axes)
+
+
+def label_ends(axes: Axes, names: dict[str, str] | None = None, size: float = 7) -> None:
+    """The labels of the lines written at their ends, in their colours and apart from each other, in
+    place of a legend. `names` are shorter ones, by label; a line that it lacks has none."""
+    axes.get_ylim()  # settles the limits that heights are measured by
+    ends = []
+    for line in axes.get_lines():
+        label, (x, y) = line.get_label(), line.get_data()
+        known = np.isfinite(np.asarray(x, float)) & np.isfinite(np.asarray(y, float))
+        if known.any() and not label.startswith("_") and (names is None or label in names):
+            at = axes.transData.transform((0, np.asarray(y, float)[known][-1]))
+            height = float(axes.transAxes.inverted().transform(at)[1])
+            ends.append([height, names[label] if names else label, line.get_color()])
+    ends.sort()
+    panel = 72 * axes.get_figure().get_figheight() / axes.get_gridspec().nrows
+    gap = 1.2 * size / (0.65 * panel)  # what titles and ticks leave of it
+    for below, above in pairwise(ends):
+        above[0] = max(above[0], below[0] + gap)
+    limit = 1 + gap / 2
+    for end in reversed(ends):  # what stands too high goes down, and pushes those below
+        end[0] = limit = min(end[0], limit)
+        limit -= gap
+    for height, label, shade in ends:
+        at = {"xycoords": "axes fraction", "textcoords": "offset points", "va": "center"}
+        said = tinted(shade, 0.25)  # pale lines are legible, pale letters are not
+        axes.annotate(label, (1, height), (4, 0), color=said, fontsize=size, **at)
 
 
 def moved(axes: Axes, values: Series, arms: Iterable[str]) -> None:
@@ -136,72 +282,3 @@ def moved(axes: Axes, values: Series, arms: Iterable[str]) -> None:
     axes.set_yticks(range(len(arms)), arms, fontsize=6)
     axes.set_ylim(len(arms) - 0.5, -0.5)
     sns.despine(ax=axes)
-
-
-def against_steps(table: DataFrame, reference: Series, equally_fast: float | None) -> Figure:
-    """Speed and accuracy of a masked diffusion model against its denoising steps, the
-    autoregressive model as the line (Fig. 4-4).
-
-    Args:
-        table: a row a number of steps: `setting`, `instances_per_second`, `accuracy`, `low`,
-            `high`; reference: the same of the autoregressive model.
-        equally_fast: the number of steps at which both are, or None.
-    """
-    figure, (fast, right) = panels(2)
-    ar, mdm = palette(["AR", "MDM"]).values()
-    line = {"marker": "o", "color": mdm}
-    fast.plot(table.setting, table.instances_per_second, label="MDM", **line)
-    fast.axhline(reference.instances_per_second, color=ar, linestyle="--", label="AR")
-    if equally_fast:
-        fast.axvline(equally_fast, color="grey", linestyle=":", label="equally fast")
-    fast.set(yscale="log", ylabel="instances per second", title="speed")
-    error = np.stack([table.accuracy - table.low, table.high - table.accuracy])
-    right.errorbar(table.setting, table.accuracy, error, elinewidth=1, **line)
-    right.axhline(reference.accuracy, color=ar, linestyle="--")
-    right.axhspan(reference.low, reference.high, color=ar, alpha=0.2, linewidth=0)
-    right.set(ylabel="right answers", ylim=(-0.02, 1.02), title="accuracy, greedy")
-    for axis in (fast, right):
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(table.setting, [f"{steps:g}" for steps in table.setting])
-        axis.set_xlabel("denoising steps")
-        sns.despine(ax=axis)
-    shared_legend(figure, fast)
-    return figure
-
-
-def moved_trade_off(
-    table: DataFrame, speeds: Series, references: dict[str, tuple[float, float]]
-) -> Figure:
-    """What completions are worth against denoising steps, and against instances per second, before
-    and after RL; the mean over seeds, and its 95 % t-interval where there are two or more.
-
-    Args:
-        table: columns `curve`, `seed`, `steps`, and last what is drawn; speeds: instances per
-            second by steps; references: autoregressive models by name, their instances per second
-            and that.
-    """
-    figure, (against, fast) = panels(2, height=2.8)
-    measure = table.columns[-1]
-    says = {"accuracy": "right answers", "reward": "reward"}[measure]
-    curves = table["curve"].unique()
-    styles, shades = line_styles(curves[1:]), palette(curves[1:])
-    for name in curves:
-        drawn = table[table["curve"] == name].groupby("steps")[measure]
-        mean, ends = drawn.mean(), np.array([interval(values) for _, values in drawn])
-        look = {"color": shades.get(name, colour("MDM")), "linestyle": styles.get(name, "-")}
-        against.plot(mean.index, mean, marker="o", markersize=3, label=name, **look)
-        against.fill_between(mean.index, *ends.T, color=look["color"], alpha=0.15, linewidth=0)
-        fast.plot(speeds.reindex(mean.index), mean, marker="o", markersize=3, **look)
-    for (name, (speed, level)), line in zip(references.items(), LINES, strict=False):
-        against.axhline(level, color=colour("AR"), linestyle=line, linewidth=1, label=name)
-        fast.plot(speed, level, "*", color=colour("AR"), alpha=1 if line == "-" else 0.5)
-    against.set_xscale("log", base=2)
-    ticks = sorted(table.steps.unique())
-    against.set_xticks(ticks, [f"{steps:g}" for steps in ticks])
-    against.set(xlabel="denoising steps", ylabel=f"{says}, greedy")
-    fast.set(xscale="log", xlabel="instances per second")
-    for axis in (against, fast):
-        axis.set_ylim(bottom=0)
-        sns.despine(ax=axis)
-    shared_legend(figure, against)
-    return figure

@@ -144,11 +144,14 @@ def _collect(profile: str, name: str, values: Sequence) -> list[Path]:
 
 
 def write_docs(folder: Path) -> None:
-    """Put the tables of `folder`, that of the `full` figures, into the sections of `docs/`."""
+    """Put the tables of `folder`, that of the `full` figures, into the sections of `docs/`, and
+    write the gallery of the figures."""
     from mdmrl.evaluation.tables import models_markdown
+    from mdmrl.study.figures.gallery import gallery, pictures
 
     docs, models = project_root() / "docs", folder / "data" / "tiny_models.csv"
-    ledger.fill_claims(docs / "results.md", folder / "claims.json")
+    ledger.fill_claims(docs / "results.md", folder / "claims.json", pictures(folder))
+    write_atomically(project_root() / "figures" / "README.md", gallery(folder))
     if models.exists():
         ledger.fill_section(docs / "results.md", "models", models_markdown(models))
     if list((folder / "data").glob("bench_samplers*.json")):

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import pandas as pd
-from matplotlib.figure import Figure
 
 from mdmrl.config import InputError
 from mdmrl.policies import Policy
@@ -41,21 +40,16 @@ def shown_canvas(policy: Policy, ids: list[int]) -> list[str]:
     return [MASK_SHOWN if token == policy.mask_token_id else piece for token, piece in pairs]
 
 
-def order_of_reveal(output: SamplerOutput, policy: Policy, row: int = 0) -> Figure:
-    """When each position was revealed, and how sure the policy was."""
-    frame = pd.concat(
+def reveals(output: SamplerOutput, row: int = 0) -> pd.DataFrame:
+    """When each position of a completion was revealed (`step`, from 1), how probable its token was
+    then (`p`), and whether it `counts`, up to the first end token."""
+    steps = (
         pd.DataFrame({"step": i, "position": s.positions[mine], "p": s.logprobs[mine].exp()})
         for i, s in enumerate(output.trajectory, start=1)
         for mine in [s.rows == row]
     )
-    end = int(output.completion_mask[row].sum())
-    figure, axes = plt.subplots(figsize=(6.3, 2.6), layout="constrained")
-    shade = {"c": frame.p, "cmap": "viridis", "vmin": 0, "vmax": 1}
-    points = axes.scatter(frame.position, frame.step, s=9, **shade)
-    axes.axvline(end - 0.5, color="0.6", linewidth=0.8, linestyle=":")
-    axes.set(xlabel="position in the completion (dotted: its end)", ylabel="step of reveal")
-    figure.colorbar(points, label="probability when revealed")
-    return figure
+    frame = pd.concat(steps, ignore_index=True)
+    return frame.assign(counts=output.completion_mask[row].cpu().numpy()[frame.position])
 
 
 class Choices(Interactive):
