@@ -36,7 +36,7 @@ from functools import lru_cache
 
 from mdmrl.config import InputError, require, unknown
 from mdmrl.rewards.code import syntax
-from mdmrl.rewards.code.boxes import Ended, Limits, Session, monty
+from mdmrl.rewards.code.boxes import Ended, Limits, monty
 from mdmrl.rewards.code.extract import extract_code
 from mdmrl.rewards.code.sandbox import bubblewrap, why_not_bubblewrap
 
@@ -149,6 +149,7 @@ class _Wanted:
     names: list[str]
     modules: list[str]
     built_in: list[str]
+    bound: list[str]
     classes: list[str]
     has_assert: bool
     read: dict
@@ -196,7 +197,7 @@ class _Batch:
     def _tried(self, source: str, tests: tuple[str, ...], place: tuple, deadline: float) -> Ended:
         for _ in range(TRIES):
             try:
-                found = self._run(source, tests, *(self.open[kind] for kind in place), deadline)
+                found = self._run(source, tests, place, deadline)
             except Ended as error:
                 found = error
             except Exception as error:  # an outage, of whatever kind, is no grade
@@ -206,28 +207,25 @@ class _Batch:
         # What is killed each time has done it itself.
         return Ended("runtime", found.detail) if found.outcome == "killed" else found
 
-    def _run(
-        self, source: str, tests: tuple[str, ...], box: Session, beside: Session, deadline: float
-    ) -> Ended:
-        wanted = _Wanted.of(tests)
+    def _run(self, source: str, tests: tuple[str, ...], place: tuple, deadline: float) -> Ended:
+        wanted, (box, beside) = _Wanted.of(tests), (self.open[kind] for kind in place)
         with box("solution") as program:
             reply = _reply(program(_line("load", source), deadline))
             if reply[0] != "loaded":
                 return _raised(*map(str, (*reply, "", "")[1:3]), loading=True)
             asked = wanted.names or wanted.built_in
-            names = _reply(program(_line("names", asked), deadline), 2)
-            if not wanted.names and names[1] == ["dict", 0, []]:
-                return Ended(
-                    "runtime", f"defines none of {', '.join(asked)}, which the tests ask for"
-                )
+            heap = _heap(program(_line("names", asked), deadline))
+            if not wanted.names and not heap[3]:
+                said = f"defines none of {', '.join(asked)}, which the tests ask for"
+                return Ended("runtime", said)
             with beside("tests") as asserts:  # which come into being only now
-                steps = [(_line("bind", names[1], wanted.classes), "")]
+                steps = [(_line("bind", wanted.classes, asked, wanted.bound, heap), "")]
                 for test in (*(f"import {name}" for name in wanted.modules), *tests):
                     steps.append((_line("load", test), test))
                 for line, test in steps:
                     line = _fit(asserts(line, deadline))
                     while not line.startswith(('["loaded"', '["failed"')):
-                        line = _fit(program(line, deadline))
+                        line = _fit(program(line, deadline), made_up=place[0] is not monty)
                         line = _fit(asserts(line, deadline))
                     if line.startswith('["failed"'):
                         return _raised(*json.loads(line)[1:], test=test)
@@ -281,17 +279,27 @@ def _reply(line: str, length: int = 1) -> list:
     raise Ended("runtime", "the program broke the channel")
 
 
-def _fit(line: str) -> str:
+def _heap(line: str) -> list:
+    """With the names, of what a program's end says of them."""
+    heap = _reply(line)[-1]
+    if isinstance(heap, list) and len(heap) >= 4:
+        return heap
+    raise Ended("runtime", "the program broke the channel")
+
+
+def _fit(line: str, made_up: bool = False) -> str:
     if line.startswith('["opaque"'):
-        raise Ended("unsupported", "a value that only CPython can hold")
+        if made_up:  # CPython holds any value
+            raise Ended("runtime", "the program broke the channel")
+        raise Ended("unsupported", "it takes more than this judge can do with either end apart")
     return line
 
 
 def _trusted(found: Ended, in_monty: list[dict]) -> tuple[str, bool]:
     """The outcome, and whether it is CPython's for sure; Monty's lacks are no program's fault."""
     outcome, (name, message) = found.outcome, found.error
-    if not in_monty:  # a value that CPython could not hold has been made up
-        return "runtime" if outcome == "unsupported" else outcome, True
+    if not in_monty:
+        return outcome, True
     lacks = _lacks(name, message) or (name == "TypeError" and any(x["special"] for x in in_monty))
     if outcome == "unsupported" or (outcome == "runtime" and lacks):
         return "unsupported", False

@@ -10,13 +10,15 @@ from __future__ import annotations
 import ast
 import builtins
 import json
+import re
 import sys
 import warnings
 
 DOUBTED = (ast.Set, ast.SetComp, ast.Try, ast.Import, ast.ImportFrom)
 DOUBTED_NAMES = {"set", "frozenset", "hash", "id", "repr"}
-KEEPING = (ast.Assign, ast.AnnAssign, ast.NamedExpr, ast.withitem, ast.Expr)
+PASSING = (ast.Compare, ast.BinOp, ast.UnaryOp, ast.BoolOp, ast.Call, ast.Assert, ast.Subscript)
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+BUILT_IN = (int, float, complex, str, bytes, list, tuple, dict, set, range, type)
 MEANINGLESS = (ast.Pass, ast.Return, ast.Raise, ast.Expr)
 
 
@@ -60,30 +62,34 @@ def _is_stub(tree: ast.Module) -> bool:
 
 
 def classes_of(tests: tuple[str, ...]) -> list[str]:
-    """The names with a capital that tests somewhere use as one uses a class: what a call gives is
-    named, entered, asked for an attribute, or set beside another's. A function may have a capital
-    too, and what comes of that is compared with plain data alone."""
-    found = set()
-    for node in (node for test in tests for node in ast.walk(ast.parse(test))):
+    """The names that tests use as one uses a class: with a capital, and what a call gives is kept,
+    entered, asked for an attribute, or set beside another's; or without, and what a call gives is
+    asked for an attribute that no built-in type has. A function may have a capital too, and what
+    comes of that is compared with plain data, or goes through a function of Python's."""
+    nodes = [node for test in tests for node in ast.walk(ast.parse(test))]
+    parents = {child: node for node in nodes for child in ast.iter_child_nodes(node)}
+    found, held = set(), {}
+    for node in nodes:
+        if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name)):
+            continue
+        name, parent = node.func.id, parents.get(node)
+        if name[0].isupper():
+            beside = [side for side in ast.iter_child_nodes(parent) if isinstance(side, ast.Call)]
+            if len(beside) > 1 or not isinstance(parent, PASSING):
+                found.add(name)
+        for target in getattr(parent, "targets", []):
+            held.setdefault(getattr(target, "id", None), set()).add(name)
+    for node in nodes:
         if isinstance(node, ast.Attribute):
-            found |= _called(ast.walk(node.value))
-        elif isinstance(node, KEEPING):
-            found |= _called(ast.iter_child_nodes(node))
-        elif isinstance(node, ast.Compare | ast.BinOp):
-            sides = [_called([side]) for side in ast.iter_child_nodes(node)]
-            if sum(map(bool, sides)) > 1:
-                found.update(*sides)
+            own = not any(hasattr(kind, node.attr) for kind in BUILT_IN)
+            if isinstance(node.value, ast.Name):
+                found |= {node.value.id, *held.get(node.value.id, ())} if own else set()
+            elif isinstance(node.value, ast.Call) and isinstance(node.value.func, ast.Name):
+                found |= {node.value.func.id} if own else set()
     return sorted(found)
 
 
-def _called(nodes) -> set[str]:
-    """The names with a capital that are called in `nodes`."""
-    calls = (node for node in nodes if isinstance(node, ast.Call))
-    names = {call.func.id for call in calls if isinstance(call.func, ast.Name)}
-    return {name for name in names if name[0].isupper()}
-
-
-def names_wanted(tests: tuple[str, ...]) -> tuple[list[str], list[str], list[str]]:
+def names_wanted(tests: tuple[str, ...]) -> tuple[list[str], ...]:
     """The names that tests may want of a program (what they define themselves stays theirs), the
     modules of Python's that they take for imported, as in `math.isclose(f(2), 1.4)`, and the names
     that Python has built in. These are the program's only where tests want no others.
@@ -93,18 +99,28 @@ def names_wanted(tests: tuple[str, ...]) -> tuple[list[str], list[str], list[str
     """
     nodes = [node for test in tests for node in ast.walk(ast.parse(test))]
     names = [node for node in nodes if isinstance(node, ast.Name)]
+    if any(node.id in ("eval", "exec") for node in names):
+        texts = [node.value for node in nodes if isinstance(getattr(node, "value", None), str)]
+        found = re.findall(r"[^\W\d]\w*", " ".join(texts))
+        names += [ast.Name(name, ast.Load()) for name in found]
     loaded = [node.id for node in names if isinstance(node.ctx, ast.Load)]
     bound = {node.id for node in names if not isinstance(node.ctx, ast.Load)}
     owners = [node.value for node in nodes if isinstance(node, ast.Attribute)]
     dotted = [owner.id for owner in owners if isinstance(owner, ast.Name)]
+    asked = {name: set() for name in sys.stdlib_module_names.intersection(dotted) - bound}
+    for node in nodes:
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            asked.get(node.value.id, set()).add(node.attr)
     modules = {
         name
-        for name in sys.stdlib_module_names.intersection(dotted) - bound
+        for name, attributes in asked.items()
         if dotted.count(name) == loaded.count(name)
+        and all(hasattr(__import__(name), attribute) for attribute in attributes)
     }
     own, built_in = {*loaded} - modules, {*dir(builtins)}
     others = own - built_in - bound
-    return sorted(own - built_in), sorted(modules), sorted(own & built_in - bound) * (not others)
+    only = sorted(own & built_in - bound) * (not others)
+    return sorted(own - built_in), sorted(modules), only, sorted(bound)
 
 
 def main() -> None:
