@@ -22,10 +22,7 @@ import builtins
 import json
 import os
 import re
-import select
-import subprocess
 import sys
-import threading
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -38,6 +35,7 @@ from mdmrl.config import InputError, require, unknown
 from mdmrl.rewards.code import syntax
 from mdmrl.rewards.code.boxes import Ended, Limits, monty
 from mdmrl.rewards.code.extract import extract_code
+from mdmrl.rewards.code.reader import Reader
 from mdmrl.rewards.code.sandbox import bubblewrap, why_not_bubblewrap
 
 BOXES = {"monty": monty, "bubblewrap": bubblewrap}
@@ -51,8 +49,6 @@ GRADES = {
     "unsupported": None,
     "infra_error": None,
 }
-LONGEST_SOURCE = 2**16  # bytes
-COMPILING = 10  # seconds
 TRIES = 3
 UNSUPPORTED_SHARE = 0.05
 DETAIL = 500  # characters
@@ -118,7 +114,7 @@ def judge(
 
 def syntax_verdicts(programs: Sequence[str]) -> list[Verdict]:
     """`passed` where the program compiles, `compile` where it does not."""
-    with _Reader() as reader:
+    with Reader() as reader:
         found = [reader.inspected(program) for program in programs]
     return [_compiled(program) or Verdict("passed", stub=program["stub"]) for program in found]
 
@@ -150,6 +146,7 @@ class _Wanted:
     modules: list[str]
     built_in: list[str]
     bound: list[str]
+    resets: list[str]
     classes: list[str]
     has_assert: bool
     read: dict
@@ -171,7 +168,7 @@ class _Batch:
         # Entered first, so that it is left last: an interrupt closes the boxes, which ends what the
         # threads wait for.
         self.threads = stack.enter_context(ThreadPoolExecutor(workers))
-        self.reader = stack.enter_context(_Reader())
+        self.reader = stack.enter_context(Reader())
         self.places = [(box, monty)]
         if why_not_bubblewrap() is None:
             self.places.append((box if box is not monty else bubblewrap, bubblewrap))
@@ -183,13 +180,15 @@ class _Batch:
         program = self.reader.inspected(source)
         if wrong := _compiled(program):
             return wrong
-        deadline = time.monotonic() + self.wall
-        elsewhere = program["unlike"] or _Wanted.of(tests).read["unlike"]
+        deadline, wanted = time.monotonic() + self.wall, _Wanted.of(tests)
+        elsewhere = program["unlike"] or wanted.read["unlike"]
         for place in self.places[-1 * elsewhere :]:
             found = self._tried(source, tests, place, deadline)
             read = [program] if place[0] is monty else []
-            read += [_Wanted.of(tests).read] if place[1] is monty else []
+            read += [wanted.read] if place[1] is monty else []
             found.outcome, certain = _trusted(found, read)
+            if found.outcome in ("failed", "runtime") and {*program["globals"]} & {*wanted.resets}:
+                found = Ended("unsupported", "the tests set a global variable of the program's")
             if certain or self.stopped or time.monotonic() > deadline:
                 break
         return Verdict(found.outcome, _clean(found.detail), program["stub"])
@@ -232,44 +231,6 @@ class _Batch:
         return Ended("passed", "")
 
 
-class _Reader:
-    """The child process that reads programs (`mdmrl.rewards.code.syntax`)."""
-
-    def __init__(self):
-        self.lock, self.process = threading.Lock(), None
-
-    def __enter__(self) -> _Reader:
-        return self
-
-    def __exit__(self, *error) -> None:
-        if self.process is not None:
-            self.process.kill()
-            self.process.communicate()
-            self.process = None
-
-    def inspected(self, source: str) -> dict:
-        size = len(source.encode("utf-8", "surrogatepass"))
-        if size > LONGEST_SOURCE:
-            return {"error": f"{size} bytes of source: expected at most {LONGEST_SOURCE}"}
-        with self.lock:
-            if self.process is None:
-                self.process = subprocess.Popen(
-                    [sys.executable, "-I", "-S", syntax.__file__],
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.DEVNULL,
-                    start_new_session=True,
-                    bufsize=0,
-                )
-            with suppress(OSError):
-                self.process.stdin.write(json.dumps(source).encode() + b"\n")
-            ready, _, _ = select.select([self.process.stdout], [], [], COMPILING)
-            if ready and (line := self.process.stdout.readline()):
-                return json.loads(line)
-            self.__exit__()
-        return {"error": "CPython does not get through it"}
-
-
 def _reply(line: str, length: int = 1) -> list:
     """What a program's end says, which it may say wrongly on purpose."""
     with suppress(ValueError, RecursionError):
@@ -300,12 +261,14 @@ def _trusted(found: Ended, in_monty: list[dict]) -> tuple[str, bool]:
     outcome, (name, message) = found.outcome, found.error
     if not in_monty:
         return outcome, True
-    lacks = _lacks(name, message) or (name == "TypeError" and any(x["special"] for x in in_monty))
+    special = any(read["special"] for read in in_monty)
+    lacks = _lacks(name, message) or (name == "TypeError" and special)
     if outcome == "unsupported" or (outcome == "runtime" and lacks):
         return "unsupported", False
     if outcome == "failed":
         return outcome, not any(read["doubted"] for read in in_monty)
-    return outcome, outcome in ("passed", "infra_error") or name in _OWN_ERRORS
+    own = name in _OWN_ERRORS and not special
+    return outcome, outcome in ("passed", "infra_error") or own
 
 
 def _lacks(name: str, message: str) -> bool:
@@ -317,7 +280,7 @@ def _lacks(name: str, message: str) -> bool:
         return found is None or (found[1] or found[2]) in sys.stdlib_module_names
     if name == "NameError":
         found = _NO_NAME.search(message)
-        return found is not None and hasattr(builtins, found[1])
+        return found is not None and (found[1].startswith("__") or hasattr(builtins, found[1]))
     if name == "AttributeError" and (found := _NO_ATTRIBUTE.search(message)):
         kind = getattr(builtins, found[1], None)
         return kind is None or found[2].startswith("__") or hasattr(kind, found[2])

@@ -14,7 +14,7 @@ either end sees what the other did, however long ago it got hold of it.
     return value, raise error    the answers to it
     opaque                       this end cannot hold what came, or not judge it
 
-All but the first and the last end in a `heap`, see `packed`. Nothing here is secret, or safe from
+All but the first and the last end in a `heap` (`packed`). Nothing here is secret, or safe from
 a program that shares its process with one end: whatever such an end says, the other takes for data.
 It is written in what Monty knows of Python; `peer_cpython.py` goes on where there is all of it, and
 `peer_process.py` behind that. `send(line) -> line`, `dumps` and `loads` (JSON) are each box's own.
@@ -24,17 +24,17 @@ It is written in what Monty knows of Python; `peer_cpython.py` goes on where the
 INTEGERS = 10**18  # beyond it in hexadecimal, for which Python has no limit of digits
 CALLABLES = ("function", "builtin_function_or_method", "partial", "_lru_cache_wrapper", "type")
 CONTAINERS = {"list": list, "dict": dict, "set": set}
-COLLECTIONS = ("Counter", "OrderedDict", "defaultdict", "deque")
-SHARED = 64  # as many containers, where it cannot be told which are still in use
+COLLECTIONS = ("Counter", "OrderedDict", "defaultdict", "deque", "namedtuple")
+SHARED = 16  # as many containers, where it cannot be told which are still in use
 PASSED = "int float str bool list tuple dict set frozenset bytes len abs min max sum sorted any all"
 PASSED += " ord chr repr round ... NotImplemented"  # by name, as in f(xs, key=len)
-KNOWN = {name: eval(name) for name in PASSED.split()}
 RAISED = "Exception BaseException SystemExit KeyboardInterrupt ArithmeticError OverflowError "
 RAISED += "ZeroDivisionError LookupError IndexError KeyError RuntimeError NotImplementedError "
 RAISED += "RecursionError AttributeError NameError ValueError ImportError ModuleNotFoundError "
 RAISED += "OSError PermissionError FileNotFoundError AssertionError MemoryError StopIteration "
 RAISED += "SyntaxError TimeoutError TypeError"
-ERRORS = {name: eval(name) for name in RAISED.split()}
+KNOWN = {name: eval(name) for name in f"{PASSED} {RAISED}".split()}
+ERRORS = {name: KNOWN[name] for name in RAISED.split()}
 
 namespace = {"__name__": "solution"}  # so that no `if __name__ == "__main__":` runs
 mine, my_numbers = [], {}  # what the other end holds handles of
@@ -44,11 +44,8 @@ shared, numbers = {}, {}  # containers by number, and the numbers by id
 told = {}  # by number, what was in it when last told or heard of
 fresh = []  # numbers that the other end has not heard of yet
 gone = []  # numbers that it may forget
-counts = {"shared": 0, "depth": 0}
+counts = {"shared": 0, "depth": 0, "bound": []}
 watched = {}  # names whose values are told, and the values that were
-
-
-# -- to the other end ------------------------------------------------------------------------------
 
 
 def encode(value):
@@ -138,12 +135,8 @@ def items_of(container):
 
 
 def same(items, others):
-    if len(items) != len(others):
-        return False
-    for index in range(len(items)):
-        if items[index] is not others[index]:
-            return False
-    return True
+    found = range(len(items))
+    return len(items) == len(others) and all(items[index] is others[index] for index in found)
 
 
 def packed(*message):
@@ -152,11 +145,9 @@ def packed(*message):
     whose values have changed."""
     first = fresh[0] if fresh else counts["shared"]
     try:
-        names, found = [], {}
-        for name in watched:
-            if name in namespace and namespace[name] is not watched[name]:
-                found[name] = namespace[name]
-                names.append([name, encode(namespace[name])])
+        found = [name for name in watched if name in namespace]
+        found = {name: namespace[name] for name in found if namespace[name] is not watched[name]}
+        names = [[name, encode(found[name])] for name in found]
         changes = [n for n in told if not same(items_of(shared[n]), told[n])]
         changes = [[number, contents(shared[number])] for number in changes]
         news = []
@@ -178,13 +169,12 @@ def packed(*message):
 
 
 def forget():
-    """Stop sharing what nobody holds any more: here, the oldest."""
+    """Stop sharing what nobody holds any more: here, the oldest but what has a name."""
+    named = [id(namespace[name]) for name in counts["bound"] if name in namespace]
     for number in list(shared)[:-SHARED]:
-        gone.append(number)
-        leave(number)
-
-
-# -- from the other end ----------------------------------------------------------------------------
+        if id(shared[number]) not in named:
+            gone.append(number)
+            leave(number)
 
 
 def decode(value):
@@ -239,9 +229,8 @@ def fill(container, coded):
 
 
 def decode_named(value):
-    from collections import namedtuple
-
-    return namedtuple(value[1], value[2])(*decode_all(value[3]))
+    made = container_type("namedtuple")(value[1], value[2])
+    return made(*decode_all(value[3]))
 
 
 def decode_error(value):
@@ -288,9 +277,6 @@ DECODERS = {
 }
 
 
-# -- turns -----------------------------------------------------------------------------------------
-
-
 def ask(target, args, kwargs):
     """Have the other end call what is its own, and answer what it calls meanwhile."""
     if not counts["depth"]:
@@ -307,6 +293,9 @@ def ask(target, args, kwargs):
     if isinstance(value, StopIteration) and not may_stop(target):  # it would end our loops
         raise RuntimeError("StopIteration")
     raise value
+
+
+operation = decode
 
 
 def may_stop(target):
@@ -330,10 +319,6 @@ def answer(message):
         return packed("raise", encode(RuntimeError(f"{type(error).__name__}: {error}")))
     finally:
         counts["depth"] -= 1
-
-
-def operation(target):
-    return decode(target)
 
 
 def run(source):

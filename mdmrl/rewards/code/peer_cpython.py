@@ -1,9 +1,10 @@
 """What `peer.py` is in CPython beyond that: it runs behind it, in the same namespace.
 
-Whatever is no data is at the other end an instance of a class made after its own: with that one's
-name and bases, and those of its special methods that Python's operators look for, each of which asks
-for the real one. So Python itself finds what an object can do, and what it is. A class that extends
-one of Python's data types is there a class that extends it too, and its instances hold the data.
+Whatever is no data is at the other end an instance of a class made after its own: with that
+one's name and bases, and those of its special methods that Python's operators look for, each of
+which asks for the real one. So Python itself finds what an object can do, and what it is. A class
+that extends one of Python's data types is there a class that extends it too, and its instances hold
+the data.
 """
 # ruff: noqa: F821, SIM905
 
@@ -16,25 +17,27 @@ import sys
 import types
 
 CONTAINERS.update(bytearray=bytearray, deque=_collections.deque)
-KNOWN.update({f.__name__: f for f in (object, type, slice, reversed, enumerate, zip, map, filter)})
-KNOWN.update({f.__name__: f for f in (iter, next, pow, divmod, callable, print, id, hash, isinstance)})
+MORE = "object type slice reversed enumerate zip map filter iter next pow divmod callable print id "
+KNOWN.update({name: vars(builtins)[name] for name in f"{MORE} hash isinstance".split()})
 KNOWN.update({f"str.{name}": f for name, f in vars(str).items() if name[0] != "_"})
 KNOWN["NoneType"] = type(None)
 for name, kind in vars(builtins).items():
     if isinstance(kind, type) and issubclass(kind, BaseException):
         ERRORS[name] = kind
 # Python's modules whose functions and classes are the same at both ends.
-SAFE = "builtins math cmath operator itertools functools heapq bisect statistics string re json copy "
-SAFE += "json.decoder collections collections.abc datetime decimal fractions uuid pathlib enum typing "
-SAFE += "types dataclasses abc numbers ipaddress zoneinfo array asyncio random io contextlib queue"
+SAFE = (
+    "builtins math cmath operator itertools functools heapq bisect statistics string re json copy"
+)
+SAFE += " json.decoder collections collections.abc datetime decimal fractions uuid pathlib enum abc"
+SAFE += " typing types dataclasses numbers ipaddress zoneinfo array asyncio random io contextlib"
 SAFE = SAFE.split()
 # Values that are made again of what they are made of.
 MADE = {"UUID": lambda x: (x.hex,), "array": lambda x: (x.typecode, list(x))}
 MADE |= dict.fromkeys("range slice Decimal Fraction date datetime time timedelta timezone".split())
 MADE |= dict.fromkeys("PurePosixPath PosixPath PureWindowsPath IPv4Address IPv6Address".split())
 VIEWS = {"dict_keys": "keys", "dict_items": "items", "dict_values": "values"}
-DATA = {int: int.__pos__, float: float.__pos__, complex: complex.__pos__}
-DATA |= {frozenset: lambda x: frozenset(frozenset.__iter__(x)), tuple: lambda x: tuple(tuple.__iter__(x))}
+DATA = {kind: kind.__pos__ for kind in (int, float, complex)}  # and how to get at an instance's own
+DATA |= {kind: lambda x, kind=kind: kind(kind.__iter__(x)) for kind in (tuple, frozenset)}
 DATA |= {kind: lambda x, kind=kind: kind.__getitem__(x, slice(None)) for kind in (str, bytes)}
 TYPES = {kind.__name__: kind for kind in vars(types).values() if isinstance(kind, type)}
 PLAIN = {int, float, str, bool, type(None)}
@@ -43,9 +46,11 @@ BINARY = "add sub mul truediv floordiv mod pow matmul and or xor lshift rshift d
 COMPARED = {f"__{name}__" for name in "eq ne lt le gt ge contains".split()}
 COMPUTED = {f"__{side}{name}__" for name in BINARY for side in ("", "r")}
 INPLACE = {f"__i{name}__" for name in BINARY}
-OTHER = "len bool str repr abs round int float complex index neg pos invert trunc floor ceil bytes "
-OTHER += "iter next getitem setitem delitem missing call enter exit aenter aexit aiter anext format "
-OTHER += "reversed dir fspath"
+OTHER = "len bool str repr abs round int float complex index neg pos invert trunc floor ceil bytes"
+OTHER += (
+    " iter next getitem setitem delitem missing call enter exit aenter aexit aiter anext format"
+)
+OTHER += " reversed dir fspath"
 FORWARDED = {*COMPARED, *COMPUTED, *INPLACE, *(f"__{name}__" for name in OTHER.split())}
 
 remotes = {}  # by number, what stands here for the other end's
@@ -103,8 +108,7 @@ def described_handle(value, how):
 
 
 def module_of(value):
-    module = getattr(value, "__module__", None)
-    return module.lstrip("_") if isinstance(module, str) else None
+    return str(getattr(value, "__module__", None)).lstrip("_")
 
 
 def is_standard(value):
@@ -200,7 +204,7 @@ def contents(container):
     plain = kinds <= PLAIN
     if plain and kinds & {int, float}:
         found = [item for item in items if type(item) in (int, float)]
-        plain = -INTEGERS < min(found) and max(found) < INTEGERS and all(map(math.isfinite, found))
+        plain = min(found) > -INTEGERS and max(found) < INTEGERS and all(map(math.isfinite, found))
     return [plain, items if plain else [encode(item) for item in items]]
 
 
@@ -280,32 +284,6 @@ def fill(container, coded):
         base.update(container, items)
 
 
-def stands_for(made, coded):
-    number = coded[1]
-    remotes[number], hashes[number], theirs[id(made)] = made, coded[4], number
-    return made
-
-
-def decode_handle(value):
-    number, how = value[1:3]
-    if how == "class":
-        return remotes[number]
-    if how == "coroutine":
-        return awaited(number, value)
-    if number not in remotes:
-        kind = decode(value[3])
-        stands_for(object.__new__(kind), value)
-    hashes[number] = value[4]
-    return remotes[number]
-
-
-def decode_valued(value):
-    if value[1] not in remotes:
-        data = decode(value[5])
-        stands_for(type(data).__new__(decode(value[3]), data), value)
-    return remotes[value[1]]
-
-
 _decode_error = decode_error
 
 
@@ -338,14 +316,18 @@ def decode_standard(value):
 
 
 def decode_view(value):
-    items = decode_all(value[2])
-    pairs = items if value[1] == "items" else zip(items, items) if value[1] == "keys" else enumerate(items)
-    return getattr(dict(pairs), value[1])()
+    how, items = value[1], decode_all(value[2])
+    pairs = {"keys": zip(items, items, strict=True), "items": items, "values": enumerate(items)}[
+        how
+    ]
+    return getattr(dict(pairs), how)()
 
 
-async def awaited(number, value):
-    return apply("await", stands_for(object.__new__(decode(value[3])), value))
+def decode_made(value):
+    kind = decode(value[1])
+    if not (isinstance(kind, type) and kind.__name__ in MADE and is_standard(kind)):
+        raise TypeError("no value to make")
+    return kind(*decode(value[2]))
 
 
-DECODERS.update(error=decode_error, handle=decode_handle, valued=decode_valued, view=decode_view)
-DECODERS.update(made=lambda value: decode(value[1])(*decode(value[2])), standard=decode_standard)
+DECODERS.update(error=decode_error, view=decode_view, made=decode_made, standard=decode_standard)

@@ -19,7 +19,7 @@ def run(source):
     if "inspect" in source:
         lines = source.splitlines(keepends=True)
         __import__("linecache").cache["<program>"] = len(source), None, lines, "<program>"
-    exec(compile(source, "<program>", "exec"), namespace)
+    exec(compile(source, "<program>", "exec", dont_inherit=True), namespace)
 
 
 class Output(io.BytesIO):

@@ -19,7 +19,7 @@ from signal import SIGKILL, SIGXCPU
 from mdmrl.config import InputError, require
 from mdmrl.rewards.code.boxes import LONGEST_MESSAGE, PEER, STARTING, Ended, Limits, Session, Turn
 
-_PARTS = ("cpython", "objects", "process")  # what follows `peer.py` in CPython
+_PARTS = ("cpython", "objects", "doubts", "process")  # what follows `peer.py` in CPython
 _PATH = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}
 # The same Python at both ends, so that it need not compile what we have compiled.
 _STARTER = "import marshal; f = open(0, 'rb', closefd=False); n = int(f.readline()); "
@@ -90,7 +90,7 @@ def _cpython_program(role: str, limits: Limits) -> bytes:
     own = (Path(__file__).with_name(f"peer_{part}.py") for part in _PARTS)
     source = "\n".join([PEER, *(path.read_text() for path in own)])
     source += f"\nstart({role!r}, {limits.cpu}, {limits.memory * 2**20})"
-    return marshal.dumps(compile(source, "<peer>", "exec"))
+    return marshal.dumps(compile(source, "<peer>", "exec", dont_inherit=True))
 
 
 def _end(process: subprocess.Popen) -> None:

@@ -18,6 +18,10 @@ DOUBTED = (ast.Set, ast.SetComp, ast.Try, ast.Import, ast.ImportFrom)
 DOUBTED_NAMES = {"set", "frozenset", "hash", "id", "repr"}
 PASSING = (ast.Compare, ast.BinOp, ast.UnaryOp, ast.BoolOp, ast.Call, ast.Assert, ast.Subscript)
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+LAZY = ("map", "zip", "filter", "enumerate", "reversed", "iter")
+EAGER = "list tuple set frozenset dict sum min max sorted any all join extend update Counter deque"
+EAGER = EAGER.split()
+ENDLESS = ("count", "cycle", "repeat")  # of itertools
 BUILT_IN = (int, float, complex, str, bytes, list, tuple, dict, set, range, type)
 MEANINGLESS = (ast.Pass, ast.Return, ast.Raise, ast.Expr)
 
@@ -40,14 +44,62 @@ def inspected(source: str) -> dict:
     return {
         "error": None,
         "stub": _is_stub(tree),
-        "unlike": "round" in names or any(hasattr(builtins, kind.name) for kind in classes),
+        "unlike": "round" in names
+        or any(hasattr(builtins, kind.name) for kind in classes)
+        or _is_lazy(nodes)
+        or _has_loose_annotations(nodes),
         "special": any(name.startswith("__") and name != "__init__" for name in methods)
         or any(isinstance(node, ast.GeneratorExp) for node in nodes),
+        "globals": [name for node in nodes if isinstance(node, ast.Global) for name in node.names],
         "doubted": bool(classes)
         or any(isinstance(node, ast.GeneratorExp) for node in nodes)
         or any(isinstance(node, DOUBTED) for node in nodes)
         or any(isinstance(node, ast.Name) and node.id in DOUBTED_NAMES for node in nodes),
     }
+
+
+def _is_lazy(nodes: list[ast.AST]) -> bool:
+    """Whether there is an iterator that is not used up at once, for which Monty has a list."""
+    parents = {child: node for node in nodes for child in ast.iter_child_nodes(node)}
+    for node in nodes:
+        if isinstance(node, ast.alias) and node.name in ENDLESS:
+            return True
+        if isinstance(node, ast.Attribute) and node.attr in ENDLESS:
+            if getattr(node.value, "id", "") == "itertools":
+                return True
+        elif isinstance(node, ast.GeneratorExp) or _called(node) in LAZY:
+            parent = parents.get(node)
+            looped = isinstance(parent, ast.For | ast.comprehension) and parent.iter is node
+            if not (
+                looped or isinstance(parent, ast.Starred) or _called(parent) in {*EAGER, *LAZY}
+            ):
+                return True
+    return False
+
+
+def _has_loose_annotations(nodes: list[ast.AST]) -> bool:
+    """Whether an annotation has a name that is nowhere given, which Monty does not look at."""
+    given = {node.id for node in nodes if isinstance(node, ast.Name) and not _is_loaded(node)}
+    given |= {node.name for node in nodes if isinstance(node, (ast.ClassDef, *FUNCTIONS))}
+    for node in nodes:
+        if isinstance(node, ast.alias):
+            given.add((node.asname or node.name).partition(".")[0])
+    for node in nodes:
+        for hint in (getattr(node, "annotation", None), getattr(node, "returns", None)):
+            names = {x.id for x in ast.walk(hint) if isinstance(x, ast.Name)} if hint else set()
+            if names - given - {*dir(builtins)}:
+                return True
+    return False
+
+
+def _is_loaded(node: ast.Name) -> bool:
+    return isinstance(node.ctx, ast.Load)
+
+
+def _called(node: ast.AST | None) -> str | None:
+    """The name of the function, or method, that a call calls."""
+    function = node.func if isinstance(node, ast.Call) else None
+    return getattr(function, "id", getattr(function, "attr", None))
 
 
 def _is_stub(tree: ast.Module) -> bool:
@@ -120,7 +172,13 @@ def names_wanted(tests: tuple[str, ...]) -> tuple[list[str], ...]:
     own, built_in = {*loaded} - modules, {*dir(builtins)}
     others = own - built_in - bound
     only = sorted(own & built_in - bound) * (not others)
-    return sorted(own - built_in), sorted(modules), only, sorted(bound)
+    lines = [
+        line for test in tests for line in ast.parse(test).body if isinstance(line, ast.Assign)
+    ]
+    resets = [
+        target.id for line in lines for target in line.targets if isinstance(target, ast.Name)
+    ]
+    return sorted(own - built_in), sorted(modules), only, sorted(bound), resets
 
 
 def main() -> None:
