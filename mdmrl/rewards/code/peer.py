@@ -25,7 +25,7 @@ INTEGERS = 10**18  # beyond it in hexadecimal, for which Python has no limit of 
 CALLABLES = ("function", "builtin_function_or_method", "partial", "_lru_cache_wrapper", "type")
 CONTAINERS = {"list": list, "dict": dict, "set": set}
 COLLECTIONS = ("Counter", "OrderedDict", "defaultdict", "deque", "namedtuple")
-SHARED = 16  # as many containers, where it cannot be told which are still in use
+SHARED = 8  # as many containers, where it cannot be told which are still in use
 PASSED = "int float str bool list tuple dict set frozenset bytes len abs min max sum sorted any all"
 PASSED += " ord chr repr round ... NotImplemented"  # by name, as in f(xs, key=len)
 RAISED = "Exception BaseException SystemExit KeyboardInterrupt ArithmeticError OverflowError "
@@ -34,6 +34,7 @@ RAISED += "RecursionError AttributeError NameError ValueError ImportError Module
 RAISED += "OSError PermissionError FileNotFoundError AssertionError MemoryError StopIteration "
 RAISED += "SyntaxError TimeoutError TypeError"
 KNOWN = {name: eval(name) for name in f"{PASSED} {RAISED}".split()}
+KNOWN["NoneType"] = type(None)
 ERRORS = {name: KNOWN[name] for name in RAISED.split()}
 
 namespace = {"__name__": "solution"}  # so that no `if __name__ == "__main__":` runs

@@ -20,7 +20,6 @@ CONTAINERS.update(bytearray=bytearray, deque=_collections.deque)
 MORE = "object type slice reversed enumerate zip map filter iter next pow divmod callable print id "
 KNOWN.update({name: vars(builtins)[name] for name in f"{MORE} hash isinstance".split()})
 KNOWN.update({f"str.{name}": f for name, f in vars(str).items() if name[0] != "_"})
-KNOWN["NoneType"] = type(None)
 for name, kind in vars(builtins).items():
     if isinstance(kind, type) and issubclass(kind, BaseException):
         ERRORS[name] = kind

@@ -41,7 +41,7 @@ def compared(self, name, other):
             give_up()
         false = True
     if false and name == "__contains__":
-        return False
+        return give_up() if is_trusted(self) else False
     if false:
         raise TypeError(f"an object of the program's compares ({name}) with anything")
     return result
@@ -117,8 +117,8 @@ def decoys(value):
         found = [value + 1 + draw(0) % 3, value - 1 - draw(0) % 3, -value - 7]
         found += [value + far, value - far]
     elif kind in (str, bytes, list, tuple):
-        last = (decoys(value[-1]) or [0])[:1] if value else [0]
-        extra = {str: "a", bytes: b"a"}.get(kind) or kind(last)
+        extra = {str: "a", bytes: b"a"}.get(kind)
+        extra = extra or kind([*(decoys(value[-1]) if value else ()), 0][:1])
         found = [value + extra, extra + value, value[1:], value[:-1] + extra, value[::-1]]
     elif kind in (set, frozenset):
         found = [value | {"a"}, value ^ {next(iter(value), 0)}]

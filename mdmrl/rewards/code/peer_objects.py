@@ -235,7 +235,7 @@ OPERATIONS |= {
     "await": lambda value: __import__("asyncio").run(result_of(value)),
     "fields": lambda value: [*value.__dataclass_fields__],
     "subclass": lambda name, bases, own: type(bases[0])(
-        name, bases, dict(map(method, own.items()))
+        name, bases, {key: method(value) for key, value in own.items()}
     ),
     "input": lambda none, *prompt: input(*prompt),
 }
