@@ -76,6 +76,52 @@ def test_benign_programs_get_their_grade(box):
     assert found == {row["name"]: row["outcome"] for row in rows}
 
 
+@pytest.fixture(scope="module")
+def ordinary():
+    """Programs, right ones and with a part replaced, and what becomes of each."""
+    rows = []
+    for row in programs("ordinary"):
+        rows.append({"outcome": "passed", **row})
+        if "wrong" in row:
+            changed = {"name": row["name"] + ", wrong", "outcome": row.get("instead", "failed")}
+            changed["program"] = row["program"].replace(*row["wrong"])
+            assert changed["program"] != row["program"], row
+            rows.append({**row, **changed})
+    return rows
+
+
+@needs_bubblewrap
+@pytest.mark.parametrize("box", ["monty", pytest.param("bubblewrap", marks=pytest.mark.slow)])
+def test_ordinary_programs_get_their_grade(box, ordinary):
+    found = {name: verdict.outcome for name, verdict in outcomes(ordinary, box).items()}
+    assert found == {row["name"]: row["outcome"] for row in ordinary}
+
+
+@pytest.mark.slow
+def test_ordinary_programs_in_a_plain_python(ordinary):
+    """That what is said to become of them does: all in one process, without any box."""
+    plain = """
+import contextlib, io, json, sys
+outcome = "passed"
+space = {"__name__": "solution"}
+for source in json.load(sys.stdin):
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            exec(compile(source, "<source>", "exec"), space)
+    except AssertionError:
+        outcome = "failed"
+        break
+    except Exception:
+        outcome = "runtime"
+        break
+print(outcome)"""
+    for row in ordinary:
+        sources = json.dumps([extract_code(row["program"]), *row["tests"]])
+        command = [sys.executable, "-c", plain]
+        said = subprocess.run(command, input=sources, capture_output=True, text=True).stdout
+        assert said.strip() == row["outcome"], row["name"]
+
+
 @needs_bubblewrap
 @each_box
 def test_what_monty_lacks_is_judged_in_cpython(box):

@@ -27,7 +27,7 @@ from threading import Event
 
 from mdmrl.config import require
 
-LONGEST_MESSAGE = 2**24  # characters
+LONGEST_MESSAGE = 2**25  # characters
 STARTING = 60  # seconds for an interpreter to start on a busy machine
 PEER = Path(__file__).with_name("peer.py").read_text()
 Turn = Callable[[str, float], str]

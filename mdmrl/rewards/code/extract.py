@@ -5,33 +5,38 @@ from __future__ import annotations
 import re
 import textwrap
 from collections.abc import Sequence
+from itertools import islice
 
 from mdmrl.rewards.text import completion_text
 
-_FENCE = re.compile(r"^[ \t]*```[ \t]*([\w+-]*)[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", re.M | re.S)
-_DEFINES = re.compile(r"^(?:async\s+)?(?:def|class)\s", re.M)
+_FENCE = re.compile(r"^[ \t]*(`{3,}|~{3,})[ \t]*([\w.+-]*)(.*)$", re.M)
+_QUOTES = re.compile(r"\"{3}|'{3}")
+_DEFINES = re.compile(r"^(?:async\s+def|def|class)\s+(\w+)|^(\w+)\s*=\s*lambda\b", re.M)
+_GIVES = re.compile(
+    r"^(?:(?:async\s+def|def|class)\s+(\w+)|(\w+)\s*=[^=]|(?:from|import)\s+(.*))", re.M
+)
+_MOST = 20  # fences to try, so that hostile texts take no time
+_ASIDE = re.compile(r"_*(?:test|demo|main|example|check|run_)", re.I)
 _SIGNATURE = re.compile(r"^(?:@[^\n]*\n)*(?:async\s+)?def\s+(\w+)", re.M)
 
 
 def extract_code(completion: str | list[dict], signature: str = "") -> str:
     """The source of a completion: of a chat's text the last fenced block of Python that defines
-    something (else the last block), of any other text all of it.
+    something, and more than tests or a demonstration (else the last block), behind such before it
+    as define what it uses; of any other text all of it.
 
     Args:
         signature: what the policy was to go on from, as HumanEval's prompts: imports perhaps, then
             a `def` line and a docstring. A body is put behind it, indented if it is not; where the
             completion has the function itself, only what stands before the `def` is kept.
     """
-    text = completion_text(completion)
-    fenced = _FENCE.search(text)
-    inside = fenced is not None and text.count('"""', 0, fenced.start()) % 2 == 1
-    blocks = [] if inside else _FENCE.findall(text)  # a docstring may have a fence too
-    blocks = [code for language, code in blocks if language.lower() in _LANGUAGES]
-    defining = [code for code in blocks if _DEFINES.search(code)]
-    code = [*blocks, *defining][-1] if blocks else text
+    text = completion_text(completion).removeprefix("\ufeff")
+    blocks = _blocks(text)
+    last = max(range(len(blocks)), key=lambda i: (_rank(blocks[i]), i), default=None)
+    code = text if last is None else _joined(blocks[: last + 1])
     heads = [*_SIGNATURE.finditer(signature)]
     if not heads:
-        return textwrap.dedent(code) if blocks else code
+        return code
     if re.search(rf"^(?:async\s+)?def\s+{heads[-1][1]}\b", code, re.M):
         return signature[: heads[-1].start()] + code
     first, *rest = [line for line in code.splitlines() if line.strip()] or [""]
@@ -41,6 +46,52 @@ def extract_code(completion: str | list[dict], signature: str = "") -> str:
         body = code.lstrip("\n")
         code = "    " + body if at_first else textwrap.indent(body, "    ")
     return signature.rstrip() + "\n" + code.lstrip("\n")
+
+
+def _blocks(text: str) -> list[str]:
+    """The fenced blocks of Python; none where the first fence is in a docstring of a program."""
+    found, end = [], 0
+    while opening := _FENCE.search(text, end):
+        if opening[3].rstrip().endswith(opening[1]):  # on one line
+            found.append(opening[3].strip().rstrip(opening[1]))
+            end = opening.end()
+            continue
+        before, start = text[end : opening.start()], opening.end() + 1
+        if not found and _DEFINES.search(before) and _is_quoting(before):
+            return []
+        marks = (
+            x for x in _FENCE.finditer(text, start) if x[1].startswith(opening[1]) and not x[2]
+        )
+        marks = [*islice(marks, _MOST)]
+        closing = [mark for mark in marks if not _is_quoting(text[start : mark.start()])] or marks
+        stop, end = (closing[0].start(), closing[0].end()) if closing else (len(text), len(text))
+        if opening[2].lower().startswith(("py", "ipython")) or not opening[2]:
+            found.append(textwrap.dedent(text[start:stop]))
+    return found
+
+
+def _is_quoting(text: str) -> bool:
+    """Whether a text ends within a string of three quotes."""
+    quote = None
+    for mark in _QUOTES.findall(text):
+        quote = mark if quote is None else None if quote == mark else quote
+    return quote is not None
+
+
+def _rank(block: str) -> int:
+    names = {name for names in _DEFINES.findall(block) for name in names if name}
+    return bool(names) + any(not _ASIDE.match(name) for name in names)
+
+
+def _joined(blocks: list[str]) -> str:
+    """The last block, behind those before it that define what it uses and does not define."""
+    code = blocks[-1]
+    for block in reversed(blocks[-_MOST:-1]):
+        given = {*re.findall(r"\w+", " ".join(map(" ".join, _GIVES.findall(block))))}
+        own = {*re.findall(r"\w+", " ".join(map(" ".join, _GIVES.findall(code))))}
+        if (given - own) & {*re.findall(r"\w+", code)}:
+            code = f"{block.rstrip()}\n{code}"
+    return code
 
 
 def programs_of(
@@ -58,6 +109,3 @@ def programs_of(
         else f"{before}{completion_text(text)}{after}"
         for text, signature, before, after in rows
     ]
-
-
-_LANGUAGES = ("", "python", "py", "python3")

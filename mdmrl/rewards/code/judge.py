@@ -22,10 +22,7 @@ import builtins
 import json
 import os
 import re
-import select
-import subprocess
 import sys
-import threading
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -36,8 +33,9 @@ from functools import lru_cache
 
 from mdmrl.config import InputError, require, unknown
 from mdmrl.rewards.code import syntax
-from mdmrl.rewards.code.boxes import Ended, Limits, Session, monty
+from mdmrl.rewards.code.boxes import Ended, Limits, monty
 from mdmrl.rewards.code.extract import extract_code
+from mdmrl.rewards.code.reader import Reader
 from mdmrl.rewards.code.sandbox import bubblewrap, why_not_bubblewrap
 
 BOXES = {"monty": monty, "bubblewrap": bubblewrap}
@@ -51,8 +49,6 @@ GRADES = {
     "unsupported": None,
     "infra_error": None,
 }
-LONGEST_SOURCE = 2**16  # bytes
-COMPILING = 10  # seconds
 TRIES = 3
 UNSUPPORTED_SHARE = 0.05
 DETAIL = 500  # characters
@@ -118,7 +114,7 @@ def judge(
 
 def syntax_verdicts(programs: Sequence[str]) -> list[Verdict]:
     """`passed` where the program compiles, `compile` where it does not."""
-    with _Reader() as reader:
+    with Reader() as reader:
         found = [reader.inspected(program) for program in programs]
     return [_compiled(program) or Verdict("passed", stub=program["stub"]) for program in found]
 
@@ -149,6 +145,8 @@ class _Wanted:
     names: list[str]
     modules: list[str]
     built_in: list[str]
+    bound: list[str]
+    resets: list[str]
     classes: list[str]
     has_assert: bool
     read: dict
@@ -170,7 +168,7 @@ class _Batch:
         # Entered first, so that it is left last: an interrupt closes the boxes, which ends what the
         # threads wait for.
         self.threads = stack.enter_context(ThreadPoolExecutor(workers))
-        self.reader = stack.enter_context(_Reader())
+        self.reader = stack.enter_context(Reader())
         self.places = [(box, monty)]
         if why_not_bubblewrap() is None:
             self.places.append((box if box is not monty else bubblewrap, bubblewrap))
@@ -182,13 +180,15 @@ class _Batch:
         program = self.reader.inspected(source)
         if wrong := _compiled(program):
             return wrong
-        deadline = time.monotonic() + self.wall
-        elsewhere = program["unlike"] or _Wanted.of(tests).read["unlike"]
+        deadline, wanted = time.monotonic() + self.wall, _Wanted.of(tests)
+        elsewhere = program["unlike"] or wanted.read["unlike"]
         for place in self.places[-1 * elsewhere :]:
             found = self._tried(source, tests, place, deadline)
             read = [program] if place[0] is monty else []
-            read += [_Wanted.of(tests).read] if place[1] is monty else []
+            read += [wanted.read] if place[1] is monty else []
             found.outcome, certain = _trusted(found, read)
+            if found.outcome in ("failed", "runtime") and {*program["globals"]} & {*wanted.resets}:
+                found = Ended("unsupported", "the tests set a global variable of the program's")
             if certain or self.stopped or time.monotonic() > deadline:
                 break
         return Verdict(found.outcome, _clean(found.detail), program["stub"])
@@ -196,7 +196,7 @@ class _Batch:
     def _tried(self, source: str, tests: tuple[str, ...], place: tuple, deadline: float) -> Ended:
         for _ in range(TRIES):
             try:
-                found = self._run(source, tests, *(self.open[kind] for kind in place), deadline)
+                found = self._run(source, tests, place, deadline)
             except Ended as error:
                 found = error
             except Exception as error:  # an outage, of whatever kind, is no grade
@@ -206,70 +206,29 @@ class _Batch:
         # What is killed each time has done it itself.
         return Ended("runtime", found.detail) if found.outcome == "killed" else found
 
-    def _run(
-        self, source: str, tests: tuple[str, ...], box: Session, beside: Session, deadline: float
-    ) -> Ended:
-        wanted = _Wanted.of(tests)
+    def _run(self, source: str, tests: tuple[str, ...], place: tuple, deadline: float) -> Ended:
+        wanted, (box, beside) = _Wanted.of(tests), (self.open[kind] for kind in place)
         with box("solution") as program:
             reply = _reply(program(_line("load", source), deadline))
             if reply[0] != "loaded":
                 return _raised(*map(str, (*reply, "", "")[1:3]), loading=True)
             asked = wanted.names or wanted.built_in
-            names = _reply(program(_line("names", asked), deadline), 2)
-            if not wanted.names and names[1] == ["dict", 0, []]:
-                return Ended(
-                    "runtime", f"defines none of {', '.join(asked)}, which the tests ask for"
-                )
+            heap = _heap(program(_line("names", asked), deadline))
+            if not wanted.names and not heap[3]:
+                said = f"defines none of {', '.join(asked)}, which the tests ask for"
+                return Ended("runtime", said)
             with beside("tests") as asserts:  # which come into being only now
-                steps = [(_line("bind", names[1], wanted.classes), "")]
+                steps = [(_line("bind", wanted.classes, asked, wanted.bound, heap), "")]
                 for test in (*(f"import {name}" for name in wanted.modules), *tests):
                     steps.append((_line("load", test), test))
                 for line, test in steps:
                     line = _fit(asserts(line, deadline))
                     while not line.startswith(('["loaded"', '["failed"')):
-                        line = _fit(program(line, deadline))
+                        line = _fit(program(line, deadline), made_up=place[0] is not monty)
                         line = _fit(asserts(line, deadline))
                     if line.startswith('["failed"'):
                         return _raised(*json.loads(line)[1:], test=test)
         return Ended("passed", "")
-
-
-class _Reader:
-    """The child process that reads programs (`mdmrl.rewards.code.syntax`)."""
-
-    def __init__(self):
-        self.lock, self.process = threading.Lock(), None
-
-    def __enter__(self) -> _Reader:
-        return self
-
-    def __exit__(self, *error) -> None:
-        if self.process is not None:
-            self.process.kill()
-            self.process.communicate()
-            self.process = None
-
-    def inspected(self, source: str) -> dict:
-        size = len(source.encode("utf-8", "surrogatepass"))
-        if size > LONGEST_SOURCE:
-            return {"error": f"{size} bytes of source: expected at most {LONGEST_SOURCE}"}
-        with self.lock:
-            if self.process is None:
-                self.process = subprocess.Popen(
-                    [sys.executable, "-I", "-S", syntax.__file__],
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.DEVNULL,
-                    start_new_session=True,
-                    bufsize=0,
-                )
-            with suppress(OSError):
-                self.process.stdin.write(json.dumps(source).encode() + b"\n")
-            ready, _, _ = select.select([self.process.stdout], [], [], COMPILING)
-            if ready and (line := self.process.stdout.readline()):
-                return json.loads(line)
-            self.__exit__()
-        return {"error": "CPython does not get through it"}
 
 
 def _reply(line: str, length: int = 1) -> list:
@@ -281,23 +240,35 @@ def _reply(line: str, length: int = 1) -> list:
     raise Ended("runtime", "the program broke the channel")
 
 
-def _fit(line: str) -> str:
+def _heap(line: str) -> list:
+    """With the names, of what a program's end says of them."""
+    heap = _reply(line)[-1]
+    if isinstance(heap, list) and len(heap) >= 4:
+        return heap
+    raise Ended("runtime", "the program broke the channel")
+
+
+def _fit(line: str, made_up: bool = False) -> str:
     if line.startswith('["opaque"'):
-        raise Ended("unsupported", "a value that only CPython can hold")
+        if made_up:  # CPython holds any value
+            raise Ended("runtime", "the program broke the channel")
+        raise Ended("unsupported", "it takes more than this judge can do with either end apart")
     return line
 
 
 def _trusted(found: Ended, in_monty: list[dict]) -> tuple[str, bool]:
     """The outcome, and whether it is CPython's for sure; Monty's lacks are no program's fault."""
     outcome, (name, message) = found.outcome, found.error
-    if not in_monty:  # a value that CPython could not hold has been made up
-        return "runtime" if outcome == "unsupported" else outcome, True
-    lacks = _lacks(name, message) or (name == "TypeError" and any(x["special"] for x in in_monty))
+    if not in_monty:
+        return outcome, True
+    special = any(read["special"] for read in in_monty)
+    lacks = _lacks(name, message) or (name == "TypeError" and special)
     if outcome == "unsupported" or (outcome == "runtime" and lacks):
         return "unsupported", False
     if outcome == "failed":
         return outcome, not any(read["doubted"] for read in in_monty)
-    return outcome, outcome in ("passed", "infra_error") or name in _OWN_ERRORS
+    own = name in _OWN_ERRORS and not special
+    return outcome, outcome in ("passed", "infra_error") or own
 
 
 def _lacks(name: str, message: str) -> bool:
@@ -309,7 +280,7 @@ def _lacks(name: str, message: str) -> bool:
         return found is None or (found[1] or found[2]) in sys.stdlib_module_names
     if name == "NameError":
         found = _NO_NAME.search(message)
-        return found is not None and hasattr(builtins, found[1])
+        return found is not None and (found[1].startswith("__") or hasattr(builtins, found[1]))
     if name == "AttributeError" and (found := _NO_ATTRIBUTE.search(message)):
         kind = getattr(builtins, found[1], None)
         return kind is None or found[2].startswith("__") or hasattr(kind, found[2])

@@ -2,59 +2,54 @@
 
 A message is a line of JSON and is answered by one. The ends take turns; while one runs, the other
 waits, so that a call may be answered by a call back. What crosses is data: plain values, tagged
-where JSON has no such value, subclasses reduced to the base's; for anything else a handle, whose
-calls come back. A call's lists, dicts and sets are known to both ends by number, so that the caller
-sees what was changed in place, and which of the results are the arguments themselves.
+where JSON has no such value; for anything else a handle, whose calls come back. Lists, dicts, sets
+and their like are shared: both ends hold a copy of each and know it by number, and a message tells
+what has changed in any of them since the one before, as what the program's names stand for, so that
+either end sees what the other did, however long ago it got hold of it.
 
     load source                  run it among the program's, or the tests', names -> loaded | failed
-    names [name]                 the values that these names have                 -> return
-    bind dict [name]             give names values; which are classes for sure    -> loaded
+    names [name]                 from now on tell what these names have           -> names
+    bind classes [name] [name]   what tests use as classes, ask for, give a value -> loaded
     call target args kwargs      target: an operation, or one of the receiver's handles
-    return value states          states: the contents of the call's containers
-    raise error states           after a call too
-    opaque                       this end cannot hold what came
+    return value, raise error    the answers to it
+    opaque                       this end cannot hold what came, or not judge it
 
-Nothing here is secret, or safe from a program that shares its process with one end: whatever such
-an end says, the other takes for data. It is written in what Monty knows of Python;
-`peer_cpython.py` goes on where there is all of it, and `peer_process.py` behind that. `send(line)
--> line`, `dumps` and `loads` (JSON) are each box's own.
+All but the first and the last end in a `heap` (`packed`). Nothing here is secret, or safe from
+a program that shares its process with one end: whatever such an end says, the other takes for data.
+It is written in what Monty knows of Python; `peer_cpython.py` goes on where there is all of it, and
+`peer_process.py` behind that. `send(line) -> line`, `dumps` and `loads` (JSON) are each box's own.
 """
 # ruff: noqa: F821
 
 INTEGERS = 10**18  # beyond it in hexadecimal, for which Python has no limit of digits
 CALLABLES = ("function", "builtin_function_or_method", "partial", "_lru_cache_wrapper", "type")
 CONTAINERS = {"list": list, "dict": dict, "set": set}
+COLLECTIONS = ("Counter", "OrderedDict", "defaultdict", "deque", "namedtuple")
+SHARED = 8  # as many containers, where it cannot be told which are still in use
 PASSED = "int float str bool list tuple dict set frozenset bytes len abs min max sum sorted any all"
 PASSED += " ord chr repr round ... NotImplemented"  # by name, as in f(xs, key=len)
-KNOWN = {name: eval(name) for name in PASSED.split()}
 RAISED = "Exception BaseException SystemExit KeyboardInterrupt ArithmeticError OverflowError "
 RAISED += "ZeroDivisionError LookupError IndexError KeyError RuntimeError NotImplementedError "
 RAISED += "RecursionError AttributeError NameError ValueError ImportError ModuleNotFoundError "
 RAISED += "OSError PermissionError FileNotFoundError AssertionError MemoryError StopIteration "
 RAISED += "SyntaxError TimeoutError TypeError"
-ERRORS = {name: eval(name) for name in RAISED.split()}
+KNOWN = {name: eval(name) for name in f"{PASSED} {RAISED}".split()}
+KNOWN["NoneType"] = type(None)
+ERRORS = {name: KNOWN[name] for name in RAISED.split()}
 
 namespace = {"__name__": "solution"}  # so that no `if __name__ == "__main__":` runs
 mine, my_numbers = [], {}  # what the other end holds handles of
 theirs = {}  # by id, the numbers of what stands here for the other end's
 kept = []  # so that no id is used again
+shared, numbers = {}, {}  # containers by number, and the numbers by id
+told = {}  # by number, what was in it when last told or heard of
+fresh = []  # numbers that the other end has not heard of yet
+gone = []  # numbers that it may forget
+counts = {"shared": 0, "depth": 0, "bound": []}
+watched = {}  # names whose values are told, and the values that were
 
 
-class Crossing:
-    """The containers of one call."""
-
-    def __init__(self):
-        self.objects, self.numbers = {}, {}
-
-    def enter(self, number, container):
-        if number != len(self.objects):
-            raise ValueError("containers out of order")
-        self.objects[number] = container
-        self.numbers[id(container)] = number
-        return container
-
-
-def encode(value, call):
+def encode(value):
     kind = type(value)
     if value is None or value is True or value is False or kind is str:
         return value
@@ -63,48 +58,55 @@ def encode(value, call):
     if kind is float:
         return value if value - value == 0 else ["float", str(value)]
     if kind is tuple or kind is frozenset:
-        return [kind.__name__, [encode(item, call) for item in value]]
+        return [kind.__name__, [encode(item) for item in value]]
     if kind is bytes:
         return ["bytes", value.hex()]
     if kind is complex:
-        return ["complex", encode(value.real, call), encode(value.imag, call)]
-    if kind is list or kind is dict or kind is set:
-        return encode_container(value, kind.__name__, call)
+        return ["complex", encode(value.real), encode(value.imag)]
     if id(value) in theirs:
         return ["yours", theirs[id(value)]]
+    if container_type(kind.__name__) is kind:
+        return ["shared", number_of(value)]
     for name in KNOWN:
         if value is KNOWN[name]:
             return ["known", name]
-    return encode_more(value, call)
+    return encode_more(value)
 
 
-def encode_container(value, name, call):
-    if id(value) in call.numbers:
-        return ["same", call.numbers[id(value)]]
-    number = len(call.objects)
-    call.enter(number, value)
-    return [name, number, contents(value, call)]
+def container_type(name):
+    if name not in CONTAINERS and name in COLLECTIONS:
+        import collections
+
+        CONTAINERS[name] = getattr(collections, name, None)
+    return CONTAINERS.get(name)
 
 
-def contents(value, call):
-    if isinstance(value, dict):
-        return [[encode(key, call), encode(value[key], call)] for key in list(value)]
-    return [encode(item, call) for item in value]
+def number_of(container):
+    if id(container) not in numbers:
+        fresh.append(enter(container))
+    return numbers[id(container)]
 
 
-def encode_more(value, call):
+def enter(container):
+    number = counts["shared"]
+    counts["shared"] = number + 1
+    shared[number] = container
+    numbers[id(container)] = number
+    return number
+
+
+def leave(number):
+    numbers.pop(id(shared.pop(number)))
+    told.pop(number, None)
+
+
+def encode_more(value):
     if isinstance(value, BaseException):
-        return ["error", [type(value).__name__], [encode(item, call) for item in value.args]]
+        return ["error", [type(value).__name__], [encode(item) for item in value.args]]
     if isinstance(value, tuple):
-        return named_tuple(value, call)
-    if isinstance(value, dict):  # Counter, defaultdict
-        return encode_container(value, "dict", call)
+        fields = [encode(item) for item in value]
+        return ["named", type(value).__name__, list(value._fields), fields]
     return handle(value, "callable" if type(value).__name__ in CALLABLES else "object")
-
-
-def named_tuple(value, call):
-    items = [encode(item, call) for item in value]
-    return ["named", type(value).__name__, list(value._fields), items]
 
 
 def handle(value, kind):
@@ -114,46 +116,126 @@ def handle(value, kind):
     return ["handle", my_numbers[id(value)], kind]
 
 
-def decode(value, call):
-    return DECODERS.get(value[0], decode_more)(value, call) if type(value) is list else value
+def kind_of(container):
+    """What makes an empty one: its type's name, and what else that takes."""
+    name = type(container).__name__
+    if name == "defaultdict":
+        return [name, encode(container.default_factory)]
+    return [name, container.maxlen if name == "deque" else None]
 
 
-def decode_all(items, call):
-    return [decode(item, call) for item in items]
+def contents(container):
+    """Whether its items, a dict's keys before its values, are as JSON has them; and these."""
+    return [False, [encode(item) for item in items_of(container)]]
 
 
-def decode_container(value, call):
-    container = CONTAINERS[value[0]]()
-    return fill(call.enter(value[1], container), value[2], call)
-
-
-def fill(container, items, call):
-    """Give a container other contents; a set or dict whose contents stay is left as it is."""
+def items_of(container):
     if isinstance(container, dict):
-        pairs = [(decode(key, call), decode(item, call)) for key, item in items]
-        if [key for key, _ in pairs] != list(container):
+        return [*list(container), *list(container.values())]
+    return list(container)
+
+
+def same(items, others):
+    found = range(len(items))
+    return len(items) == len(others) and all(items[index] is others[index] for index in found)
+
+
+def packed(*message):
+    """A message with its heap: containers that are new to the other end, as number, kind and
+    contents; those that have changed, as number and contents; those that it may forget; and names
+    whose values have changed."""
+    first = fresh[0] if fresh else counts["shared"]
+    try:
+        found = [name for name in watched if name in namespace]
+        found = {name: namespace[name] for name in found if namespace[name] is not watched[name]}
+        names = [[name, encode(found[name])] for name in found]
+        changes = [n for n in told if not same(items_of(shared[n]), told[n])]
+        changes = [[number, contents(shared[number])] for number in changes]
+        news = []
+        for number in fresh:  # which grows meanwhile
+            news.append([number, kind_of(shared[number]), contents(shared[number])])
+    except BaseException:
+        for number in range(first, counts["shared"]):
+            leave(number)
+        counts["shared"] = first
+        fresh.clear()
+        raise
+    for number, *_ in [*changes, *news]:
+        told[number] = items_of(shared[number])
+    watched.update(found)
+    heap = [news, changes, list(gone), names]
+    fresh.clear()
+    gone.clear()
+    return [*message, heap]
+
+
+def forget():
+    """Stop sharing what nobody holds any more: here, the oldest but what has a name."""
+    named = [id(namespace[name]) for name in counts["bound"] if name in namespace]
+    for number in list(shared)[:-SHARED]:
+        if id(shared[number]) not in named:
+            gone.append(number)
+            leave(number)
+
+
+def decode(value):
+    return DECODERS.get(value[0], decode_more)(value) if type(value) is list else value
+
+
+def decode_all(items):
+    return [decode(item) for item in items]
+
+
+def unpack(heap):
+    news, changes, forgotten, names = heap[:4]
+    for number, kind, _ in news:
+        if number != enter(made_container(*kind)):
+            raise ValueError("containers out of order")
+    for number, *_, items in [*news, *changes]:
+        fill(shared[number], items)
+    for number, *_ in [*news, *changes]:
+        told[number] = items_of(shared[number])
+    for number in forgotten:
+        leave(number)
+    for name, value in names:
+        if name in counts["bound"]:
+            namespace[name] = decode(value)
+
+
+def made_container(name, more, *own):
+    if own or not container_type(name):
+        give_up()
+    if name == "deque":
+        return container_type(name)([], more)
+    if name == "defaultdict":
+        return container_type(name)(decode(more))
+    return container_type(name)()
+
+
+def fill(container, coded):
+    """Give a container other contents; a set or dict whose contents stay is left as it is."""
+    items = coded[1] if coded[0] else decode_all(coded[1])
+    if isinstance(container, dict):
+        keys, values = items[: len(items) // 2], items[len(items) // 2 :]
+        if keys != list(container):
             container.clear()
-        for key, item in pairs:
-            container[key] = item
-        return container
-    found = decode_all(items, call)
-    if not isinstance(container, set):
+        for index in range(len(keys)):
+            container[keys[index]] = values[index]
+    elif not isinstance(container, set):
         container.clear()
-        container.extend(found)
-    elif set(found) != container:
+        container.extend(items)
+    elif set(items) != container:
         container.clear()
-        container.update(found)
-    return container
+        container.update(items)
 
 
-def decode_named(value, call):
-    from collections import namedtuple
+def decode_named(value):
+    made = container_type("namedtuple")(value[1], value[2])
+    return made(*decode_all(value[3]))
 
-    return namedtuple(value[1], value[2])(*decode_all(value[3], call))
 
-
-def decode_error(value, call):
-    args = decode_all(value[2], call)
+def decode_error(value):
+    args = decode_all(value[2])
     for name in value[1]:
         if name in ERRORS:
             try:
@@ -163,9 +245,9 @@ def decode_error(value, call):
     return RuntimeError(str(value[1][0]))
 
 
-def decode_more(value, call):
+def decode_more(value):
     if value[0] != "handle" or value[2] != "callable":
-        send(dumps(["opaque"]))
+        give_up()
     number = value[1]
 
     def remote(*args, **kwargs):
@@ -176,88 +258,89 @@ def decode_more(value, call):
     return remote
 
 
+def give_up():
+    """The tests, or the program, need more than this judge has."""
+    send(dumps(["opaque"]))
+
+
 DECODERS = {
-    "int": lambda value, call: int(value[1], 16),
-    "float": lambda value, call: float(value[1]),
-    "bytes": lambda value, call: bytes.fromhex(value[1]),
-    "complex": lambda value, call: complex(*decode_all(value[1:], call)),
-    "tuple": lambda value, call: tuple(decode_all(value[1], call)),
-    "frozenset": lambda value, call: frozenset(decode_all(value[1], call)),
-    "same": lambda value, call: call.objects[value[1]],
-    "yours": lambda value, call: mine[value[1]],
-    "known": lambda value, call: KNOWN[value[1]],
+    "int": lambda value: int(value[1], 16),
+    "float": lambda value: float(value[1]),
+    "bytes": lambda value: bytes.fromhex(value[1]),
+    "complex": lambda value: complex(*decode_all(value[1:])),
+    "tuple": lambda value: tuple(decode_all(value[1])),
+    "frozenset": lambda value: frozenset(decode_all(value[1])),
+    "shared": lambda value: shared[value[1]],
+    "yours": lambda value: mine[value[1]],
+    "known": lambda value: KNOWN[value[1]] if value[1] in KNOWN else give_up(),
     "named": decode_named,
     "error": decode_error,
-    "list": decode_container,
-    "dict": decode_container,
-    "set": decode_container,
 }
 
 
 def ask(target, args, kwargs):
     """Have the other end call what is its own, and answer what it calls meanwhile."""
-    call = Crossing()
-    given = [encode(item, call) for item in args]
-    named = [[name, encode(kwargs[name], call)] for name in kwargs]
-    known = list(call.objects)
-    reply = loads(send(dumps(["call", target, given, named])))
+    if not counts["depth"]:
+        forget()
+    given = [encode(item) for item in args]
+    named = [[name, encode(kwargs[name])] for name in kwargs]
+    reply = loads(send(dumps(packed("call", target, given, named))))
     while reply[0] == "call":
         reply = loads(send(dumps(answer(reply))))
-    value = decode(reply[1], call)
-    for number, items in reply[2]:
-        if number in known:
-            fill(call.objects[number], items, call)
+    unpack(reply[-1])
+    value = decode(reply[1])
     if reply[0] != "raise":
         return value
-    if isinstance(value, StopIteration) and target[1] != "next":  # else it would end our loops
+    if isinstance(value, StopIteration) and not may_stop(target):  # it would end our loops
         raise RuntimeError("StopIteration")
     raise value
 
 
+operation = decode
+
+
+def may_stop(target):
+    return False
+
+
 def answer(message):
-    call = Crossing()
+    counts["depth"] += 1
     try:
+        unpack(message[-1])
         function, kwargs = operation(message[1]), {}
-        args = decode_all(message[2], call)
+        args = decode_all(message[2])
         for name, item in message[3]:
-            kwargs[name] = decode(item, call)
-        given = list(call.objects)
+            kwargs[name] = decode(item)
         try:
             value, kind = function(*args, **kwargs), "return"
         except BaseException as error:
             value, kind = error, "raise"
-        reply = [kind, encode_result(function, value, call)]
-        return [*reply, [[number, contents(call.objects[number], call)] for number in given]]
+        return packed(kind, encode(value))
     except BaseException as error:  # of what came, or of what is to go
-        return ["raise", ["error", [type(error).__name__, "RuntimeError"], [str(error)]], []]
-
-
-def operation(target):
-    return decode(target, None)
-
-
-def encode_result(function, value, call):
-    return encode(value, call)
+        return packed("raise", encode(RuntimeError(f"{type(error).__name__}: {error}")))
+    finally:
+        counts["depth"] -= 1
 
 
 def run(source):
     exec(source, namespace)
 
 
-def bind(values, classes):
-    namespace.update(values)
+def bind(classes, names, rebound, heap):
+    counts["bound"] = names
+    unpack(heap)
+    counts["bound"] = [name for name in names if name not in rebound]
 
 
 def perform(message):
-    call = Crossing()
     if message[0] == "call":
         return answer(message)
     try:
         if message[0] == "names":
-            found = {name: namespace[name] for name in message[1] if name in namespace}
-            return ["return", encode(found, call), []]
+            watched.update({name: watched for name in message[1]})  # no value of theirs
+            return packed("names")
         if message[0] == "bind":
-            bind(decode(message[1], call), message[2])
+            bind(*message[1:])
         else:
             run(message[1])
     except BaseException as error:

@@ -1,83 +1,174 @@
 """What `peer.py` is in CPython beyond that: it runs behind it, in the same namespace.
 
-Whatever is no data is a `Remote` at the other end, on which Python's operators work too. The tests'
-end gives nothing away by that: an operand is often the very value that a test expects, so an object
-that a program returned where a number or a list was due is equal to none, and an operator that was
-given plain data must not answer with plain data. Only what the tests themselves made by calling a
-class (a name with a capital that they use as one) is trusted to say `3 in it` or `it < 3`, and a
-comparison that holds for a stranger too holds for nothing. What the program asks of the tests' end
-is to call what the tests gave it, or an operation on that, but for the attributes by which Python
-shows its own works.
+Whatever is no data is at the other end an instance of a class made after its own: with that
+one's name and bases, and those of its special methods that Python's operators look for, each of
+which asks for the real one. So Python itself finds what an object can do, and what it is. A class
+that extends one of Python's data types is there a class that extends it too, and its instances hold
+the data.
 """
 # ruff: noqa: F821, SIM905
 
 # As few imports as can be, and none of `json`, which with `re` behind it takes as long as Python.
 import _collections
-import _thread
 import builtins
 import math
 import operator
 import sys
+import types
 
-KNOWN.update({f.__name__: f for f in (object, type, slice, reversed, enumerate, zip, map, filter)})
-KNOWN.update({f.__name__: f for f in (iter, next, pow, divmod, math.sqrt, math.floor, math.ceil)})
+CONTAINERS.update(bytearray=bytearray, deque=_collections.deque)
+MORE = "object type slice reversed enumerate zip map filter iter next pow divmod callable print id "
+KNOWN.update({name: vars(builtins)[name] for name in f"{MORE} hash isinstance".split()})
 KNOWN.update({f"str.{name}": f for name, f in vars(str).items() if name[0] != "_"})
 for name, kind in vars(builtins).items():
     if isinstance(kind, type) and issubclass(kind, BaseException):
         ERRORS[name] = kind
-CONTAINERS["deque"] = _collections.deque
+# Python's modules whose functions and classes are the same at both ends.
+SAFE = (
+    "builtins math cmath operator itertools functools heapq bisect statistics string re json copy"
+)
+SAFE += " json.decoder collections collections.abc datetime decimal fractions uuid pathlib enum abc"
+SAFE += " typing types dataclasses numbers ipaddress zoneinfo array asyncio random io contextlib"
+SAFE = SAFE.split()
 # Values that are made again of what they are made of.
-MADE = [
-    "builtins.range",
-    "builtins.slice",
-    "builtins.bytearray",
-    "decimal.Decimal",
-    "fractions.Fraction",
-]
-MADE += ["datetime.date", "datetime.datetime", "datetime.time", "datetime.timedelta"]
-BASES = {int: int.__pos__, float: float.__pos__, frozenset: frozenset.union}
-BASES |= {kind: lambda x, kind=kind: kind.__getitem__(x, slice(None)) for kind in (str, bytes)}
-BASES[tuple] = lambda x: tuple(tuple.__iter__(x))
+MADE = {"UUID": lambda x: (x.hex,), "array": lambda x: (x.typecode, list(x))}
+MADE |= dict.fromkeys("range slice Decimal Fraction date datetime time timedelta timezone".split())
+MADE |= dict.fromkeys("PurePosixPath PosixPath PureWindowsPath IPv4Address IPv6Address".split())
+VIEWS = {"dict_keys": "keys", "dict_items": "items", "dict_values": "values"}
+DATA = {kind: kind.__pos__ for kind in (int, float, complex)}  # and how to get at an instance's own
+DATA |= {kind: lambda x, kind=kind: kind(kind.__iter__(x)) for kind in (tuple, frozenset)}
+DATA |= {kind: lambda x, kind=kind: kind.__getitem__(x, slice(None)) for kind in (str, bytes)}
+TYPES = {kind.__name__: kind for kind in vars(types).values() if isinstance(kind, type)}
+PLAIN = {int, float, str, bool, type(None)}
 WORKS = ("module", "frame", "code", "traceback")
-PREDICATES = "startswith endswith issubset issuperset isdisjoint union intersection difference "
-PREDICATES += "symmetric_difference count index find rfind equals __contains__ __eq__ __ne__ "
-PREDICATES = (PREDICATES + "__lt__ __le__ __gt__ __ge__").split()  # of what a data type would say
 BINARY = "add sub mul truediv floordiv mod pow matmul and or xor lshift rshift divmod".split()
-COMPARED = "eq ne lt le gt ge".split()
-UNARY = "len bool str repr hash abs round int float complex index neg pos invert".split()
-FORWARDED = "getitem setitem delitem next dir enter exit setattr delattr reversed".split()
+COMPARED = {f"__{name}__" for name in "eq ne lt le gt ge contains".split()}
+COMPUTED = {f"__{side}{name}__" for name in BINARY for side in ("", "r")}
+INPLACE = {f"__i{name}__" for name in BINARY}
+OTHER = "len bool str repr abs round int float complex index neg pos invert trunc floor ceil bytes"
+OTHER += (
+    " iter next getitem setitem delitem missing call enter exit aenter aexit aiter anext format"
+)
+OTHER += " reversed dir fspath"
+FORWARDED = {*COMPARED, *COMPUTED, *INPLACE, *(f"__{name}__" for name in OTHER.split())}
 
-errors = {}  # classes that stand for the program's own exceptions, by handle
-remotes = {}
-lock = _thread.RLock()
-channel = {}
+remotes = {}  # by number, what stands here for the other end's
+hashes = {}
+described, mentioned = set(), []  # classes that the other end knows, or must be told of
+state = {"judging": False, "decoding": False}
 
 
-# -- values ----------------------------------------------------------------------------------------
+# -- to the other end ------------------------------------------------------------------------------
 
 
-def encode_more(value, call):
+def encode_more(value):
     kind = type(value)
     if isinstance(value, BaseException):
-        return encode_error(value, call)
-    if isinstance(value, type) and issubclass(value, BaseException):
-        return [*handle(value, "error"), value.__name__, built_in(value)]
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return named_tuple(value, call)
-    name = f"{kind.__module__}.{kind.__name__}"
-    if name in MADE and kind is vars(sys.modules[kind.__module__]).get(kind.__name__):
-        return ["made", name, encode(value.__reduce__()[1], call)]
-    for base in BASES:  # the base's own value, whatever is overridden
-        if isinstance(value, base):
-            return encode(BASES[base](value), call)
-    for base in CONTAINERS:
-        if isinstance(value, CONTAINERS[base]):
-            return encode_container(value, base, call)
+        return encode_error(value)
     if isinstance(value, type):
-        return handle(value, "class")
-    if kind.__name__ == "coroutine":
-        return handle(value, "coroutine")
-    return handle(value, "callable" if callable(value) else "object")
+        return encode_class(value)
+    if kind.__name__ in VIEWS and kind.__module__ == "builtins":
+        return ["view", VIEWS[kind.__name__], [encode(item) for item in value]]
+    if kind.__name__ in MADE and is_standard(kind):
+        made = MADE[kind.__name__] or (lambda value: value.__reduce__()[1])
+        return ["made", encode(kind), encode(made(value))]
+    if kind.__name__ == "traceback":  # as `__exit__` is given
+        return None
+    if kind.__name__ in WORKS and state["judging"]:
+        raise TypeError(f"no {kind.__name__} leaves the tests")
+    base, data = base_of(kind), base_of(kind, DATA)
+    if base is not None:
+        return ["shared", number_of(value)]
+    if data is not None:
+        return ["valued", *described_handle(value, "object")[1:], encode(DATA[data](value))]
+    if callable(value) and is_standard(value) and module_of(value) != "builtins":
+        return ["standard", module_of(value), value.__qualname__, []]
+    if hasattr(kind, "__await__"):
+        return described_handle(value, "coroutine")
+    return described_handle(value, "callable" if callable(value) else "object")
+
+
+def base_of(kind, among=None):
+    """The built-in type that a class extends, if it is a container's, or one of `among`."""
+    for base in kind.__mro__:
+        if base in among if among else container_type(base.__name__) is base:
+            return base
+    return None
+
+
+def described_handle(value, how):
+    kind, hashed = type(value), None
+    if kind.__hash__ not in (None, object.__hash__):
+        try:
+            hashed = hash(value)
+        except Exception:
+            hashed = None
+    return [*handle(value, how), class_code(kind), hashed]
+
+
+def module_of(value):
+    return str(getattr(value, "__module__", None)).lstrip("_")
+
+
+def is_standard(value):
+    """Whether a class or function is to be found under its name in one of Python's modules."""
+    return standard(module_of(value), getattr(value, "__qualname__", None)) is value
+
+
+def standard(module, name):
+    if module == "builtins" and name in TYPES:
+        return TYPES[name]
+    if isinstance(module, str) and isinstance(name, str):
+        if module in SAFE or (module in sys.stdlib_module_names and not state["judging"]):
+            return getattr(__import__(module, fromlist=["x"]), name, None)
+        if module in sys.stdlib_module_names and module in sys.modules:
+            return getattr(sys.modules[module], name, None)
+    return None
+
+
+def encode_class(kind):
+    if is_standard(kind):
+        return ["standard", module_of(kind), kind.__qualname__, built_in(kind)]
+    return class_code(kind)
+
+
+def class_code(kind):
+    if id(kind) in theirs:
+        return ["yours", theirs[id(kind)]]
+    if id(kind) not in my_numbers:
+        for base in kind.__bases__:
+            if not is_standard(base):
+                class_code(base)
+    code = handle(kind, "class")
+    if code[1] not in described and kind not in mentioned:
+        mentioned.append(kind)
+    return code
+
+
+def description(kind):
+    """Number, name, bases, special methods, and what it is called in Python's library."""
+    bases, specials = [], []
+    for base in kind.__bases__:
+        if not is_standard(base):
+            bases.append(class_code(base))
+        elif issubclass(base, BaseException):
+            bases.append(encode_class(base))
+        else:
+            found = base_of(base) or base_of(base, DATA)
+            bases += [encode(found)] if found else []
+    for name in (*FORWARDED, "__hash__"):
+        for base in kind.__mro__:
+            if name in vars(base):
+                if not (base is object or base in DATA or is_native(base)):
+                    specials.append([name, vars(base)[name] is not None])
+                break
+    known = [kind.__module__, kind.__qualname__] if is_standard(kind) else [None, kind.__name__]
+    return [my_numbers[id(kind)], kind.__name__, bases, specials, known]
+
+
+def is_native(base):
+    """Whether what stands for it has this class itself among its bases."""
+    return base_of(base) is base or (issubclass(base, BaseException) and is_standard(base))
 
 
 def built_in(kind):
@@ -85,239 +176,157 @@ def built_in(kind):
     return [base.__name__ for base in kind.__mro__ if ERRORS.get(base.__name__) is base]
 
 
-def encode_error(error, call):
-    kind = type(error)
-    coded = ["error", built_in(kind)]
-    try:
-        coded.append([encode(item, call) for item in error.args])
-    except Exception:
-        coded.append([repr(error)[:200]])
-    if ERRORS.get(kind.__name__) is kind or id(kind) in theirs:
+def encode_error(error):
+    kind, args, cause = type(error), error.args, error.__cause__
+    if is_standard(kind):
+        args = error.__reduce__()[1]
+    coded = ["error", built_in(kind), [encode(item) for item in args]]
+    if ERRORS.get(kind.__name__) is kind and cause is None and not vars(error):
         return coded
-    return [*coded, encode_more(kind, call), encode(list(vars(error).items()), call)]
+    coded += [encode(kind), None if is_standard(kind) else described_handle(error, "error")]
+    return [*coded, [[name, encode(item)] for name, item in vars(error).items()], encode(cause)]
+
+
+def kind_of(container):
+    kind = type(container)
+    base = base_of(kind)
+    more = container.maxlen if base is _collections.deque else None
+    if base.__name__ == "defaultdict":
+        more = encode(container.default_factory)
+    own = [] if base is kind else [described_handle(container, "object")]
+    return [base.__name__, more, *own]
+
+
+def contents(container):
+    items = items_of(container)
+    kinds = set(map(type, items))
+    plain = kinds <= PLAIN
+    if plain and kinds & {int, float}:
+        found = [item for item in items if type(item) in (int, float)]
+        plain = min(found) > -INTEGERS and max(found) < INTEGERS and all(map(math.isfinite, found))
+    return [plain, items if plain else [encode(item) for item in items]]
+
+
+def items_of(container):
+    base = base_of(type(container))
+    if isinstance(container, dict):
+        return [*base.keys(container), *base.values(container)]
+    return list(base.__iter__(container))
+
+
+def same(items, others):
+    return len(items) == len(others) and all(map(operator.is_, items, others))
+
+
+_packed = packed
+
+
+def packed(*message):
+    for number in list(shared):
+        unused = number not in fresh and sys.getrefcount(shared[number]) <= 2
+        if unused and same(items_of(shared[number]), told[number]):
+            gone.append(number)
+            leave(number)
+    made = _packed(*message)
+    made[-1] += [[description(kind) for kind in mentioned], printed()]
+    described.update(my_numbers[id(kind)] for kind in mentioned)
+    mentioned.clear()
+    return made
+
+
+def forget():
+    pass  # `packed` knows better
+
+
+# -- from the other end ----------------------------------------------------------------------------
+
+
+_unpack = unpack
+
+
+def unpack(heap):
+    state["decoding"] = True
+    try:
+        for number, *told_of in heap[4]:
+            remotes[number] = made = class_made(number, *told_of)
+            theirs[id(made)] = number
+        _unpack(heap)
+    finally:
+        state["decoding"] = False
+    if heap[5] and sys.stdout is not channel["printed"]:
+        sys.stdout.write(heap[5])
+
+
+def made_container(name, more, own=None):
+    base = container_type(name)
+    given = {"deque": ((), more), "defaultdict": (decode(more),)}.get(name, ())
+    if own is None:
+        return base(*given)
+    made = stands_for(base.__new__(decode(own[3])), own)
+    base.__init__(made, *given)
+    return made
+
+
+def fill(container, coded):
+    base, items = base_of(type(container)), coded[1] if coded[0] else decode_all(coded[1])
+    if isinstance(container, dict):
+        keys, values = items[: len(items) // 2], items[len(items) // 2 :]
+        if keys != list(base.keys(container)):
+            base.clear(container)
+        for key, item in zip(keys, values, strict=True):
+            base.__setitem__(container, key, item)
+    elif base is not set:
+        base.clear(container)
+        base.extend(container, items)
+    elif set(items) != set(base.__iter__(container)):
+        base.clear(container)
+        base.update(container, items)
 
 
 _decode_error = decode_error
 
 
-def decode_error(value, call):
+def decode_error(value):
     if len(value) == 3:
-        return _decode_error(value, call)
-    kind = decode(value[3], call)
+        return _decode_error(value)
+    kind, args, coded = decode(value[3]), decode_all(value[2]), value[4]
     if not (isinstance(kind, type) and issubclass(kind, BaseException)):
         raise TypeError("no class of errors")
-    error = kind(*decode_all(value[2], call))
-    error.__dict__.update(decode(value[4], call))
+    if coded is None:
+        error = kind(*args)
+    elif coded[1] in remotes:
+        error = remotes[coded[1]]
+    else:
+        error = stands_for(kind.__new__(kind, *args), coded)
+    error.args = args if coded else error.args
+    error.__dict__.update({name: decode(item) for name, item in value[5]})
+    error.__cause__ = decode(value[6])
     return error
 
 
-def decode_made(value, call):
-    module, _, kind = MADE[MADE.index(value[1])].partition(".")
-    return getattr(__import__(module), kind)(*decode(value[2], call))
+def decode_standard(value):
+    found = standard(value[1], value[2])
+    if not isinstance(found, type):
+        allowed = value[1] in SAFE and value[1] != "builtins" and callable(found)
+        found = found if allowed else None
+    if found is None:
+        return ERRORS[value[3][0]] if value[3] else give_up()
+    return found
 
 
-def decode_handle(value, call):
-    number, kind = value[1:3]
-    if kind == "error":
-        if number not in errors:
-            made = ERRORS[value[4][0]] if value[4] else Exception
-            if made.__name__ != value[3]:
-                made = type(value[3], (made,), {"__init__": lambda self, *args, **named: None})
-            theirs[id(made)] = number
-            errors[number] = made
-        return errors[number]
-    if kind == "coroutine":
-        return awaited(number)
-    return remote_for(number, "class" if kind == "class" else "free")
+def decode_view(value):
+    how, items = value[1], decode_all(value[2])
+    pairs = {"keys": zip(items, items, strict=True), "items": items, "values": enumerate(items)}[
+        how
+    ]
+    return getattr(dict(pairs), how)()
 
 
-async def awaited(number):
-    return apply("await", remote_for(number, "free"))
+def decode_made(value):
+    kind = decode(value[1])
+    if not (isinstance(kind, type) and kind.__name__ in MADE and is_standard(kind)):
+        raise TypeError("no value to make")
+    return kind(*decode(value[2]))
 
 
-DECODERS.update(error=decode_error, made=decode_made, handle=decode_handle, deque=decode_container)
-
-
-def encode_result(function, value, call):
-    """As `encode`; but an instance that was asked for, of a class of the program's that extends a
-    built-in one, is an object."""
-    asked = isinstance(function, type) and type(value) is function
-    if asked and function.__module__ == "solution" and not isinstance(value, tuple | BaseException):
-        return handle(value, "object")
-    return encode(value, call)
-
-
-# -- objects of the other end ----------------------------------------------------------------------
-
-
-class Remote:
-    """An object of the other end. `_trust`: "class", "named class" (see above), "named" (made
-    by calling one), "tainted" (by an operator that was given plain data) or "free"."""
-
-    __slots__ = ("_number", "_trust")
-
-    def __getattr__(self, name):
-        doubted = self._trust == "free" and name in PREDICATES
-        if judging() and (doubted or self._trust == "tainted"):
-            raise AttributeError(name)
-        return apply("getattr", self, name)
-
-    def __call__(self, *args, **kwargs):
-        free = {number for number, trust in remotes if trust == "free"}
-        made = ask(["yours", self._number], args, kwargs)
-        if self._trust != "named class" or type(made) is not Remote or made._number in free:
-            return made
-        remotes.pop((made._number, "free"))
-        return remote_for(made._number, "named")
-
-    def __iter__(self):
-        if self._trust == "tainted":
-            raise TypeError("an object of the program's has no items here")
-        iterator = apply("iter", self)
-        while True:
-            try:
-                item = apply("next", iterator)
-            except StopIteration:
-                return
-            yield item
-
-    def __contains__(self, item):
-        if believed(self, item):
-            return bool(apply("contains", self, item)) and not holds("contains", self, object())
-        return any(item is other or item == other for other in self)
-
-    def __instancecheck__(self, instance):
-        return type(instance) is Remote and apply("isinstance", instance, self)
-
-    def __subclasscheck__(self, kind):
-        return type(kind) is Remote and apply("issubclass", kind, self)
-
-    def __format__(self, how):
-        return format(str(self), how)
-
-
-def remote_for(number, trust):
-    if (number, trust) not in remotes:
-        made = remotes[number, trust] = object.__new__(Remote)
-        object.__setattr__(made, "_number", number)
-        object.__setattr__(made, "_trust", trust)
-        theirs[id(made)] = number
-    return remotes[number, trust]
-
-
-def apply(name, *operands):
-    return ask(["operation", name], operands, {})
-
-
-def holds(name, *operands):
-    try:
-        return apply(name, *operands) is True
-    except Exception:
-        return False
-
-
-def judging():
-    return namespace["__name__"] == "tests"
-
-
-def believed(remote, other):
-    """Whether what `remote` makes of `other` may be plain data."""
-    return not judging() or remote._trust == "named" or type(other) is Remote
-
-
-def binary(name, swapped):
-    def operate(self, other):
-        both = type(other) is Remote
-        result = apply(name if both else f"__r{name}__" if swapped else f"__{name}__", self, other)
-        if result is NotImplemented or believed(self, other):
-            return result
-        if type(result) is not Remote:
-            raise TypeError(f"an object of the program's answers {name} with plain data")
-        return remote_for(result._number, "tainted")
-
-    return operate
-
-
-def compared(name):
-    def compare(self, other):
-        if not believed(self, other):
-            if name in ("eq", "ne"):
-                return name == "ne"
-            raise TypeError(f"an object of the program's is given plain data to compare ({name})")
-        method = f"__{name}__"
-        result = apply(name if type(other) is Remote else method, self, other)
-        if result is True and name != "ne" and judging() and holds(method, self, object()):
-            return False
-        return result
-
-    return compare
-
-
-def forwarded(name):
-    def forward(self, *args):
-        if self._trust == "tainted":
-            raise TypeError(f"an object of the program's has no {name} here")
-        return apply(name, self, *args)
-
-    return forward
-
-
-def special(name):
-    """A special method alone, whose NotImplemented the caller's end acts on."""
-    return lambda value, other: getattr(type(value), name, missing)(value, other)
-
-
-def missing(value, other):
-    return NotImplemented
-
-
-OPERATIONS = {
-    "and": operator.and_,
-    "or": operator.or_,
-    "enter": lambda value: type(value).__enter__(value),
-    "exit": lambda value, *error: type(value).__exit__(value, *error),
-    "await": lambda coroutine: __import__("asyncio").run(coroutine),
-}
-CALLED = ["getattr", "iter", "contains", "isinstance", "issubclass"]
-for name in (*BINARY, *COMPARED, *UNARY, *FORWARDED, *CALLED):
-    OPERATIONS.setdefault(name, getattr(builtins, name, None) or getattr(operator, name, None))
-for name in BINARY:
-    setattr(Remote, f"__{name}__", binary(name, False))
-    setattr(Remote, f"__r{name}__", binary(name, True))
-    OPERATIONS[f"__{name}__"] = special(f"__{name}__")
-    OPERATIONS[f"__r{name}__"] = special(f"__r{name}__")
-for name in COMPARED:
-    setattr(Remote, f"__{name}__", compared(name))
-    OPERATIONS[f"__{name}__"] = special(f"__{name}__")
-for name in (*UNARY, *FORWARDED):
-    setattr(Remote, f"__{name}__", forwarded(name))
-
-
-def operation(target):
-    if target[0] == "operation":
-        return guarded(target[1]) if judging() else OPERATIONS[target[1]]
-    if judging() and target[0] != "yours":
-        raise TypeError("only what the tests gave is called at their end")
-    return decode(target, None)
-
-
-def guarded(name):
-    """The operation, at the tests' end: on what they gave, and not to see Python's own works, as
-    `f.__globals__` does, or the frame of a generator."""
-
-    def operate(value, *operands):
-        asked = operands[0] if name in ("getattr", "setattr", "delattr") else ""
-        given = id(value) in my_numbers and type(asked) is str and asked[:2] != "__"
-        result = OPERATIONS[name](value, *operands) if given else None
-        if not given or type(result).__name__ in WORKS:
-            raise AttributeError(f"no {name} of {asked or 'that'} at the tests' end")
-        return result
-
-    return operate
-
-
-def bind(values, classes):
-    for name, value in values.items():
-        if type(value) is Remote and value._trust == "class" and name in classes:
-            value = remote_for(value._number, "named class")
-        namespace[name] = value
+DECODERS.update(error=decode_error, view=decode_view, made=decode_made, standard=decode_standard)

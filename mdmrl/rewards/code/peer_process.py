@@ -3,20 +3,45 @@
 # ruff: noqa: F821
 
 import _json
+import io
 import os
 
-_ask = ask
+PRINTED = 2**16  # bytes at a time
 
-
-def ask(target, args, kwargs):
-    with lock:  # for programs with threads
-        return _ask(target, args, kwargs)
+channel = {}
 
 
 def run(source):
+    if state["judging"]:  # what it knows and the program does not
+        draws["state"] ^= hash(source) % 2**63
     if "random" in source:  # so that the same program earns the same
         __import__("random").seed(0)
-    exec(compile(source, "<program>", "exec"), namespace)
+    if "inspect" in source:
+        lines = source.splitlines(keepends=True)
+        __import__("linecache").cache["<program>"] = len(source), None, lines, "<program>"
+    exec(compile(source, "<program>", "exec", dont_inherit=True), namespace)
+
+
+class Output(io.BytesIO):
+    """What is printed here, for who takes it in at the other end, and not more than that."""
+
+    def write(self, text):
+        if self.tell() < PRINTED:
+            super().write(text)
+        return len(text)
+
+
+def printed():
+    text = channel["output"].getvalue().decode("utf-8", "replace")
+    channel["output"].seek(0)
+    channel["output"].truncate()
+    return text
+
+
+def asked_for_input(*prompt):
+    if not counts["depth"]:
+        raise EOFError("EOF when reading a line")
+    return apply("input", None, *prompt)
 
 
 class Json:
@@ -27,7 +52,7 @@ class Json:
 
 
 scan, text = _json.make_scanner(Json), _json.encode_basestring_ascii
-chunks = _json.make_encoder(None, None, text, None, ": ", ", ", False, False, True)
+chunks = _json.make_encoder(None, None, text, None, ":", ",", False, False, True)
 
 
 def loads(line):
@@ -61,7 +86,13 @@ def start(role, cpu, memory):
     for name, limit in limits.items():
         resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (limit, limit))
     resource.setrlimit(resource.RLIMIT_CPU, (cpu, cpu + 1))
+    channel["output"] = Output()
+    options = {"encoding": "utf-8", "errors": "replace", "write_through": True}
+    channel["printed"] = sys.stdout = io.TextIOWrapper(channel["output"], **options)
+    state["judging"] = role == "tests"
+    if not state["judging"]:
+        builtins.input = asked_for_input
     module = sys.modules[role] = type(sys)(role)
-    vars(module).update(namespace, __name__=role)
+    vars(module).update(namespace, __name__=role, __file__=f"/tmp/{role}.py")
     globals()["namespace"] = vars(module)
     serve()

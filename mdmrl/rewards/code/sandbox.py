@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import marshal
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -19,6 +20,8 @@ from signal import SIGKILL, SIGXCPU
 from mdmrl.config import InputError, require
 from mdmrl.rewards.code.boxes import LONGEST_MESSAGE, PEER, STARTING, Ended, Limits, Session, Turn
 
+_PARTS = ("cpython", "objects", "doubts", "process")  # what follows `peer.py` in CPython
+_LOOKING = 0.2  # seconds between looks at the memory of all its processes
 _PATH = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}
 # The same Python at both ends, so that it need not compile what we have compiled.
 _STARTER = "import marshal; f = open(0, 'rb', closefd=False); n = int(f.readline()); "
@@ -53,8 +56,16 @@ def process_session(
             if line is not None:
                 near.sendall(line.encode() + b"\n")
             while not received.endswith(b"\n"):
-                near.settimeout(max(0.01, deadline - time.monotonic()))
-                part = near.recv(2**16)
+                left = deadline - time.monotonic()
+                near.settimeout(max(0.01, min(left, _LOOKING)))
+                try:
+                    part = near.recv(2**16)
+                except TimeoutError:
+                    if left <= _LOOKING:
+                        raise
+                    if _memory(process.pid) > limits.memory * 2**10:
+                        raise Ended("memory", "its processes hold too much together") from None
+                    continue
                 if not part:
                     raise _process_ended(process)
                 received += part
@@ -86,10 +97,22 @@ def process_session(
 
 @cache
 def _cpython_program(role: str, limits: Limits) -> bytes:
-    own = (Path(__file__).with_name(f"peer_{part}.py") for part in ("cpython", "process"))
+    own = (Path(__file__).with_name(f"peer_{part}.py") for part in _PARTS)
     source = "\n".join([PEER, *(path.read_text() for path in own)])
     source += f"\nstart({role!r}, {limits.cpu}, {limits.memory * 2**20})"
-    return marshal.dumps(compile(source, "<peer>", "exec"))
+    return marshal.dumps(compile(source, "<peer>", "exec", dont_inherit=True))
+
+
+def _memory(pid: int) -> int:
+    """KiB that a process and its descendants hold, what they share counted once."""
+    held, pids = 0, [pid]
+    for pid in pids:  # which grows meanwhile
+        with suppress(OSError):  # it is gone
+            found = re.search(r"^Pss:\s*(\d+)", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.M)
+            held += int(found[1]) if found else 0
+            for task in Path(f"/proc/{pid}/task").iterdir():
+                pids += map(int, (task / "children").read_text().split())
+    return held
 
 
 def _end(process: subprocess.Popen) -> None:

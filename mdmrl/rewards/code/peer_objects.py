@@ -1,0 +1,281 @@
+"""What stands at one end for the objects and classes of the other, and what is asked of this end
+for the other's: behind `peer_cpython.py`, in its namespace. What the program asks of the tests' end
+is to call what the tests gave it, or an operation on that, but for the attributes by which Python
+shows its own works.
+"""
+# ruff: noqa: F821
+
+import _thread
+
+NAMING = ("__name__", "__qualname__", "__doc__", "__module__")
+KEPT = {"__repr__", "__str__", "__format__", "__call__"}  # of any class's own
+trusted = set()  # numbers of classes that the tests use as such
+stopping = set()  # numbers of methods that may end a loop
+lock = _thread.RLock()
+
+
+class Meta(type):
+    """Of the classes that stand for the other end's."""
+
+    def __new__(meta, name, bases, names):
+        """A class of the tests' that extends one of the program's: made at the program's end."""
+        own = {k: x for k, x in names.items() if k[:2] != "__" or callable(x)}
+        more = any(
+            isinstance(x, type | property | staticmethod | classmethod) for x in own.values()
+        )
+        if more or "__classcell__" in names:
+            give_up()  # what is more than a method, and `super()`
+        made = apply("subclass", name, bases, own)
+        trusted.add(theirs[id(made)])
+        return made
+
+    def __call__(self, /, *args, **kwargs):
+        return ask(["yours", theirs[id(self)]], args, kwargs)
+
+    def __getattr__(self, name):
+        return attribute(self, name)
+
+    def __setattr__(self, name, value):
+        apply("setattr", self, name, value)
+
+    def __instancecheck__(self, instance):
+        told = type.__instancecheck__(self, instance)
+        return told or (is_remote(instance) and apply("isinstance", instance, self))
+
+    def __subclasscheck__(self, kind):
+        told = type.__subclasscheck__(self, kind)
+        return told or (isinstance(kind, Meta) and apply("issubclass", kind, self))
+
+    def __iter__(self):
+        return apply("__iter__", self)
+
+    def __len__(self):
+        return apply("__len__", self)
+
+    def __contains__(self, item):
+        return apply("__contains__", self, item)
+
+    def __getitem__(self, item):
+        return apply("getitem", self, item)
+
+
+class Remote:
+    """An object of the other end."""
+
+    __slots__ = ()
+
+    def __getattr__(self, name):
+        if state["judging"] and name in PREDICATES and not is_trusted(self):
+            return doubted_method(self, name)
+        return attribute(self, name)
+
+    def __setattr__(self, name, value):
+        apply("setattr", self, name, value)
+
+    def __delattr__(self, name):
+        apply("delattr", self, name)
+
+    def __repr__(self):
+        return apply("repr", self)
+
+    def __str__(self):
+        return apply("str", self)
+
+    def __format__(self, how):
+        return apply("format", self, how)
+
+    def __copy__(self):
+        return apply("copy", self)
+
+    def __deepcopy__(self, seen):
+        return apply("deepcopy", self)
+
+    @property
+    def __dict__(self):
+        try:
+            return attribute(self, "__dict__")
+        except AttributeError:
+            return {}
+
+
+def class_made(number, name, bases, specials, known):
+    """The class that stands for one of the other end's, as `description` describes it."""
+    bases = [decode(base) for base in bases]
+    data = next((base for base in bases if not isinstance(base, Meta)), object)
+    if not all(isinstance(base, Meta) or base in DATA or is_native(base) for base in bases):
+        raise TypeError("no class to extend")
+    if not any(isinstance(base, Meta) for base in bases):
+        bases.append(Remote)
+    names, real = {"__slots__": (), "__module__": known[0] or "solution"}, standard(*known)
+    names["__doc__"] = property(lambda self: attribute(self, "__doc__"))
+    for special_name, is_there in specials:
+        native = getattr(data, special_name, None) if base_of(data) or base_of(data, DATA) else None
+        if special_name == "__hash__":
+            names[special_name] = (lambda self: hashes[theirs[id(self)]]) if is_there else None
+        elif special_name in FORWARDED:
+            native = None if special_name in KEPT else native
+            names[special_name] = forwarded(special_name, native) if is_there else None
+    if isinstance(real, type):
+        names["__class__"] = property(lambda self: real)
+    made = type.__new__(Meta, name, tuple(bases), names)
+    if any(theirs.get(id(base)) in trusted for base in made.__mro__):
+        trusted.add(number)
+    return made
+
+
+def is_remote(value):
+    return isinstance(type(value), Meta)
+
+
+def is_trusted(remote):
+    return theirs[id(type(remote))] in trusted
+
+
+def attribute(remote, name):
+    if name == "__dataclass_fields__" and apply("hasattr", remote, name):
+        made = __import__("dataclasses").make_dataclass("C", apply("fields", remote))
+        return made.__dataclass_fields__
+    found = apply("getattr", remote, name)
+    if name in ("send", "throw", "__next__") and id(found) in theirs:
+        stopping.add(theirs[id(found)])
+    return found
+
+
+def may_stop(target):
+    return target[1] in ("__next__", "__anext__", "await") or target[1] in stopping
+
+
+def apply(name, *operands):
+    return ask(["operation", name], operands, {})
+
+
+def forwarded(name, native):
+    """A special method; `native` is the data type's own, which an answer's place calls for."""
+
+    def forward(self, /, *operands, **named):
+        if state["judging"]:
+            if native is not None and not is_trusted(self):
+                return native(self, *operands)
+            if name in COMPARED:
+                return compared(self, name, *operands)
+            if name in COMPUTED or name in INPLACE:
+                return computed(self, name, *operands)
+            if name in ("__exit__", "__aexit__") and isinstance(operands[1], AssertionError):
+                raise operands[1]  # which no program calls off
+        if name == "__call__":
+            return ask(["yours", theirs[id(self)]], operands, named)
+        return apply(name, self, *operands)
+
+    return forward
+
+
+def stands_for(made, coded):
+    number = coded[1]
+    remotes[number], hashes[number], theirs[id(made)] = made, coded[4], number
+    return made
+
+
+def decode_handle(value):
+    number, how = value[1:3]
+    if how == "class":
+        return remotes[number]
+    if how == "coroutine":
+        return awaited(number, value)
+    if number not in remotes:
+        kind = decode(value[3])
+        stands_for(object.__new__(kind), value)
+    hashes[number] = value[4]
+    return remotes[number]
+
+
+def decode_valued(value):
+    if value[1] not in remotes:
+        data = decode(value[5])
+        if type(data) not in DATA:
+            raise TypeError("no data")
+        stands_for(type(data).__new__(decode(value[3]), data), value)
+    return remotes[value[1]]
+
+
+async def awaited(number, value):
+    return apply("await", stands_for(object.__new__(decode(value[3])), value))
+
+
+DECODERS.update(handle=decode_handle, valued=decode_valued)
+
+
+# -- what is asked of this end ---------------------------------------------------------------------
+
+
+def special_method(name):
+    """Alone, whose NotImplemented the caller's end acts on."""
+    return lambda value, *others: getattr(type(value), name, missing)(value, *others)
+
+
+def missing(value, *others):
+    return NotImplemented
+
+
+def method(value):
+    called = lambda self, *args, **named: value(self, *args, **named)  # noqa: E731
+    return called if callable(value) else value
+
+
+async def result_of(awaitable):
+    return await awaitable
+
+
+OPERATIONS = {name: special_method(name) for name in FORWARDED}
+for kind in (getattr, setattr, delattr, hasattr, isinstance, issubclass, repr, str, format):
+    OPERATIONS[kind.__name__] = kind
+OPERATIONS |= {
+    "getitem": operator.getitem,
+    "copy": lambda value: __import__("copy").copy(value),
+    "deepcopy": lambda value: __import__("copy").deepcopy(value),
+    "await": lambda value: __import__("asyncio").run(result_of(value)),
+    "fields": lambda value: [*value.__dataclass_fields__],
+    "subclass": lambda name, bases, own: type(bases[0])(
+        name, bases, {key: method(value) for key, value in own.items()}
+    ),
+    "input": lambda none, *prompt: input(*prompt),
+}
+_ask = ask
+
+
+def ask(target, args, kwargs):
+    with lock:  # for programs with threads
+        return _ask(target, args, kwargs)
+
+
+def operation(target):
+    if target[0] == "operation":
+        return guarded(target[1]) if state["judging"] else OPERATIONS[target[1]]
+    if state["judging"] and target[0] != "yours":
+        raise TypeError("only what the tests gave is called at their end")
+    return decode(target)
+
+
+def guarded(name):
+    """The operation, at the tests' end: on what they gave, and not to see Python's own works, as
+    `f.__globals__` does, or the frame of a generator."""
+
+    def operate(value, *operands):
+        asked = operands[0] if name.endswith("attr") else ""
+        named = type(asked) is str and (asked[:2] != "__" or asked in NAMING)
+        given = (named and id(value) in my_numbers) or name == "input"
+        result = OPERATIONS[name](value, *operands) if given else None
+        if not given or type(result).__name__ in WORKS:
+            raise AttributeError(f"no {name} of {asked or 'that'} at the tests' end")
+        return result
+
+    return operate
+
+
+_bind = bind
+
+
+def bind(classes, names, rebound, heap):
+    for name, coded in heap[3]:
+        if name in classes and type(coded) is list and coded[0] == "handle" and coded[2] == "class":
+            trusted.add(coded[1])
+    _bind(classes, names, rebound, heap)
