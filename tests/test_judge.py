@@ -91,8 +91,12 @@ def ordinary():
 
 
 @needs_bubblewrap
-@pytest.mark.parametrize("box", ["monty", pytest.param("bubblewrap", marks=pytest.mark.slow)])
-def test_ordinary_programs_get_their_grade(box, ordinary):
+@pytest.mark.parametrize(
+    ("box", "step"),
+    [("monty", 2), *(pytest.param(x, 1, marks=pytest.mark.slow) for x in ("monty", "bubblewrap"))],
+)
+def test_ordinary_programs_get_their_grade(box, step, ordinary):
+    ordinary = ordinary[::step]
     found = {name: verdict.outcome for name, verdict in outcomes(ordinary, box).items()}
     assert found == {row["name"]: row["outcome"] for row in ordinary}
 

@@ -8,8 +8,8 @@ import io
 import os
 from collections.abc import Callable, Mapping, Sequence
 
-import matplotlib.pyplot as plt
 import pandas as pd
+from matplotlib.figure import Figure
 
 from mdmrl.config import InputError
 from mdmrl.policies import Policy

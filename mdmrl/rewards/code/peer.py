@@ -28,11 +28,10 @@ COLLECTIONS = ("Counter", "OrderedDict", "defaultdict", "deque", "namedtuple")
 SHARED = 8  # as many containers, where it cannot be told which are still in use
 PASSED = "int float str bool list tuple dict set frozenset bytes len abs min max sum sorted any all"
 PASSED += " ord chr repr round ... NotImplemented"  # by name, as in f(xs, key=len)
-RAISED = "Exception BaseException SystemExit KeyboardInterrupt ArithmeticError OverflowError "
-RAISED += "ZeroDivisionError LookupError IndexError KeyError RuntimeError NotImplementedError "
-RAISED += "RecursionError AttributeError NameError ValueError ImportError ModuleNotFoundError "
-RAISED += "OSError PermissionError FileNotFoundError AssertionError MemoryError StopIteration "
-RAISED += "SyntaxError TimeoutError TypeError"
+RAISED = """Exception BaseException SystemExit KeyboardInterrupt ArithmeticError OverflowError
+ZeroDivisionError LookupError IndexError KeyError RuntimeError NotImplementedError RecursionError
+AttributeError NameError ValueError ImportError ModuleNotFoundError OSError PermissionError
+FileNotFoundError AssertionError MemoryError StopIteration SyntaxError TimeoutError TypeError"""
 KNOWN = {name: eval(name) for name in f"{PASSED} {RAISED}".split()}
 KNOWN["NoneType"] = type(None)
 ERRORS = {name: KNOWN[name] for name in RAISED.split()}
@@ -119,9 +118,8 @@ def handle(value, kind):
 def kind_of(container):
     """What makes an empty one: its type's name, and what else that takes."""
     name = type(container).__name__
-    if name == "defaultdict":
-        return [name, encode(container.default_factory)]
-    return [name, container.maxlen if name == "deque" else None]
+    more = container.maxlen if name == "deque" else None
+    return [name, encode(container.default_factory) if name == "defaultdict" else more]
 
 
 def contents(container):
@@ -146,14 +144,13 @@ def packed(*message):
     whose values have changed."""
     first = fresh[0] if fresh else counts["shared"]
     try:
-        found = [name for name in watched if name in namespace]
-        found = {name: namespace[name] for name in found if namespace[name] is not watched[name]}
+        found = {name: namespace[name] for name in watched if name in namespace}
+        found = {name: found[name] for name in found if found[name] is not watched[name]}
         names = [[name, encode(found[name])] for name in found]
         changes = [n for n in told if not same(items_of(shared[n]), told[n])]
         changes = [[number, contents(shared[number])] for number in changes]
-        news = []
-        for number in fresh:  # which grows meanwhile
-            news.append([number, kind_of(shared[number]), contents(shared[number])])
+        # `fresh` grows meanwhile.
+        news = [[number, kind_of(shared[number]), contents(shared[number])] for number in fresh]
     except BaseException:
         for number in range(first, counts["shared"]):
             leave(number)
@@ -193,7 +190,6 @@ def unpack(heap):
             raise ValueError("containers out of order")
     for number, *_, items in [*news, *changes]:
         fill(shared[number], items)
-    for number, *_ in [*news, *changes]:
         told[number] = items_of(shared[number])
     for number in forgotten:
         leave(number)
@@ -203,13 +199,12 @@ def unpack(heap):
 
 
 def made_container(name, more, *own):
-    if own or not container_type(name):
+    make = container_type(name)
+    if own or not make:
         give_up()
     if name == "deque":
-        return container_type(name)([], more)
-    if name == "defaultdict":
-        return container_type(name)(decode(more))
-    return container_type(name)()
+        return make([], more)
+    return make(decode(more)) if name == "defaultdict" else make()
 
 
 def fill(container, coded):

@@ -45,7 +45,8 @@ def inspected(source: str) -> dict:
         "error": None,
         "stub": _is_stub(tree),
         "unlike": "round" in names
-        or any(hasattr(builtins, kind.name) for kind in classes)
+        or any(kind.bases or hasattr(builtins, kind.name) for kind in classes)
+        or any(isinstance(node, ast.Yield | ast.YieldFrom) for node in nodes)
         or _is_lazy(nodes)
         or _has_loose_annotations(nodes),
         "special": any(name.startswith("__") and name != "__init__" for name in methods)
