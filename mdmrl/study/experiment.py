@@ -289,8 +289,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         estimator = ARMS[asked.arm][0]
         if asked.arm not in MEDCOT_ARMS and piloted(estimator) is None:
             print(f"{estimator} had no pilot: its learning rate is {learning_rate(estimator)}")
-        of = predicting if asked.candidates else runs
-        frame, missing = of([asked.arm], [asked.checkpoint], asked.profile)
+        made = predicting if asked.candidates else runs
+        frame, missing = made([asked.arm], [asked.checkpoint], asked.profile)
         meant = f"{of(asked.arm)}s {[*ARMS[asked.arm][3]]}"
         require(
             len(frame) > 0,
