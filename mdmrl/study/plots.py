@@ -125,10 +125,12 @@ def panels(count: int, height: float = 2.4, columns: int = 2) -> tuple[Figure, n
 
 def title(figure: Figure, text: str, runs: DataFrame, smooth: int = 1, log: bool = False) -> None:
     """`text` above all panels, and what the lines and bands of `curves` are."""
-    seeds = runs.seed.nunique()
+    counts = runs.groupby("arm", sort=False).seed.nunique()
+    seeds, fewer = counts.max(), counts[counts < counts.max()]
     bands = ["thick: their median", "band: their range"]
     bands = bands if log else ["band: 95 % t-interval of the mean"]
     shown = [f"{seeds} seeds", *bands] if seeds > 1 else ["1 seed, so no interval"]
+    shown += [f"{arm}: {n} seed{'s' * (n > 1)}" for arm, n in fewer.items()]
     if smooth > 1:
         shown.append(f"running mean of {smooth} updates")
     figure.suptitle(textwrap.fill(f"{text}. {'; '.join(shown)}", 100), fontsize=8)

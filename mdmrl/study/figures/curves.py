@@ -65,7 +65,7 @@ def main_experiment(facts, looks, updates) -> Figure:
         axis.yaxis.label.set_fontsize(7)
     plots.shared_legend(drawn, axes[0])
     text = "Countdown, held out; RL in 4 denoising steps. Below: median and range, smoothed"
-    plots.title(drawn, text, looks)
+    plots.title(drawn, text, looks[looks.arm.isin(MAIN)])
     return drawn
 
 
