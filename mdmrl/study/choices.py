@@ -23,13 +23,14 @@ from mdmrl.policies import Policy, Prompt
 from mdmrl.runs import read_rows
 from mdmrl.sampling import SamplerConfig, generate
 from mdmrl.sampling.rules import RULES
-from mdmrl.study import plots
+from mdmrl.study import colours, plots
 from mdmrl.study.live import completions
 from mdmrl.study.outputs import project_root
 from mdmrl.study.pieces import pieces_folder, read_table
 from mdmrl.study.player import Player
 from mdmrl.study.widgets import Choices, picture
 
+OF_RUNS = (colours.AR, colours.MDM, colours.BD, colours.INDIGO, colours.WINE, colours.SKY)
 SIZE = {"figsize": (plots.TEXT_WIDTH, 2.4), "layout": "constrained"}
 COLUMNS = ("reward", "eval/reward", "eval/accuracy", "kl", "kl/max", "loss", "grad_norm/surrogate")
 COLUMNS += ("grad_norm/kl", "entropy", "repetition", "completions/mean_length", "step_time")
@@ -85,7 +86,7 @@ def compare_runs(containing: str = "", begin: Sequence[str] = ()) -> Choices:
         for number, name in enumerate(runs):
             frame, samples, settings[name] = _read_run(found[name])
             drawn = frame.reindex(columns=["step", column]).dropna()
-            colour = plots.COLOURS[number % len(plots.COLOURS)]
+            colour = OF_RUNS[number % len(OF_RUNS)]
             axes.plot(drawn.step, drawn[column], color=colour, linewidth=1, label=name)
             at = percent / 100 * frame.step.max()
             for sample in sorted(samples, key=lambda sample: abs(sample["step"] - at))[:1]:
@@ -158,10 +159,10 @@ def bound_sliders(
         limit, times = (law @ limit_loss(nll, chosen)).item(), torch.linspace(0, 1, 200)
         left.plot(times, chosen.alpha(times), color="0.6", linewidth=1)
         steps = torch.linspace(0, 1, T + 1)
-        left.plot(steps, chosen.alpha(steps), ".", color=plots.COLOURS[0])
+        left.plot(steps, chosen.alpha(steps), ".", color=colours.MDM)
         left.set(xlabel="t", ylabel="probability of being unmasked", title=f"{schedule}, {T} steps")
         right.plot(bounds.keys(), bounds.values(), ".-", color="0.6", linewidth=1)
-        right.plot([T], [bounds[T]], "o", color=plots.COLOURS[0])
+        right.plot([T], [bounds[T]], "o", color=colours.MDM)
         right.axhline(limit, color="0.4", linestyle=":")
         right.set_xscale("log", base=2)
         right.set(xlabel="steps T (dotted: the limit)", ylabel="bound, nats a text", title=model)
