@@ -102,7 +102,8 @@ def countdown_descent(facts, looks) -> Figure:
         }
         if handles:
             axis.legend(handles.values(), handles, frameon=False, fontsize=6.5)
-    plots.title(drawn, "Countdown, held out: RL in ever fewer denoising steps", looks)
+    shown = looks[looks.arm.str.contains("MDM (?:trajectory|one_step), ")]
+    plots.title(drawn, "Countdown, held out: RL in ever fewer denoising steps", shown)
     return drawn
 
 
