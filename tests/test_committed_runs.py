@@ -101,7 +101,7 @@ def asked():
         patch.setattr(
             mdmrl.evaluation.accuracy, "evaluate", lambda *_, **__: defaultdict(lambda: 0.5)
         )
-        for name in ("figure", "data", "claim"):
+        for name in ("draw", "figure", "data", "claim"):
             patch.setattr(Outputs, name, lambda *_, **__: None)
         for path, parameters in plan("full"):
             if path.stem not in AWAITED:
