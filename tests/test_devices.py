@@ -467,7 +467,7 @@ with FakeCard(index=int(os.environ["LOCAL_RANK"])) as card:
             policy = load_policy(folder)
             train(policy, f"{output}/{name}", max_steps=max_steps)
         assert {x.device for x in policy.model.state_dict().values()} == {card.device}
-        print("weights", name, policy.fingerprint())
+        sys.stdout.write(f"weights {name} {policy.fingerprint()}\\n")  # in one write
 """
 
 
