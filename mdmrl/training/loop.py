@@ -6,6 +6,7 @@ purpose, step, process), so that a run that was cut off goes on with the same bi
 
 from __future__ import annotations
 
+import atexit
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -33,6 +34,14 @@ def accelerator_for(policy: Policy) -> Accelerator:
     """Accelerate's view of the processes that train, each `policy` being on its own device, which
     it can be told once in a process."""
     return Accelerator(cpu=policy.device.type == "cpu" and not is_initialized())
+
+
+@atexit.register
+def leave_group() -> None:
+    """End this process's part in the group of those that train, if there is one: a group that
+    outlives the interpreter aborts, now and then, a process whose work is done."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def open_run(
