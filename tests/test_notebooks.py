@@ -20,6 +20,7 @@ from PIL import Image
 from rich.console import Console
 
 from mdmrl.study import progress
+from mdmrl.study.figures import FIGURES
 from mdmrl.study.notebooks import (
     code_cells,
     load_profile,
@@ -69,6 +70,25 @@ def test_every_profile_fits(path, profile):
     (job,) = plan(profile, [path.stem])
     assert job[0].stem == path.stem
     assert path.stem in load_profile(profile)
+
+
+LATER = {"03_reward_curves", "06_benchmark_tables", "07_speed_vs_steps"}  # have yet to follow
+OPENED = [path for path in NOTEBOOKS if path.stem not in LATER]
+
+
+@pytest.mark.parametrize("path", OPENED, ids=lambda path: path.stem)
+def test_it_opens_with_question_answer_and_figure_and_closes_with_what_was_found(path):
+    first, *cells = nbformat.read(path, as_version=4).cells
+    question, answer, *rest = re.split(r"\n\n", first.source.partition("\n\n")[2])
+    assert question.startswith("**Question.** ") and "?" in question
+    assert answer.startswith("**Answer.** ")
+    own = {name for name, of in FIGURES.items() if of.notebook == path.stem}
+    if drawn := {name for name in own if (FOLDER.parent / "figures" / f"{name}.png").exists()}:
+        assert re.fullmatch(r"!\[.+\]\(\.\./figures/(\w+)\.png\)", rest[0])[1] in drawn
+    assert "(../docs/glossary.md)" in first.source
+    last = [cell for cell in cells if "solution" not in cell.metadata.get("tags", [])]
+    last = [cell.source for cell in last if not cell.source.startswith("## Exercises")][-2:]
+    assert last[0].startswith("## What was found\n\n") and last[1] == "outputs.found()"
 
 
 @pytest.mark.parametrize("name", ["00_tour", "04_kl_instability", "05_estimator_lab", "12_code"])
