@@ -74,7 +74,7 @@ class Chain:
             terms = diffusion.discrete_terms(nll, LINEAR, steps)
             log_p = chain_log_likelihood(denoiser, self.texts, self.mask, LINEAR, steps)
             row = {"T": steps, "log p": (self.law @ log_p).item(), "ELBO": -terms.sum().item()}
-            row |= {"-L_T alone": -terms[1:].sum().item(), "reconstruction": terms[0].item()}
+            row |= {"-L_T alone": terms[1:].neg().sum().item(), "reconstruction": terms[0].item()}
             rows.append(row | {"limit": limit})
         return pd.DataFrame(rows)
 
