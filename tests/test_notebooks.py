@@ -1,6 +1,7 @@
 """The notebooks' form, and the runner that executes them."""
 
 import ast
+import base64
 import io
 import json
 import os
@@ -276,19 +277,28 @@ def test_the_tables_in_docs_are_those_of_the_committed_figures(tmp_path, monkeyp
 
 
 def test_pages_of_executed_notebooks_need_no_other_file(study, monkeypatch):
-    """An image of a text is embedded, an output stands, and what needs a front end is not there."""
-    Image.new("RGB", (3, 2)).save(study / "notebooks" / "drawn.png")
+    """A text's figure, the committed one, and an output's, that of the profile, are embedded, an
+    output stands, and what needs a front end is not there."""
+    pixels = {"figures": 3, "runs/smoke/figures": 5}
+    for folder, width in pixels.items():
+        (study / folder).mkdir(parents=True)
+        Image.new("RGB", (width, 2)).save(study / folder / "drawn.png")
     executed = study / "runs" / "smoke" / "notebooks" / "00_fine.ipynb"
     write_notebook(executed, "Player()")
     notebook = nbformat.read(executed, as_version=4)
-    notebook.cells[0].source = "![a picture](drawn.png)"
-    shown = {"text/html": "<b>the static twin</b>"}
-    notebook.cells[-1].outputs = [new_output("execute_result", shown, execution_count=1)]
+    notebook.cells[0].source = "![a picture](../figures/drawn.png), [words](../docs/results.md)"
+    found = {"text/markdown": '<img src="../figures/drawn.png" width="160">'}
+    twin = {"text/html": "<b>the static twin</b>"}
+    notebook.cells[-1].outputs = [new_output("display_data", shown) for shown in (found, twin)]
     nbformat.write(notebook, executed)
     (page,) = write_html("smoke")
     assert page == study / "runs" / "smoke" / "html" / "00_fine.html"
     text = page.read_text()
-    assert 'src="data:image/png;base64,' in text and "drawn.png" not in text
+    embedded = re.findall(r'src="data:image/png;base64,([^"]+)"', text)
+    drawn = (Image.open(io.BytesIO(base64.b64decode(data))) for data in embedded)
+    assert [image.width for image in drawn] == [3, 5] and "drawn.png" not in text
+    (link,) = re.findall(r'href="([^"]+results.md)"', text)
+    assert (page.parent / link).resolve() == (study / "docs" / "results.md").resolve()
     assert "<b>the static twin</b>" in text and "widget-view" not in text
     with pytest.raises(ValueError, match="run mdmrl reproduce --profile cpu first"):
         write_html("cpu")
