@@ -1,4 +1,4 @@
-"""Value-guided inference: notebook 09."""
+"""Value-guided inference: notebooks 09 and 17."""
 
 from __future__ import annotations
 
