@@ -18,13 +18,15 @@ FIGURES = {
     "06_benchmark_tables": ("table_4_1", (0.0, 0.03, 0.5, 0.37)),
     "07_speed_vs_steps": ("fig_4_4_speed_vs_steps", (0.0, 0.07, 0.5, 1.0)),
     "08_block_rl": ("block_rl", (0.5, 0.06, 1.0, 0.385)),
-    "09_value_guided": ("few_steps", (0.0, 0.13, 0.66, 1.0)),
+    "09_value_guided": ("value_guided", (0.5, 0.08, 1.0, 1.0)),
     "10_hierarchy": ("hierarchy", (0.0, 0.06, 0.6, 0.53)),
     "11_reward_ablation": ("reward_ablation", (0.0, 0.045, 0.5, 0.9)),
     "12_code_completion": ("code_completion", (0.5, 0.045, 1.0, 0.47)),
     "13_dafny": ("dafny_rl", (0.5, 0.045, 1.0, 0.9)),
     "14_pass_at_k": ("fig_5_2_pass_at_k", (0.33, 0.045, 0.67, 0.5)),
     "15_unified_objective": ("unified_objective", (0.0, 0.045, 0.5, 0.9)),
+    "16_starting_point": ("cold_start", (0.0, 0.05, 0.68, 0.5)),
+    "17_few_steps": ("few_steps", (0.0, 0.13, 0.66, 1.0)),
 }
 
 if __name__ == "__main__":

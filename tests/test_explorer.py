@@ -2,7 +2,7 @@
 
 import pytest
 
-from mdmrl.study.explorer import TRUE_METRIC, Explorer
+from mdmrl.study.explorer import Explorer
 from mdmrl.tasks import load_task
 from mdmrl.tasks.base import Task
 
@@ -16,7 +16,7 @@ def test_medical_components_and_why():
     assert shown.value["format"] == pytest.approx(0.45) and "</answer>" in shown.why["format"]
     paid = shown.value[["accuracy", "depth", "format"]].sum()
     assert shown.value["reward"] == pytest.approx(paid)
-    assert shown.value[TRUE_METRIC] == float(task.metric(text, row))
+    assert shown.value["exact"] == float(task.metric(text, row))
 
 
 def test_code_says_which_test_failed():
@@ -25,7 +25,7 @@ def test_code_says_which_test_failed():
     explorer = Explorer(task, row, row["completion"])
     right = explorer.table(row["completion"]).set_index("component")
     assert right.value["correctness_reward"] == 1 and right.why["correctness_reward"] == "passed"
-    assert right.value[TRUE_METRIC] == 1
+    assert right.value["exact"] == 1
     wrong = explorer.table("    return None").set_index("component")
     assert wrong.value["correctness_reward"] == pytest.approx(-0.3)
     assert "assert" in wrong.why["correctness_reward"]
@@ -44,6 +44,6 @@ def test_the_widget_follows_the_text(monkeypatch):
     assert "its &lt;length&gt;" in view.value and ">3<" in view.value
     text.value = ""
     assert view.value == explorer.shown("") and "abstains" in view.value
-    assert TRUE_METRIC not in view.value
+    assert "never paid" not in view.value
     monkeypatch.setenv("MDMRL_NOTEBOOK", "02_rewards")
     assert explorer._repr_mimebundle_() == {"text/html": explorer._repr_html_()}

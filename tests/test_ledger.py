@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from IPython.core.interactiveshell import InteractiveShell
 from matplotlib.figure import Figure
 
 from mdmrl.evaluation.stats import Interval
@@ -322,13 +323,38 @@ def test_a_figure_comes_with_its_provenance_and_identical_bytes(root, monkeypatc
 def test_data_and_claims_go_beside_the_figures(root):
     outputs = Outputs("full", notebook="03_reward_curves")
     frame = pd.DataFrame({"step": [0, 1], "reward": [0.1, 1 / 3]})
-    path = outputs.data(frame, "reward")
-    assert path == root / "figures" / "data" / "reward.csv"
-    pd.testing.assert_frame_equal(pd.read_csv(path), frame)
+    outputs.data(frame, "reward")
+    pd.testing.assert_frame_equal(pd.read_csv(root / "figures" / "data" / "reward.csv"), frame)
 
     done = outputs.claim(claim(notebook="", profile=""))
     assert (done.notebook, done.profile) == ("03_reward_curves", "full")
     assert load(root / "figures" / "claims.json") == [done]
+    assert "<b>" in done._repr_html_() and "Claim(" not in done._repr_html_()
+
+
+def test_tables_of_a_notebook_have_no_index_that_only_counts(root, monkeypatch):
+    shell = InteractiveShell()
+    monkeypatch.setattr("IPython.get_ipython", lambda: shell)
+    Outputs("smoke", notebook="00_tour")
+
+    def shown(table) -> list[str]:
+        page = shell.display_formatter.format(table)[0]["text/html"]
+        return [text for text in re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", page) if text]
+
+    frame = pd.DataFrame({"arm": ["a", "b"], "gain": [0.123456, 2.5]}, index=[7, 3])
+    assert shown(frame) == ["arm", "gain", "a", "0.1235", "b", "2.5"]
+    assert shown(frame.rename_axis("T")) == [
+        "arm",
+        "gain",
+        "T",
+        "7",
+        "a",
+        "0.1235",
+        "3",
+        "b",
+        "2.5",
+    ]
+    assert shown(frame.set_index("arm").gain) == ["gain", "arm", "a", "0.1235", "b", "2.5"]
 
 
 def test_what_a_rule_says_becomes_a_claim(root):

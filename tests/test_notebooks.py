@@ -1,6 +1,7 @@
 """The notebooks' form, and the runner that executes them."""
 
 import ast
+import base64
 import io
 import json
 import os
@@ -20,6 +21,7 @@ from PIL import Image
 from rich.console import Console
 
 from mdmrl.study import progress
+from mdmrl.study.figures import FIGURES
 from mdmrl.study.notebooks import (
     code_cells,
     load_profile,
@@ -69,6 +71,25 @@ def test_every_profile_fits(path, profile):
     (job,) = plan(profile, [path.stem])
     assert job[0].stem == path.stem
     assert path.stem in load_profile(profile)
+
+
+LATER = {"03_reward_curves", "06_benchmark_tables", "07_speed_vs_steps"}  # have yet to follow
+OPENED = [path for path in NOTEBOOKS if path.stem not in LATER]
+
+
+@pytest.mark.parametrize("path", OPENED, ids=lambda path: path.stem)
+def test_it_opens_with_question_answer_and_figure_and_closes_with_what_was_found(path):
+    first, *cells = nbformat.read(path, as_version=4).cells
+    question, answer, *rest = re.split(r"\n\n", first.source.partition("\n\n")[2])
+    assert question.startswith("**Question.** ") and "?" in question
+    assert answer.startswith("**Answer.** ")
+    own = {name for name, of in FIGURES.items() if of.notebook == path.stem}
+    if drawn := {name for name in own if (FOLDER.parent / "figures" / f"{name}.png").exists()}:
+        assert re.fullmatch(r"!\[.+\]\(\.\./figures/(\w+)\.png\)", rest[0])[1] in drawn
+    assert "(../docs/glossary.md)" in first.source
+    last = [cell for cell in cells if "solution" not in cell.metadata.get("tags", [])]
+    last = [cell.source for cell in last if not cell.source.startswith("## Exercises")][-2:]
+    assert last[0].startswith("## What was found\n\n") and last[1] == "outputs.found()"
 
 
 @pytest.mark.parametrize("name", ["00_tour", "04_kl_instability", "05_estimator_lab", "12_code"])
@@ -256,19 +277,28 @@ def test_the_tables_in_docs_are_those_of_the_committed_figures(tmp_path, monkeyp
 
 
 def test_pages_of_executed_notebooks_need_no_other_file(study, monkeypatch):
-    """An image of a text is embedded, an output stands, and what needs a front end is not there."""
-    Image.new("RGB", (3, 2)).save(study / "notebooks" / "drawn.png")
+    """A text's figure, the committed one, and an output's, that of the profile, are embedded, an
+    output stands, and what needs a front end is not there."""
+    pixels = {"figures": 3, "runs/smoke/figures": 5}
+    for folder, width in pixels.items():
+        (study / folder).mkdir(parents=True)
+        Image.new("RGB", (width, 2)).save(study / folder / "drawn.png")
     executed = study / "runs" / "smoke" / "notebooks" / "00_fine.ipynb"
     write_notebook(executed, "Player()")
     notebook = nbformat.read(executed, as_version=4)
-    notebook.cells[0].source = "![a picture](drawn.png)"
-    shown = {"text/html": "<b>the static twin</b>"}
-    notebook.cells[-1].outputs = [new_output("execute_result", shown, execution_count=1)]
+    notebook.cells[0].source = "![a picture](../figures/drawn.png), [words](../docs/results.md)"
+    found = {"text/markdown": '<img src="../figures/drawn.png" width="160">'}
+    twin = {"text/html": "<b>the static twin</b>"}
+    notebook.cells[-1].outputs = [new_output("display_data", shown) for shown in (found, twin)]
     nbformat.write(notebook, executed)
     (page,) = write_html("smoke")
     assert page == study / "runs" / "smoke" / "html" / "00_fine.html"
     text = page.read_text()
-    assert 'src="data:image/png;base64,' in text and "drawn.png" not in text
+    embedded = re.findall(r'src="data:image/png;base64,([^"]+)"', text)
+    drawn = (Image.open(io.BytesIO(base64.b64decode(data))) for data in embedded)
+    assert [image.width for image in drawn] == [3, 5] and "drawn.png" not in text
+    (link,) = re.findall(r'href="([^"]+results.md)"', text)
+    assert (page.parent / link).resolve() == (study / "docs" / "results.md").resolve()
     assert "<b>the static twin</b>" in text and "widget-view" not in text
     with pytest.raises(ValueError, match="run mdmrl reproduce --profile cpu first"):
         write_html("cpu")

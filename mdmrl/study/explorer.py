@@ -14,7 +14,6 @@ from mdmrl.rewards.text import TAGS
 from mdmrl.study.widgets import Interactive
 from mdmrl.tasks.base import Task
 
-TRUE_METRIC = "true metric (never paid)"
 FULL = 160  # pixels of a bar that stands for 1
 
 
@@ -41,7 +40,22 @@ REASONS: dict[str, Callable[[str, dict, float | None], str]] = {
     "format": _tags,
     "correctness_reward": _tests,
     "ast_reward": lambda text, row, value: f"{value:.0%} of the reference's subtrees are there",
+    "reward": lambda *given: "the sum",
+    "exact": lambda *given: "the true metric, never paid",
 }
+
+
+def scores(task: Task, row: dict, text: str) -> dict[str, float | None]:
+    """What each reward of the task pays for a completion (None: it abstains), their sum `reward`,
+    and the true metric, `exact`, which is never paid."""
+    values = reward_values(task.rewards, [row["prompt"]], [text], [[]], [row])[0].tolist()
+    paid = [None if value != value else value for value in values]
+    found = dict(zip(map(reward_name, task.rewards), paid, strict=True))
+    found["reward"] = sum(value for value in paid if value is not None)
+    if task.metric is not None:
+        right = task.metric(text, row)
+        found["exact"] = None if right is None else float(right)
+    return found
 
 
 class Explorer(Interactive):
@@ -60,19 +74,11 @@ class Explorer(Interactive):
         self.reasons = REASONS | dict(reasons or {})
 
     def table(self, text: str) -> pd.DataFrame:
-        """A line a component: `value` (None: it abstains) and `why`; then the sum of what is paid,
-        and the true metric."""
-        given = [self.row["prompt"]], [text], [[]], [self.row]
+        """A line for each of `scores`: its `value` and `why`."""
         lines = []
-        values = reward_values(self.task.rewards, *given)[0].tolist()
-        for reward, number in zip(self.task.rewards, values, strict=True):
-            name, value = reward_name(reward), None if number != number else number
+        for name, value in scores(self.task, self.row, text).items():
             known = self.reasons.get(name) if value is not None else None
             lines.append((name, value, known(text, self.row, value) if known else ""))
-        lines.append(("reward", sum(v for _, v, _ in lines if v is not None), "the sum"))
-        if self.task.metric is not None:
-            right = self.task.metric(text, self.row)
-            lines.append((TRUE_METRIC, None if right is None else float(right), ""))
         return pd.DataFrame(lines, columns=["component", "value", "why"])
 
     def shown(self, text: str) -> str:

@@ -6,6 +6,7 @@ are a list of their own.
 
 from __future__ import annotations
 
+import html
 import json
 import math
 import re
@@ -90,6 +91,10 @@ class Claim(Config):
             none or (None not in numbers.values() and self.low <= self.high),
             f"claim {self.id}: {said}: an interval needs an estimate and both ends in order",
         )
+
+    def _repr_html_(self) -> str:
+        said = html.escape(f"{self.verdict}: {self.says} ({self.where})")
+        return f"<b>{said}</b><br>{html.escape(sentence(self))}"
 
 
 def slug(name: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -20,7 +21,7 @@ from accelerate.utils import patch_environment
 from mdmrl.config import InputError, require, unknown
 from mdmrl.identity import digest
 from mdmrl.runs import write_atomically
-from mdmrl.study.outputs import profile_of, project_root
+from mdmrl.study.outputs import figures_folder, profile_of, project_root
 from mdmrl.study.parameters import Parameter, check, declared
 
 PACKAGE = Path(__file__).parents[1]
@@ -117,20 +118,32 @@ def write_html(profile: str) -> list[Path]:
     """
     from nbconvert import HTMLExporter
 
-    here = project_root() / "runs" / profile
+    root = project_root()
+    here = root / "runs" / profile
     executed = sorted((here / "notebooks").glob("*.ipynb"))
     wanted = f"{here / 'notebooks'} has no notebook: run mdmrl reproduce --profile {profile} first"
     require(len(executed) > 0, wanted)
-    # What their texts show are the committed figures.
-    where = {"metadata": {"path": str(project_root() / "notebooks")}}
-    pages = []
+    own, pages = figures_folder(profile).relative_to(root).as_posix(), []
     for path in executed:
-        where["metadata"]["name"] = path.stem
+        where = {"metadata": {"path": str(root), "name": path.stem}}
         notebook = nbformat.read(path, as_version=4)
+        for cell in notebook.cells:
+            if cell.cell_type == "markdown":  # a text shows the committed figure
+                cell.source = _from_root(cell.source, "figures")
+            for shown in (output.get("data", {}) for output in cell.get("outputs", [])):
+                if "text/markdown" in shown:
+                    shown["text/markdown"] = _from_root(shown["text/markdown"], own)
         page, _ = HTMLExporter(embed_images=True).from_notebook_node(notebook, where)
         pages.append(here / "html" / f"{path.stem}.html")
         write_atomically(pages[-1], page)
     return pages
+
+
+def _from_root(text: str, figures: str) -> str:
+    """A text of a notebook for a page in `runs/<profile>/html/`: its figures by their path from the
+    root, out of which nbconvert embeds nothing; what else it links to, from where the page lies."""
+    text = re.sub(r'(!\[[^\]]*\]\(|src=")\.\./figures/', rf"\1{figures}/", text)
+    return re.sub(r'(\]\(|href=")\.\./', r"\1../../../", text)
 
 
 @contextmanager

@@ -80,6 +80,21 @@ def save(figure: Figure, folder: Path, name: str) -> None:
         figure.set_layout_engine("none")  # what the first has placed holds for the next
 
 
+def _show_tables() -> None:
+    """Where IPython shows what a cell ends with: frames and series with four digits a number, and
+    without an index that only counts."""
+    from IPython import get_ipython
+
+    def shown(frame: pd.DataFrame) -> str:
+        counts = frame.index.name is None and pd.api.types.is_integer_dtype(frame.index)
+        return frame.to_html(index=not counts, float_format="{:.4g}".format, na_rep="", max_rows=60)
+
+    if shell := get_ipython():
+        html = shell.display_formatter.formatters["text/html"]
+        html.for_type(pd.DataFrame, shown)
+        html.for_type(pd.Series, lambda series: shown(series.to_frame(series.name or "")))
+
+
 class Outputs:
     """What a notebook writes, to the folder of its profile: one object, made in its first cell,
     where it refuses a parameter that papermill was given and the notebook does not have, or has
@@ -91,6 +106,7 @@ class Outputs:
 
     def __init__(self, profile: str, notebook: str | None = None):
         check_injected()
+        _show_tables()
         named = os.environ.get("MDMRL_NOTEBOOK") or os.environ.get("JPY_SESSION_NAME", "")
         self.profile, self.folder = profile, figures_folder(profile)
         self.notebook = notebook or Path(named).stem
@@ -121,11 +137,10 @@ class Outputs:
         known = {"seeds": list(seeds), "machine": machine(pick_device()), **facts}
         return self.figure(of.draw(known, *of.read(self.folder)), name, seeds, **facts)
 
-    def data(self, frame: pd.DataFrame, name: str) -> Path:
+    def data(self, frame: pd.DataFrame, name: str) -> None:
         """Write the frame's columns to `data/<name>.csv`, its index left out."""
         path = self._path(self.folder / "data", name, "csv")
         write_atomically(path, frame.to_csv(index=False, lineterminator="\n"))
-        return path
 
     def claim(self, claim: ledger.Claim) -> ledger.Claim:
         """Record the claim with this notebook and profile; returns it so completed."""

@@ -1,4 +1,4 @@
-"""The main experiment on Countdown, and training on MedCoT: notebook 03."""
+"""The main experiment on Countdown, and training on MedCoT: notebooks 03 and 16."""
 
 from __future__ import annotations
 
@@ -196,7 +196,7 @@ def fig_4_1_reward_curves(facts, runs) -> Figure:
 
 
 @figure(
-    "03_reward_curves",
+    "16_starting_point",
     "lora_runs",
     says="LoRA or every weight: the last tenth of training earns the autoregressive model {lora} "
     "with adapters and {full} without.",
@@ -211,7 +211,7 @@ def lora_beside_full(facts, runs) -> Figure:
 
 
 @figure(
-    "03_reward_curves",
+    "16_starting_point",
     "cold_start",
     says="After a cold start by SFT the gain of RL differs by {cold_start_ar} (AR), "
     "{cold_start_mdm_ar_style_16_steps} (`ar_style`) and {cold_start_mdm_one_step_16_steps} "
@@ -278,7 +278,7 @@ def app_c_completions(facts, looks) -> Figure:
 
 
 @figure(
-    "03_reward_curves",
+    "16_starting_point",
     "real_model",
     says="Shown as it is: the first tenth of the updates of a real model earn {first}, the last "
     "{last}.",

@@ -1,4 +1,4 @@
-"""Value-guided inference: notebook 09."""
+"""Value-guided inference: notebooks 09 and 17."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def value_guided(facts, curves, compared) -> Figure:
 
 
 @figure(
-    "09_value_guided",
+    "17_few_steps",
     "few_steps",
     says="At many steps, RL at few has gained {few_steps_pay_few_steps_equal_updates_accuracy} of "
     "exact answers after as many updates; at equal cost it has changed them by "
