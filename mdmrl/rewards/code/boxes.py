@@ -142,7 +142,9 @@ def _next_message(state, deadline: float, closing: Event) -> tuple:
 def _monty_ended(error) -> Ended:
     """What became of the program by the error that Monty raised."""
     kind, said = type(error.exception()).__name__, str(error)
-    if getattr(error, "timed_out", False) or SIGXCPU.name in said or "time limit" in said:
+    if SIGXCPU.name in said:
+        return Ended("timeout", "the program took too much processor time")
+    if getattr(error, "timed_out", False) or "time limit" in said:
         return Ended("timeout", "the program took too long")
     if kind == "MemoryError":
         return Ended("memory", said)

@@ -245,16 +245,17 @@ _unpack = unpack
 
 
 def unpack(heap):
+    classes, text = heap[4:] or ([], "")  # which an end in Monty does not tell
     state["decoding"] = True
     try:
-        for number, *told_of in heap[4]:
+        for number, *told_of in classes:
             remotes[number] = made = class_made(number, *told_of)
             theirs[id(made)] = number
         _unpack(heap)
     finally:
         state["decoding"] = False
-    if heap[5] and sys.stdout is not channel["printed"]:
-        sys.stdout.write(heap[5])
+    if text and sys.stdout is not channel["printed"]:
+        sys.stdout.write(text)
 
 
 def made_container(name, more, own=None):
