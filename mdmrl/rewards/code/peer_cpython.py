@@ -12,7 +12,6 @@ the data.
 import _collections
 import builtins
 import math
-import operator
 import sys
 import types
 
@@ -24,12 +23,9 @@ for name, kind in vars(builtins).items():
     if isinstance(kind, type) and issubclass(kind, BaseException):
         ERRORS[name] = kind
 # Python's modules whose functions and classes are the same at both ends.
-SAFE = (
-    "builtins math cmath operator itertools functools heapq bisect statistics string re json copy"
-)
-SAFE += " json.decoder collections collections.abc datetime decimal fractions uuid pathlib enum abc"
-SAFE += " typing types dataclasses numbers ipaddress zoneinfo array asyncio random io contextlib"
-SAFE = SAFE.split()
+SAFE = """builtins math cmath operator itertools functools heapq bisect statistics string re copy
+json json.decoder collections collections.abc datetime decimal fractions uuid pathlib enum abc
+typing types dataclasses numbers ipaddress zoneinfo array asyncio random io contextlib""".split()
 # Values that are made again of what they are made of.
 MADE = {"UUID": lambda x: (x.hex,), "array": lambda x: (x.typecode, list(x))}
 MADE |= dict.fromkeys("range slice Decimal Fraction date datetime time timedelta timezone".split())
@@ -45,11 +41,9 @@ BINARY = "add sub mul truediv floordiv mod pow matmul and or xor lshift rshift d
 COMPARED = {f"__{name}__" for name in "eq ne lt le gt ge contains".split()}
 COMPUTED = {f"__{side}{name}__" for name in BINARY for side in ("", "r")}
 INPLACE = {f"__i{name}__" for name in BINARY}
-OTHER = "len bool str repr abs round int float complex index neg pos invert trunc floor ceil bytes"
-OTHER += (
-    " iter next getitem setitem delitem missing call enter exit aenter aexit aiter anext format"
-)
-OTHER += " reversed dir fspath"
+OTHER = """len bool str repr abs round int float complex index neg pos invert trunc floor ceil bytes
+iter next getitem setitem delitem missing call enter exit aenter aexit aiter anext format reversed
+dir fspath"""
 FORWARDED = {*COMPARED, *COMPUTED, *INPLACE, *(f"__{name}__" for name in OTHER.split())}
 
 remotes = {}  # by number, what stands here for the other end's
@@ -214,10 +208,6 @@ def items_of(container):
     return list(base.__iter__(container))
 
 
-def same(items, others):
-    return len(items) == len(others) and all(map(operator.is_, items, others))
-
-
 _packed = packed
 
 
@@ -317,9 +307,7 @@ def decode_standard(value):
 
 def decode_view(value):
     how, items = value[1], decode_all(value[2])
-    pairs = {"keys": zip(items, items, strict=True), "items": items, "values": enumerate(items)}[
-        how
-    ]
+    pairs = {"keys": zip(items, items, strict=True), "items": items}.get(how, enumerate(items))
     return getattr(dict(pairs), how)()
 
 
