@@ -8,6 +8,8 @@ shows its own works.
 import _thread
 
 NAMING = ("__name__", "__qualname__", "__doc__", "__module__")
+PYTHONS = "getattr setattr delattr hasattr isinstance issubclass repr str format"
+MORE_THAN_METHODS = (type, property, staticmethod, classmethod)
 KEPT = {"__repr__", "__str__", "__format__", "__call__"}  # of any class's own
 trusted = set()  # numbers of classes that the tests use as such
 stopping = set()  # numbers of methods that may end a loop
@@ -29,11 +31,8 @@ class Meta(type):
     def __new__(meta, name, bases, names):
         """A class of the tests' that extends one of the program's: made at the program's end."""
         own = {k: x for k, x in names.items() if k[:2] != "__" or callable(x)}
-        more = any(
-            isinstance(x, type | property | staticmethod | classmethod) for x in own.values()
-        )
-        if more or "__classcell__" in names:
-            give_up()  # what is more than a method, and `super()`
+        if "__classcell__" in names or any(isinstance(x, MORE_THAN_METHODS) for x in own.values()):
+            give_up()  # the first is of `super()`
         made = apply("subclass", name, bases, own)
         trusted.add(theirs[id(made)])
         return made
@@ -90,13 +89,13 @@ def class_made(number, name, bases, specials, known):
         bases.append(Remote)
     names, real = {"__slots__": (), "__module__": known[0] or "solution"}, standard(*known)
     names["__doc__"] = property(lambda self: attribute(self, "__doc__"))
-    for special_name, is_there in specials:
-        native = getattr(data, special_name, None) if base_of(data) or base_of(data, DATA) else None
-        if special_name == "__hash__":
-            names[special_name] = (lambda self: hashes[theirs[id(self)]]) if is_there else None
-        elif special_name in FORWARDED:
-            native = None if special_name in KEPT else native
-            names[special_name] = forwarded(special_name, native) if is_there else None
+    has_data = base_of(data) or base_of(data, DATA)
+    for special, is_there in specials:
+        native = getattr(data, special, None) if has_data and special not in KEPT else None
+        if special == "__hash__":
+            names[special] = (lambda self: hashes[theirs[id(self)]]) if is_there else None
+        elif special in FORWARDED:
+            names[special] = forwarded(special, native) if is_there else None
     if isinstance(real, type):
         names["__class__"] = property(lambda self: real)
     made = type.__new__(Meta, name, tuple(bases), names)
@@ -160,8 +159,7 @@ def decode_handle(value):
     if how == "coroutine":
         return awaited(number, value)
     if number not in remotes:
-        kind = decode(value[3])
-        stands_for(object.__new__(kind), value)
+        stands_for(object.__new__(decode(value[3])), value)
     hashes[number] = value[4]
     return remotes[number]
 
@@ -185,18 +183,17 @@ DECODERS.update(handle=decode_handle, valued=decode_valued)
 # -- what is asked of this end ---------------------------------------------------------------------
 
 
+def missing(value, *others):
+    return NotImplemented
+
+
 def special_method(name):
     """Alone, whose NotImplemented the caller's end acts on."""
     return lambda value, *others: getattr(type(value), name, missing)(value, *others)
 
 
-def missing(value, *others):
-    return NotImplemented
-
-
 def method(value):
-    called = lambda self, *args, **named: value(self, *args, **named)  # noqa: E731
-    return called if callable(value) else value
+    return (lambda *args, **named: value(*args, **named)) if callable(value) else value
 
 
 async def result_of(awaitable):
@@ -204,9 +201,8 @@ async def result_of(awaitable):
 
 
 OPERATIONS = {name: special_method(name) for name in FORWARDED}
-for kind in (getattr, setattr, delattr, hasattr, isinstance, issubclass, repr, str, format):
-    OPERATIONS[kind.__name__] = kind
 OPERATIONS |= {
+    **{name: getattr(builtins, name) for name in PYTHONS.split()},
     "getitem": lambda value, item: value[item],
     "copy": lambda value: __import__("copy").copy(value),
     "deepcopy": lambda value: __import__("copy").deepcopy(value),

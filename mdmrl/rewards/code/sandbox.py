@@ -46,10 +46,9 @@ def process_session(
     with what ended it, where whoever watches it did; `options` are `subprocess.Popen`'s."""
     near, far = socket.socketpair()
     streams = {"stdin": far, "stdout": far, "stderr": subprocess.PIPE}
+    command, options = [*command, "-c", _STARTER], {**streams, **options}
     try:
-        process = subprocess.Popen(
-            [*command, "-c", _STARTER], **streams, start_new_session=True, **options
-        )
+        process = subprocess.Popen(command, start_new_session=True, **options)
     except OSError:
         near.close()
         raise
@@ -166,13 +165,15 @@ def bubblewrap(limits: Limits, workers: int) -> Iterator[Session]:
     require(refusal is None, f"box='bubblewrap': {refusal}")
     running: dict[subprocess.Popen, Ended | None] = {}
     closing = Event()
-    Thread(target=_watch, args=(running, limits.memory, closing), daemon=True).start()
+    watching = Thread(target=_watch, args=(running, limits.memory, closing))
+    watching.start()
     try:
         yield lambda role: _session(role, limits, running)
     finally:
         closing.set()
         for process in list(running):
             _end(process)
+        watching.join()
 
 
 @contextmanager

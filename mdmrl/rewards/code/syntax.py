@@ -71,10 +71,9 @@ def _is_lazy(nodes: list[ast.AST]) -> bool:
                 return True
         elif isinstance(node, ast.GeneratorExp) or _called(node) in LAZY:
             parent = parents.get(node)
-            looped = isinstance(parent, ast.For | ast.comprehension) and parent.iter is node
-            if not (
-                looped or isinstance(parent, ast.Starred) or _called(parent) in {*EAGER, *LAZY}
-            ):
+            used = isinstance(parent, ast.For | ast.comprehension) and parent.iter is node
+            used = used or isinstance(parent, ast.Starred)
+            if not used and _called(parent) not in {*EAGER, *LAZY}:
                 return True
     return False
 
