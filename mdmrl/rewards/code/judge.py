@@ -55,6 +55,7 @@ BROKEN = "the program broke the channel"
 
 # Errors that are the program's own in any Python; others may be for want of something in Monty.
 _OWN_ERRORS = ("ZeroDivisionError", "IndexError", "KeyError", "NameError", "UnboundLocalError")
+_LACKING = re.compile(r"monty|not (yet )?support|cannot suspend", re.I)
 _NO_MODULE = re.compile(r"No module named '(\w+)|from '(\w+)'")
 _NO_NAME = re.compile(r"name '(\w+)'")
 _NO_ATTRIBUTE = re.compile(r"'(\w+)'(?: object)? has no attribute '(\w+)'")
@@ -210,7 +211,7 @@ class _Batch:
                 for line, test in ((first, ""), *((_line("load", test), test) for test in sources)):
                     line = _fit(asserts(line, deadline))
                     while not line.startswith(('["loaded"', '["failed"')):
-                        line = _fit(program(line, deadline), made_up=place[0] is not monty)
+                        line = _fit(program(line, deadline), made_up=monty not in place)
                         line = _fit(asserts(line, deadline))
                     if line.startswith('["failed"'):
                         return _raised(*json.loads(line)[1:], test=test)
@@ -228,7 +229,7 @@ def _reply(line: str) -> list:
 
 def _fit(line: str, made_up: bool = False) -> str:
     if line.startswith('["opaque"'):
-        if made_up:  # CPython holds any value
+        if made_up:  # CPython holds any value of CPython's
             raise Ended("runtime", BROKEN)
         raise Ended("unsupported", "it takes more than this judge can do with either end apart")
     return line
@@ -251,7 +252,7 @@ def _trusted(found: Ended, in_monty: list[dict]) -> tuple[str, bool]:
 
 def _lacks(name: str, message: str) -> bool:
     """Whether an error is about what CPython has: syntax, a module, a name, an attribute."""
-    if name == "SyntaxError" or re.search(r"monty|not (yet )?support", message, re.I):
+    if name == "SyntaxError" or _LACKING.search(message):
         return True
     if name in ("ModuleNotFoundError", "ImportError"):
         found = _NO_MODULE.search(message)

@@ -153,6 +153,8 @@ def stands_for(made, coded):
 
 
 def decode_handle(value):
+    if len(value) == 3:  # an end in Monty, where any is a function
+        return decode_more(value)
     number, how = value[1:3]
     if how == "class":
         return remotes[number]
