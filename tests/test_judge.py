@@ -156,6 +156,44 @@ def test_without_a_second_box_what_monty_lacks_has_no_grade(monkeypatch):
     assert found == {row["name"]: row["outcome"] for row in rows}
 
 
+@needs_bubblewrap
+def test_tests_run_in_monty_beside_a_program_in_cpython(monkeypatch):
+    """Another interpreter starts only for what they need of it."""
+    roles, real = [], sandbox.process_session
+
+    def counted(command, role, *args, **options):
+        roles.append(role)
+        return real(command, role, *args, **options)
+
+    monkeypatch.setattr(sandbox, "process_session", counted)
+    rows = [
+        ("def f(x): return x * x", SQUARES),
+        ("def f(g, xs): return [g(x) for x in xs]", ["assert f(lambda x: 2 * x, [1]) == [2]"]),
+        ("def f(xs): xs.sort()", ["xs = [2, 1]\nf(xs)\nassert xs == [1, 2]"]),
+        ("def f(x): raise ValueError('no')", ["try:\n    f(1)\nexcept ValueError:\n    assert 1"]),
+    ]
+    verdicts = judge(*map(list, zip(*rows, strict=True)), box="bubblewrap")
+    assert {verdict.outcome for verdict in verdicts} == {"passed"}
+    assert roles == ["solution"] * len(rows)
+
+
+@pytest.mark.slow
+@each_box
+def test_a_busy_machine_turns_no_verdict(box):
+    """Benign programs ten times, beside two busy processes a core."""
+    rows = [row for row in programs("benign") if row["outcome"] != "timeout"]
+    command = [sys.executable, "-c", "while True: pass"]
+    loops = [subprocess.Popen(command) for _ in range(2 * os.cpu_count())]
+    try:
+        for _ in range(10):
+            found = {name: verdict.outcome for name, verdict in outcomes(rows, box).items()}
+            assert found == {row["name"]: row["outcome"] for row in rows}
+    finally:
+        for loop in loops:
+            loop.kill()
+            loop.wait()
+
+
 # ------------------------------------------------------------------ containment
 
 

@@ -153,11 +153,11 @@ def stands_for(made, coded):
 
 
 def decode_handle(value):
-    if len(value) == 3:  # an end in Monty, where any is a function
-        return decode_more(value)
     number, how = value[1:3]
     if how == "class":
         return remotes[number]
+    if len(value) == 3:  # from Monty, of which only functions are known
+        return decode_more(value)
     if how == "coroutine":
         return awaited(number, value)
     if number not in remotes:
