@@ -115,9 +115,9 @@ def handle(value, kind):
     return ["handle", my_numbers[id(value)], kind]
 
 
-def kind_of(container):
+def kind_of(container, name=None):
     """What makes an empty one: its type's name, and what else that takes."""
-    name = type(container).__name__
+    name = name or type(container).__name__
     more = container.maxlen if name == "deque" else None
     return [name, encode(container.default_factory) if name == "defaultdict" else more]
 
@@ -199,11 +199,12 @@ def unpack(heap):
 
 def made_container(name, more, *own):
     make = container_type(name)
-    if own or not make:
-        give_up()
-    if name == "deque":
-        return make([], more)
-    return make(decode(more)) if name == "defaultdict" else make()
+    given = {"deque": [[], more], "defaultdict": [decode(more)]}.get(name, [])
+    return make_own(make, given, *own) if own or not make else make(*given)
+
+
+def make_own(make, given, own=None):
+    give_up()
 
 
 def fill(container, coded):

@@ -181,14 +181,13 @@ def encode_error(error):
     return [*coded, [[name, encode(item)] for name, item in vars(error).items()], encode(cause)]
 
 
+_kind_of = kind_of
+
+
 def kind_of(container):
-    kind = type(container)
-    base = base_of(kind)
-    more = container.maxlen if base is _collections.deque else None
-    if base.__name__ == "defaultdict":
-        more = encode(container.default_factory)
-    own = [] if base is kind else [described_handle(container, "object")]
-    return [base.__name__, more, *own]
+    base = base_of(type(container))
+    own = [] if base is type(container) else [described_handle(container, "object")]
+    return [*_kind_of(container, base.__name__), *own]
 
 
 def contents(container):
@@ -248,11 +247,7 @@ def unpack(heap):
         sys.stdout.write(text)
 
 
-def made_container(name, more, own=None):
-    base = container_type(name)
-    given = {"deque": ((), more), "defaultdict": (decode(more),)}.get(name, ())
-    if own is None:
-        return base(*given)
+def make_own(base, given, own):
     made = stands_for(base.__new__(decode(own[3])), own)
     base.__init__(made, *given)
     return made
