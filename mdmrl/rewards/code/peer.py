@@ -279,8 +279,10 @@ def ask(target, args, kwargs):
         reply = loads(send(dumps(answer(reply))))
     unpack(reply[-1])
     value = decode(reply[1])
-    for item, code in zip(args, given, strict=True):  # `f(x) is x`, of what is no container either
-        value = item if code == reply[1] and dumps(code) == dumps(reply[1]) else value
+    for item, code in zip(args, given, strict=True):
+        # `f(x) is x`, of what is no container either; the numbers of handles are each end's own.
+        if code == reply[1] and not ('"handle"' in dumps(code) or '"yours"' in dumps(code)):
+            value = item if dumps(code) == dumps(reply[1]) else value
     if reply[0] != "raise":
         return value
     if isinstance(value, StopIteration) and not may_stop(target):  # it would end our loops
