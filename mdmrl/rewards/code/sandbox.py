@@ -178,11 +178,13 @@ def bubblewrap(limits: Limits, workers: int) -> Iterator[Session]:
 
 @contextmanager
 def _session(role: str, limits: Limits, running: dict | None = None) -> Iterator[Turn]:
+    program, instructions = _bwrap(), _rules()
     with open(os.memfd_create("rules"), "wb+") as rules:
-        rules.write(_rules())
+        rules.write(instructions)
         rules.seek(0)
-        command, options = _bubblewrap_command(rules.fileno()), {"pass_fds": [rules.fileno()]}
-        with process_session(command, role, limits, running, env=_PATH, **options) as turn:
+        command = _bubblewrap_command(program, rules.fileno())
+        options = {"env": _PATH, "pass_fds": [rules.fileno()]}
+        with process_session(command, role, limits, running, **options) as turn:
             yield turn
 
 
@@ -215,10 +217,9 @@ def why_not_bubblewrap() -> str | None:
     return None
 
 
-def _bubblewrap_command(rules: int) -> tuple[str, ...]:
+def _bubblewrap_command(program: str, rules: int) -> tuple[str, ...]:
     """Up to the Python, which is started as by -I, but with our few variables: `-I` would not let
     the seed of hashes, and so the order of sets, be the same each time."""
-    program = _bwrap()
     python, home = os.path.realpath(sys.executable), sys.base_prefix
     command, seen = [program], home
     if os.geteuid() == 0:
