@@ -108,11 +108,12 @@ def monty(limits: Limits, workers: int) -> Iterator[Session]:
 
             yield turn
 
-    size = {"min_processes": min(workers, 2), "max_processes": workers, "request_timeout": wall}
+    size = {"min_processes": min(workers, 2), "max_processes": workers}
+    alone = {"binary_path": path, "max_checkouts_per_worker": 1, "request_timeout": wall}
     try:
         with (
-            pydantic_monty.Monty(binary_path=path, max_checkouts_per_worker=1, **size) as programs,
-            pydantic_monty.Monty(**size) as tests,
+            pydantic_monty.Monty(**size, **alone) as programs,
+            pydantic_monty.Monty(**size, request_timeout=limits.wall) as tests,
         ):
             pools = {"solution": programs, "tests": tests}
             yield session
