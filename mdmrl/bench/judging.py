@@ -27,12 +27,10 @@ def bench_judge(repeats: int = 3, programs: int = PROGRAMS) -> dict:
     boxes = ["monty"] + ["bubblewrap"] * (why_not_bubblewrap() is None)
     ways: dict[str, Callable] = {name: partial(judge, box=name) for name in boxes}
     ways["a fresh python"] = _usual
-    turns = [
-        {name: _seconds(way, sources, tests) for name, way in ways.items()}
-        for _ in range(1 + repeats)
-    ]
-    medians = {name: statistics.median(turn[name] for turn in turns[1:]) for name in ways}
-    rows = [{"way": name, "per_second": programs / seconds} for name, seconds in medians.items()]
+    turns = [[_seconds(way, sources, tests) for way in ways.values()] for _ in range(1 + repeats)]
+    medians = map(statistics.median, zip(*turns[1:], strict=True))
+    pairs = zip(ways, medians, strict=True)
+    rows = [{"way": name, "per_second": programs / seconds} for name, seconds in pairs]
     return {"rows": rows, "programs": programs, "repeats": repeats, **environment("cpu")}
 
 

@@ -57,8 +57,8 @@ def _parsed(source: str) -> ast.Module | None:
     if len(source) > LONGEST or len(source.encode("utf-8", "surrogatepass")) > LONGEST:
         return None
     try:
-        with warnings.catch_warnings():  # "\d" warns, which may be an error where this is called
-            warnings.simplefilter("ignore")
+        # "\d" warns, which may be an error where this is called.
+        with warnings.catch_warnings(action="ignore"):
             return ast.parse(source)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return None

@@ -28,6 +28,7 @@ from threading import Event
 from mdmrl.config import require
 
 LONGEST_MESSAGE = 2**25  # characters
+PATIENCE = 6
 STARTING = 60  # seconds for an interpreter to start on a busy machine
 PEER = Path(__file__).with_name("peer.py").read_text()
 Turn = Callable[[str, float], str]
@@ -64,14 +65,18 @@ class Ended(Exception):
 @contextmanager
 def monty(limits: Limits, workers: int) -> Iterator[Session]:
     """pydantic-monty: an interpreter without an operating system, on every platform, without
-    privileges. A fresh process for each program, so that none sees another's remains; on Linux the
-    kernel limits its processor time."""
+    privileges. A fresh process for each program, so that none sees another's remains. On Linux the
+    kernel limits its processor time, and the wall limit is that of sleep: what computes on a busy
+    machine has `PATIENCE` times as long."""
     import pydantic_monty
 
     closing = Event()
     # `import string`, which Monty lacks, as far as programs want it.
     constants = {name: value for name, value in vars(string).items() if isinstance(value, str)}
-    seconds = {"max_feed_duration_secs": limits.wall, "max_suspensions": 10**7}
+    path, script = _limited_binary(limits.cpu)
+    wall = limits.wall * (1 if script is None else PATIENCE)
+    late = wall - limits.wall
+    seconds = {"max_feed_duration_secs": wall, "max_suspensions": 10**7}
     rules = {
         "limits": {**seconds, "max_memory": limits.memory * 2**20},
         "external_modules": {"string": pydantic_monty.ExternalModule(constants)},
@@ -88,7 +93,7 @@ def monty(limits: Limits, workers: int) -> Iterator[Session]:
                     print_callback=lambda stream, text: None,
                     external_lookup={_CHANNEL: print},
                 )
-                state, _ = _next_message(state, time.monotonic() + STARTING, closing)
+                state, _ = _next_message(state, time.monotonic() + STARTING, late, closing)
             except (pydantic_monty.MontyError, OSError) as error:
                 raise Ended("infra_error", f"Monty does not start: {error}") from error
 
@@ -96,20 +101,19 @@ def monty(limits: Limits, workers: int) -> Iterator[Session]:
                 nonlocal state
                 try:
                     state = state.resume({"return_value": line})
-                    state, reply = _next_message(state, deadline, closing)
+                    state, reply = _next_message(state, deadline, late, closing)
                 except pydantic_monty.MontyError as error:
                     raise _monty_ended(error) from None
                 return reply
 
             yield turn
 
-    path, script = _limited_binary(limits.cpu)
     size = {"min_processes": min(workers, 2), "max_processes": workers}
-    size["request_timeout"] = limits.wall
+    alone = {"binary_path": path, "max_checkouts_per_worker": 1, "request_timeout": wall}
     try:
         with (
-            pydantic_monty.Monty(binary_path=path, max_checkouts_per_worker=1, **size) as programs,
-            pydantic_monty.Monty(**size) as tests,
+            pydantic_monty.Monty(**size, **alone) as programs,
+            pydantic_monty.Monty(**size, request_timeout=limits.wall) as tests,
         ):
             pools = {"solution": programs, "tests": tests}
             yield session
@@ -119,19 +123,21 @@ def monty(limits: Limits, workers: int) -> Iterator[Session]:
             os.close(script)
 
 
-def _next_message(state, deadline: float, closing: Event) -> tuple:
-    """Run on to the next message: the suspended state, and the message."""
+def _next_message(state, deadline: float, late: float, closing: Event) -> tuple:
+    """Run on to the next message, as late as that behind the deadline if nothing sleeps: the
+    suspended state, and the message."""
     while True:
-        if time.monotonic() > deadline or closing.is_set():
-            raise Ended("timeout", "the program took too long")
         name = getattr(state, "function_name", None)
+        if asleep := name == "system.sleep":
+            closing.wait(max(0.0, min(float(state.args[0]), deadline - time.monotonic() + 0.01)))
+        if closing.is_set() or time.monotonic() > deadline + late * (not asleep):
+            raise Ended("timeout", "the program took too long")
         if name == _CHANNEL:
             message = state.args[0] if state.args else None
             if not (isinstance(message, str) and len(message) <= LONGEST_MESSAGE):
                 raise Ended("runtime", "the program's answer is no message, or too long")
             return state, message
-        if name == "system.sleep":
-            closing.wait(max(0.0, min(float(state.args[0]), deadline - time.monotonic() + 0.01)))
+        if asleep:
             state = state.resume({"return_value": None})
         elif hasattr(state, "resume_auto"):
             state = state.resume_auto()
@@ -142,7 +148,9 @@ def _next_message(state, deadline: float, closing: Event) -> tuple:
 def _monty_ended(error) -> Ended:
     """What became of the program by the error that Monty raised."""
     kind, said = type(error.exception()).__name__, str(error)
-    if getattr(error, "timed_out", False) or SIGXCPU.name in said or "time limit" in said:
+    if SIGXCPU.name in said:
+        return Ended("timeout", "the program took too much processor time")
+    if getattr(error, "timed_out", False) or "time limit" in said:
         return Ended("timeout", "the program took too long")
     if kind == "MemoryError":
         return Ended("memory", said)

@@ -12,9 +12,8 @@ from mdmrl.rewards.text import completion_text
 _FENCE = re.compile(r"^[ \t]*(`{3,}|~{3,})[ \t]*([\w.+-]*)(.*)$", re.M)
 _QUOTES = re.compile(r"\"{3}|'{3}")
 _DEFINES = re.compile(r"^(?:async\s+def|def|class)\s+(\w+)|^(\w+)\s*=\s*lambda\b", re.M)
-_GIVES = re.compile(
-    r"^(?:(?:async\s+def|def|class)\s+(\w+)|(\w+)\s*=[^=]|(?:from|import)\s+(.*))", re.M
-)
+_GIVES = r"^(?:(?:async\s+def|def|class)\s+(\w+)|(\w+)\s*=[^=]|(?:from|import)\s+(.*))"
+_GIVES = re.compile(_GIVES, re.M)
 _MOST = 20  # fences to try, so that hostile texts take no time
 _ASIDE = re.compile(r"_*(?:test|demo|main|example|check|run_)", re.I)
 _SIGNATURE = re.compile(r"^(?:@[^\n]*\n)*(?:async\s+)?def\s+(\w+)", re.M)
@@ -59,10 +58,8 @@ def _blocks(text: str) -> list[str]:
         before, start = text[end : opening.start()], opening.end() + 1
         if not found and _DEFINES.search(before) and _is_quoting(before):
             return []
-        marks = (
-            x for x in _FENCE.finditer(text, start) if x[1].startswith(opening[1]) and not x[2]
-        )
-        marks = [*islice(marks, _MOST)]
+        marks = (x for x in _FENCE.finditer(text, start) if not x[2])
+        marks = [*islice((x for x in marks if x[1].startswith(opening[1])), _MOST)]
         closing = [mark for mark in marks if not _is_quoting(text[start : mark.start()])] or marks
         stop, end = (closing[0].start(), closing[0].end()) if closing else (len(text), len(text))
         if opening[2].lower().startswith(("py", "ipython")) or not opening[2]:
@@ -104,8 +101,8 @@ def programs_of(
     was to write what stands between it and the suffix, to the letter."""
     rows = zip(completions, signatures, prefixes, suffixes, strict=True)
     return [
-        extract_code(text, signature or "")
+        extract_code(text, head or "")
         if before is None
-        else f"{before}{completion_text(text)}{after}"
-        for text, signature, before, after in rows
+        else f"{before}{completion_text(text)}{after or ''}"
+        for text, head, before, after in rows
     ]

@@ -17,7 +17,6 @@ A table of the visible tests' answers earns 1: hence held-out tests (`code_rewar
 
 from __future__ import annotations
 
-import ast
 import builtins
 import json
 import os
@@ -52,9 +51,11 @@ GRADES = {
 TRIES = 3
 UNSUPPORTED_SHARE = 0.05
 DETAIL = 500  # characters
+BROKEN = "the program broke the channel"
 
 # Errors that are the program's own in any Python; others may be for want of something in Monty.
 _OWN_ERRORS = ("ZeroDivisionError", "IndexError", "KeyError", "NameError", "UnboundLocalError")
+_LACKING = re.compile(r"monty|not (yet )?support|cannot suspend", re.I)
 _NO_MODULE = re.compile(r"No module named '(\w+)|from '(\w+)'")
 _NO_NAME = re.compile(r"name '(\w+)'")
 _NO_ATTRIBUTE = re.compile(r"'(\w+)'(?: object)? has no attribute '(\w+)'")
@@ -130,7 +131,7 @@ def check_tests(sources: Sequence[str], index: int = 0) -> tuple[str, ...]:
     listed = isinstance(sources, list | tuple) and all(isinstance(x, str) for x in sources)
     require(listed, f"{where}, {sources!r:.80}: expected a list of strings")
     try:
-        has_assert = _Wanted.of(tuple(sources)).has_assert
+        has_assert = _wanted(tuple(sources))["has_assert"]
     except (SyntaxError, ValueError, RecursionError) as error:
         raise InputError(f"{where}, {sources!r:.80}: expected Python ({error})") from None
     wanted = "expected at least one assert, as in 'assert f(2) == 4'; without any, all would pass"
@@ -138,26 +139,10 @@ def check_tests(sources: Sequence[str], index: int = 0) -> tuple[str, ...]:
     return tuple(sources)
 
 
-@dataclass(frozen=True)
-class _Wanted:
-    """What tests want of a program, by kind, and what was read of them."""
-
-    names: list[str]
-    modules: list[str]
-    built_in: list[str]
-    bound: list[str]
-    resets: list[str]
-    classes: list[str]
-    has_assert: bool
-    read: dict
-
-    @staticmethod
-    @lru_cache(4096)
-    def of(tests: tuple[str, ...]) -> _Wanted:
-        trees = [ast.parse(test) for test in tests]
-        has_assert = any(isinstance(x, ast.Assert) for tree in trees for x in ast.walk(tree))
-        read = syntax.inspected("\n".join(tests))
-        return _Wanted(*syntax.names_wanted(tests), syntax.classes_of(tests), has_assert, read)
+@lru_cache(4096)
+def _wanted(tests: tuple[str, ...]) -> dict:
+    """What tests want of a program, and as `read` what is read of them themselves."""
+    return {**syntax.wanted(tests), "read": syntax.inspected("\n".join(tests))}
 
 
 class _Batch:
@@ -180,23 +165,24 @@ class _Batch:
         program = self.reader.inspected(source)
         if wrong := _compiled(program):
             return wrong
-        deadline, wanted = time.monotonic() + self.wall, _Wanted.of(tests)
-        elsewhere = program["unlike"] or wanted.read["unlike"]
+        deadline, wanted = time.monotonic() + self.wall, _wanted(tests)
+        given = sorted(wanted["given"].intersection(program["free"]))
+        elsewhere = program["unlike"] or wanted["read"]["unlike"]
         for place in self.places[-1 * elsewhere :]:
-            found = self._tried(source, tests, place, deadline)
-            read = [program] if place[0] is monty else []
-            read += [wanted.read] if place[1] is monty else []
-            found.outcome, certain = _trusted(found, read)
-            if found.outcome in ("failed", "runtime") and {*program["globals"]} & {*wanted.resets}:
+            found = self._tried(source, tests, given, place, deadline)
+            read = zip(place, (program, wanted["read"]), strict=True)
+            found.outcome, certain = _trusted(found, [x for kind, x in read if kind is monty])
+            lost = found.outcome in ("failed", "runtime")
+            if lost and not wanted["resets"].isdisjoint(program["globals"]):
                 found = Ended("unsupported", "the tests set a global variable of the program's")
             if certain or self.stopped or time.monotonic() > deadline:
                 break
         return Verdict(found.outcome, _clean(found.detail), program["stub"])
 
-    def _tried(self, source: str, tests: tuple[str, ...], place: tuple, deadline: float) -> Ended:
+    def _tried(self, *job) -> Ended:
         for _ in range(TRIES):
             try:
-                found = self._run(source, tests, place, deadline)
+                found = self._run(*job)
             except Ended as error:
                 found = error
             except Exception as error:  # an outage, of whatever kind, is no grade
@@ -206,52 +192,45 @@ class _Batch:
         # What is killed each time has done it itself.
         return Ended("runtime", found.detail) if found.outcome == "killed" else found
 
-    def _run(self, source: str, tests: tuple[str, ...], place: tuple, deadline: float) -> Ended:
-        wanted, (box, beside) = _Wanted.of(tests), (self.open[kind] for kind in place)
+    def _run(self, source: str, tests: tuple, given: list, place: tuple, deadline: float) -> Ended:
+        wanted, (box, beside) = _wanted(tests), (self.open[kind] for kind in place)
         with box("solution") as program:
             reply = _reply(program(_line("load", source), deadline))
             if reply[0] != "loaded":
                 return _raised(*map(str, (*reply, "", "")[1:3]), loading=True)
-            asked = wanted.names or wanted.built_in
-            heap = _heap(program(_line("names", asked), deadline))
-            if not wanted.names and not heap[3]:
+            asked = wanted["names"] or wanted["built_in"]
+            heap = _reply(program(_line("names", asked, given), deadline))[-1]
+            if not (isinstance(heap, list) and heap[3:]):
+                raise Ended("runtime", BROKEN)
+            if not wanted["names"] and not heap[3]:
                 said = f"defines none of {', '.join(asked)}, which the tests ask for"
                 return Ended("runtime", said)
             with beside("tests") as asserts:  # which come into being only now
-                steps = [(_line("bind", wanted.classes, asked, wanted.bound, heap), "")]
-                for test in (*(f"import {name}" for name in wanted.modules), *tests):
-                    steps.append((_line("load", test), test))
-                for line, test in steps:
+                sources = (*(f"import {name}" for name in wanted["modules"]), *tests)
+                first = _line("bind", wanted["classes"], asked, wanted["bound"], given, heap)
+                for line, test in ((first, ""), *((_line("load", test), test) for test in sources)):
                     line = _fit(asserts(line, deadline))
                     while not line.startswith(('["loaded"', '["failed"')):
-                        line = _fit(program(line, deadline), made_up=place[0] is not monty)
+                        line = _fit(program(line, deadline), made_up=monty not in place)
                         line = _fit(asserts(line, deadline))
                     if line.startswith('["failed"'):
                         return _raised(*json.loads(line)[1:], test=test)
         return Ended("passed", "")
 
 
-def _reply(line: str, length: int = 1) -> list:
+def _reply(line: str) -> list:
     """What a program's end says, which it may say wrongly on purpose."""
     with suppress(ValueError, RecursionError):
         reply = json.loads(line)
-        if isinstance(reply, list) and len(reply) >= length:
+        if isinstance(reply, list) and reply:
             return reply
-    raise Ended("runtime", "the program broke the channel")
-
-
-def _heap(line: str) -> list:
-    """With the names, of what a program's end says of them."""
-    heap = _reply(line)[-1]
-    if isinstance(heap, list) and len(heap) >= 4:
-        return heap
-    raise Ended("runtime", "the program broke the channel")
+    raise Ended("runtime", BROKEN)
 
 
 def _fit(line: str, made_up: bool = False) -> str:
     if line.startswith('["opaque"'):
-        if made_up:  # CPython holds any value
-            raise Ended("runtime", "the program broke the channel")
+        if made_up:  # CPython holds any value of CPython's
+            raise Ended("runtime", BROKEN)
         raise Ended("unsupported", "it takes more than this judge can do with either end apart")
     return line
 
@@ -273,7 +252,7 @@ def _trusted(found: Ended, in_monty: list[dict]) -> tuple[str, bool]:
 
 def _lacks(name: str, message: str) -> bool:
     """Whether an error is about what CPython has: syntax, a module, a name, an attribute."""
-    if name == "SyntaxError" or re.search(r"monty|not (yet )?support", message, re.I):
+    if name == "SyntaxError" or _LACKING.search(message):
         return True
     if name in ("ModuleNotFoundError", "ImportError"):
         found = _NO_MODULE.search(message)
@@ -293,8 +272,9 @@ def _warn_of_unsupported(verdicts: list[Verdict]) -> None:
     count = sum(verdict.outcome == "unsupported" for verdict in verdicts)
     if count > UNSUPPORTED_SHARE * len(verdicts) and not _warned:
         _warned = True
-        said = f"{count} of {len(verdicts)} programs need more of Python than Monty has and were "
-        said += f"not judged; the bubblewrap box, which has it, is refused: {why_not_bubblewrap()}"
+        refusal = why_not_bubblewrap()
+        said = f"{count} of {len(verdicts)} programs need more than this judge has and were not "
+        said += "judged" if refusal is None else f"judged; the bubblewrap box is refused: {refusal}"
         warnings.warn(said, stacklevel=3)
 
 

@@ -12,7 +12,6 @@ the data.
 import _collections
 import builtins
 import math
-import operator
 import sys
 import types
 
@@ -24,12 +23,9 @@ for name, kind in vars(builtins).items():
     if isinstance(kind, type) and issubclass(kind, BaseException):
         ERRORS[name] = kind
 # Python's modules whose functions and classes are the same at both ends.
-SAFE = (
-    "builtins math cmath operator itertools functools heapq bisect statistics string re json copy"
-)
-SAFE += " json.decoder collections collections.abc datetime decimal fractions uuid pathlib enum abc"
-SAFE += " typing types dataclasses numbers ipaddress zoneinfo array asyncio random io contextlib"
-SAFE = SAFE.split()
+SAFE = """builtins math cmath operator itertools functools heapq bisect statistics string re copy
+json json.decoder collections collections.abc datetime decimal fractions uuid pathlib enum abc
+typing types dataclasses numbers ipaddress zoneinfo array asyncio random io contextlib""".split()
 # Values that are made again of what they are made of.
 MADE = {"UUID": lambda x: (x.hex,), "array": lambda x: (x.typecode, list(x))}
 MADE |= dict.fromkeys("range slice Decimal Fraction date datetime time timedelta timezone".split())
@@ -45,11 +41,9 @@ BINARY = "add sub mul truediv floordiv mod pow matmul and or xor lshift rshift d
 COMPARED = {f"__{name}__" for name in "eq ne lt le gt ge contains".split()}
 COMPUTED = {f"__{side}{name}__" for name in BINARY for side in ("", "r")}
 INPLACE = {f"__i{name}__" for name in BINARY}
-OTHER = "len bool str repr abs round int float complex index neg pos invert trunc floor ceil bytes"
-OTHER += (
-    " iter next getitem setitem delitem missing call enter exit aenter aexit aiter anext format"
-)
-OTHER += " reversed dir fspath"
+OTHER = """len bool str repr abs round int float complex index neg pos invert trunc floor ceil bytes
+iter next getitem setitem delitem missing call enter exit aenter aexit aiter anext format reversed
+dir fspath"""
 FORWARDED = {*COMPARED, *COMPUTED, *INPLACE, *(f"__{name}__" for name in OTHER.split())}
 
 remotes = {}  # by number, what stands here for the other end's
@@ -187,14 +181,13 @@ def encode_error(error):
     return [*coded, [[name, encode(item)] for name, item in vars(error).items()], encode(cause)]
 
 
+_kind_of = kind_of
+
+
 def kind_of(container):
-    kind = type(container)
-    base = base_of(kind)
-    more = container.maxlen if base is _collections.deque else None
-    if base.__name__ == "defaultdict":
-        more = encode(container.default_factory)
-    own = [] if base is kind else [described_handle(container, "object")]
-    return [base.__name__, more, *own]
+    base = base_of(type(container))
+    own = [] if base is type(container) else [described_handle(container, "object")]
+    return [*_kind_of(container, base.__name__), *own]
 
 
 def contents(container):
@@ -212,10 +205,6 @@ def items_of(container):
     if isinstance(container, dict):
         return [*base.keys(container), *base.values(container)]
     return list(base.__iter__(container))
-
-
-def same(items, others):
-    return len(items) == len(others) and all(map(operator.is_, items, others))
 
 
 _packed = packed
@@ -245,23 +234,20 @@ _unpack = unpack
 
 
 def unpack(heap):
+    classes, text = heap[4:] or ([], "")  # which an end in Monty does not tell
     state["decoding"] = True
     try:
-        for number, *told_of in heap[4]:
+        for number, *told_of in classes:
             remotes[number] = made = class_made(number, *told_of)
             theirs[id(made)] = number
         _unpack(heap)
     finally:
         state["decoding"] = False
-    if heap[5] and sys.stdout is not channel["printed"]:
-        sys.stdout.write(heap[5])
+    if text and sys.stdout is not channel["printed"]:
+        sys.stdout.write(text)
 
 
-def made_container(name, more, own=None):
-    base = container_type(name)
-    given = {"deque": ((), more), "defaultdict": (decode(more),)}.get(name, ())
-    if own is None:
-        return base(*given)
+def make_own(base, given, own):
     made = stands_for(base.__new__(decode(own[3])), own)
     base.__init__(made, *given)
     return made
@@ -316,9 +302,7 @@ def decode_standard(value):
 
 def decode_view(value):
     how, items = value[1], decode_all(value[2])
-    pairs = {"keys": zip(items, items, strict=True), "items": items, "values": enumerate(items)}[
-        how
-    ]
+    pairs = {"keys": zip(items, items, strict=True), "items": items}.get(how, enumerate(items))
     return getattr(dict(pairs), how)()
 
 

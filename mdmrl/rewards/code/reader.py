@@ -36,14 +36,10 @@ class Reader:
             return {"error": f"{size} bytes of source: expected at most {LONGEST_SOURCE}"}
         with self.lock:
             if self.process is None:
-                self.process = subprocess.Popen(
-                    [sys.executable, "-I", "-S", syntax.__file__],
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.DEVNULL,
-                    start_new_session=True,
-                    bufsize=0,
-                )
+                command = [sys.executable, "-I", "-S", syntax.__file__]
+                streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "bufsize": 0}
+                streams["stderr"] = subprocess.DEVNULL
+                self.process = subprocess.Popen(command, **streams, start_new_session=True)
             with suppress(OSError):
                 self.process.stdin.write(json.dumps(source).encode() + b"\n")
             ready, _, _ = select.select([self.process.stdout], [], [], COMPILING)

@@ -19,9 +19,6 @@ def correctness_reward(
     completion_ids=None,
     tests=None,
     held_out_tests=None,
-    signature=None,
-    prefix=None,
-    suffix=None,
     box: str | Callable = "monty",
     limits: Limits | None = None,
     log_metric: Callable | None = None,
@@ -45,7 +42,7 @@ def correctness_reward(
         RuntimeError: more than 1 % of the programs so far could not be judged for reasons that lie
             in the judge, three tries each.
     """
-    programs = _programs(completions, signature, prefix, suffix)
+    programs = _programs(completions, columns)
     options = {"box": box, "limits": limits}
     found = _judged(programs, _column(tests, completions), options)
     rest = [index for index in range(len(programs)) if index not in found]
@@ -64,20 +61,10 @@ def correctness_reward(
     return [verdict.grade for verdict in verdicts]
 
 
-def ast_reward(
-    prompts,
-    completions,
-    completion_ids=None,
-    reference=None,
-    signature=None,
-    prefix=None,
-    suffix=None,
-    **columns,
-) -> list[float]:
+def ast_reward(prompts, completions, completion_ids=None, reference=None, **columns) -> list[float]:
     """R_a in [0, 1]: the share of the subtrees of the column `reference`, a source, that are in the
     program (`ast_match`); 0 of a row without reference."""
-    programs = _programs(completions, signature, prefix, suffix)
-    rows = zip(programs, _column(reference, completions), strict=True)
+    rows = zip(_programs(completions, columns), _column(reference, completions), strict=True)
     return [ast_match(program, goal) if goal else 0.0 for program, goal in rows]
 
 
@@ -105,8 +92,9 @@ def code_reward(
     ]
 
 
-def _programs(completions, *columns) -> list[str]:
-    return programs_of(completions, *(_column(column, completions) for column in columns))
+def _programs(completions, columns: dict) -> list[str]:
+    given = (columns.get(name) for name in ("signature", "prefix", "suffix"))
+    return programs_of(completions, *(_column(column, completions) for column in given))
 
 
 def _column(values: Sequence | None, completions: Sequence) -> Sequence:

@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import marshal
 import os
+import platform
 import re
 import shutil
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -16,6 +18,7 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from signal import SIGKILL, SIGXCPU
+from threading import Event, Thread
 
 from mdmrl.config import InputError, require
 from mdmrl.rewards.code.boxes import LONGEST_MESSAGE, PEER, STARTING, Ended, Limits, Session, Turn
@@ -26,28 +29,33 @@ _PATH = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}
 # The same Python at both ends, so that it need not compile what we have compiled.
 _STARTER = "import marshal; f = open(0, 'rb', closefd=False); n = int(f.readline()); "
 _STARTER += "exec(marshal.loads(f.read(n)))"
+# By machine its number (linux/audit.h) and those of the calls by which a program would keep what no
+# process holds: shmget, memfd_create, memfd_secret; add_key, request_key, keyctl.
+_KEEPING = {
+    "x86_64": (0xC000003E, (29, 319, 447, 248, 249, 250)),
+    "aarch64": (0xC00000B7, (194, 279, 447, 217, 218, 219)),
+}
 
 
 @contextmanager
 def process_session(
-    command: Sequence[str], role: str, limits: Limits, running: set | None = None, **options
+    command: Sequence[str], role: str, limits: Limits, running: dict | None = None, **options
 ) -> Iterator[Turn]:
     """A session in the Python that a command starts, to which `-c` and a program are added; its
-    standard input and output are the channel. The process is among `running` as long as it runs;
-    `options` are `subprocess.Popen`'s."""
+    standard input and output are the channel. The process is among `running` as long as it runs,
+    with what ended it, where whoever watches it did; `options` are `subprocess.Popen`'s."""
     near, far = socket.socketpair()
     streams = {"stdin": far, "stdout": far, "stderr": subprocess.PIPE}
+    command, options = [*command, "-c", _STARTER], {**streams, **options}
     try:
-        process = subprocess.Popen(
-            [*command, "-c", _STARTER], **streams, start_new_session=True, **options
-        )
+        process = subprocess.Popen(command, start_new_session=True, **options)
     except OSError:
         near.close()
         raise
     finally:
         far.close()
-    running = set() if running is None else running
-    running.add(process)
+    running = {} if running is None else running
+    running[process] = None
 
     def turn(line: str | None, deadline: float) -> str:
         received = bytearray()
@@ -56,25 +64,17 @@ def process_session(
             if line is not None:
                 near.sendall(line.encode() + b"\n")
             while not received.endswith(b"\n"):
-                left = deadline - time.monotonic()
-                near.settimeout(max(0.01, min(left, _LOOKING)))
-                try:
-                    part = near.recv(2**16)
-                except TimeoutError:
-                    if left <= _LOOKING:
-                        raise
-                    if _memory(process.pid) > limits.memory * 2**10:
-                        raise Ended("memory", "its processes hold too much together") from None
-                    continue
+                near.settimeout(max(0.01, deadline - time.monotonic()))
+                part = near.recv(2**16)
                 if not part:
-                    raise _process_ended(process)
+                    raise ConnectionError
                 received += part
                 if len(received) > LONGEST_MESSAGE:
                     raise Ended("runtime", "the program's answer is too long")
         except TimeoutError:
             raise Ended("timeout", "the program took too long") from None
-        except OSError:  # it was gone before it had read the message
-            raise _process_ended(process) from None
+        except OSError:  # it is gone, perhaps before it had read the message
+            raise running[process] or _process_ended(process) from None
         return received.partition(b"\n")[0].decode("utf-8", "replace")
 
     try:
@@ -89,7 +89,7 @@ def process_session(
             raise Ended("infra_error", f"{command[0]} does not start: {said or error}") from None
         yield turn
     finally:
-        running.discard(process)
+        running.pop(process)
         near.close()
         _end(process)
         process.stderr.close()
@@ -101,6 +101,16 @@ def _cpython_program(role: str, limits: Limits) -> bytes:
     source = "\n".join([PEER, *(path.read_text() for path in own)])
     source += f"\nstart({role!r}, {limits.cpu}, {limits.memory * 2**20})"
     return marshal.dumps(compile(source, "<peer>", "exec", dont_inherit=True))
+
+
+def _watch(running: dict, memory: int, closing: Event) -> None:
+    """End what holds more MiB than that, in all its processes together: the kernel's limit, without
+    cgroups, is of each."""
+    while not closing.wait(_LOOKING):
+        for process in list(running):
+            if _memory(process.pid) > memory * 2**10 and process in running:
+                running[process] = Ended("memory", "its processes hold too much together")
+                _end(process)
 
 
 def _memory(pid: int) -> int:
@@ -153,19 +163,51 @@ def bubblewrap(limits: Limits, workers: int) -> Iterator[Session]:
     """
     refusal = why_not_bubblewrap()
     require(refusal is None, f"box='bubblewrap': {refusal}")
-    running: set[subprocess.Popen] = set()
+    running: dict[subprocess.Popen, Ended | None] = {}
+    closing = Event()
+    watching = Thread(target=_watch, args=(running, limits.memory, closing))
+    watching.start()
     try:
-        yield lambda role: process_session(_bubblewrap_command(), role, limits, running, env=_PATH)
+        yield lambda role: _session(role, limits, running)
     finally:
+        closing.set()
         for process in list(running):
             _end(process)
+        watching.join()
+
+
+@contextmanager
+def _session(role: str, limits: Limits, running: dict | None = None) -> Iterator[Turn]:
+    program, instructions = _bwrap(), _rules()
+    with open(os.memfd_create("rules"), "wb+") as rules:
+        rules.write(instructions)
+        rules.seek(0)
+        command = _bubblewrap_command(program, rules.fileno())
+        options = {"env": _PATH, "pass_fds": [rules.fileno()]}
+        with process_session(command, role, limits, running, **options) as turn:
+            yield turn
+
+
+@cache
+def _rules() -> bytes:
+    """Instructions of BPF (linux/filter.h) that refuse the calls of `_KEEPING`."""
+    machine, known = platform.machine(), " or ".join(_KEEPING)
+    require(machine in _KEEPING, f"bubblewrap's rules are for {known}, not {machine}")
+    number, calls = _KEEPING[machine]
+    allowed, refused = (0x06, 0, 0, 0x7FFF0000), (0x06, 0, 0, 0x00050001)  # EPERM
+    # Load the machine's number and compare; load the call's, of which those from 2**30 on are
+    # another interface's, and compare.
+    steps = [(0x20, 0, 0, 4), (0x15, 1, 0, number), refused, (0x20, 0, 0, 0)]
+    steps += [(0x35, len(calls) + 1, 0, 2**30)]
+    steps += [(0x15, len(calls) - index, 0, call) for index, call in enumerate(calls)]
+    return b"".join(struct.pack("HBBI", *step) for step in (*steps, allowed, refused))
 
 
 @cache
 def why_not_bubblewrap() -> str | None:
     """Why there is no such box on this machine; None where there is."""
     try:
-        with process_session(_bubblewrap_command(), "solution", Limits(), env=_PATH) as turn:
+        with _session("solution", Limits()) as turn:
             turn('["load", "x = 1"]', time.monotonic() + STARTING)
     except (InputError, Ended, OSError) as error:
         hint = "user namespaces may be forbidden here (sysctl kernel.unprivileged_userns_clone, "
@@ -175,11 +217,9 @@ def why_not_bubblewrap() -> str | None:
     return None
 
 
-@cache
-def _bubblewrap_command() -> tuple[str, ...]:
+def _bubblewrap_command(program: str, rules: int) -> tuple[str, ...]:
     """Up to the Python, which is started as by -I, but with our few variables: `-I` would not let
     the seed of hashes, and so the order of sets, be the same each time."""
-    program = _bwrap()
     python, home = os.path.realpath(sys.executable), sys.base_prefix
     command, seen = [program], home
     if os.geteuid() == 0:
@@ -191,13 +231,9 @@ def _bubblewrap_command() -> tuple[str, ...]:
         command = ["unshare", "--mount", "sh", "-c", script, home]
         command += ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", program]
     command += ["--unshare-all", "--unshare-user", "--disable-userns", "--die-with-parent"]
-    command += ["--new-session", "--cap-drop", "ALL", "--clearenv"]
-    for name, value in {
-        "PYTHONHASHSEED": "0",
-        "MALLOC_ARENA_MAX": "1",
-        "LC_ALL": "C.UTF-8",
-    }.items():
-        command += ["--setenv", name, value]
+    command += ["--new-session", "--cap-drop", "ALL", "--seccomp", str(rules), "--clearenv"]
+    for variable in ("PYTHONHASHSEED=0", "MALLOC_ARENA_MAX=1", "LC_ALL=C.UTF-8"):
+        command += ["--setenv", *variable.split("=")]
     for path in ("/usr", "/lib", "/lib64", "/etc/ld.so.cache"):
         command += ["--ro-bind-try", path, path]
     if not f"{home}/".startswith("/usr/"):
@@ -209,6 +245,7 @@ def _bubblewrap_command() -> tuple[str, ...]:
     return (*command, python, "-s", "-P", "-S")
 
 
+@cache
 def _bwrap() -> str:
     require(sys.platform == "linux", f"bubblewrap is of Linux, not {sys.platform}")
     with suppress(ImportError):

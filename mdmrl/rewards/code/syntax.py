@@ -14,7 +14,8 @@ import re
 import sys
 import warnings
 
-DOUBTED = (ast.Set, ast.SetComp, ast.Try, ast.Import, ast.ImportFrom)
+DOUBTED = (ast.ClassDef, ast.GeneratorExp, ast.Set, ast.SetComp, ast.Try)
+DOUBTED += (ast.Import, ast.ImportFrom)
 DOUBTED_NAMES = {"set", "frozenset", "hash", "id", "repr"}
 PASSING = (ast.Compare, ast.BinOp, ast.UnaryOp, ast.BoolOp, ast.Call, ast.Assert, ast.Subscript)
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
@@ -27,10 +28,11 @@ MEANINGLESS = (ast.Pass, ast.Return, ast.Raise, ast.Expr)
 
 
 def inspected(source: str) -> dict:
-    """Of a program: its `error` (None where it compiles), whether it is a `stub`, and whether it
-    has what another Python than CPython gets wrong: what is `special` (methods and generators, of
-    which Monty has some), or, perhaps, what is `doubted`; what is `unlike` (rounding, and classes
-    that are named as Python's own errors) Monty does otherwise."""
+    """Of a program: its `error` (None where it compiles), whether it is a `stub`, the names that it
+    uses and gives no value (`free`) or declares `globals`, and whether it has what another Python
+    than CPython gets wrong: what is `special` (methods and generators, of which Monty has some),
+    or, perhaps, what is `doubted`; what is `unlike` (rounding, and classes that are named as
+    Python's own errors) Monty does otherwise."""
     try:
         with warnings.catch_warnings(action="ignore"):
             tree = ast.parse(source)
@@ -38,24 +40,23 @@ def inspected(source: str) -> dict:
     except (SyntaxError, ValueError, OverflowError, MemoryError, RecursionError) as error:
         return {"error": f"{type(error).__name__}: {error}"}
     nodes = [*ast.walk(tree)]
+    kinds = {*map(type, nodes)}
     classes = [node for node in nodes if isinstance(node, ast.ClassDef)]
     methods = [item.name for kind in classes for item in kind.body if isinstance(item, FUNCTIONS)]
     names = {node.id for node in nodes if isinstance(node, ast.Name)}
     return {
         "error": None,
         "stub": _is_stub(tree),
+        "free": sorted(names - _given(nodes)),
+        "globals": [name for node in nodes if isinstance(node, ast.Global) for name in node.names],
+        "special": ast.GeneratorExp in kinds
+        or any(name.startswith("__") and name != "__init__" for name in methods),
+        "doubted": not (kinds.isdisjoint(DOUBTED) and names.isdisjoint(DOUBTED_NAMES)),
         "unlike": "round" in names
+        or not kinds.isdisjoint((ast.Yield, ast.YieldFrom))
         or any(kind.bases or hasattr(builtins, kind.name) for kind in classes)
-        or any(isinstance(node, ast.Yield | ast.YieldFrom) for node in nodes)
         or _is_lazy(nodes)
         or _has_loose_annotations(nodes),
-        "special": any(name.startswith("__") and name != "__init__" for name in methods)
-        or any(isinstance(node, ast.GeneratorExp) for node in nodes),
-        "globals": [name for node in nodes if isinstance(node, ast.Global) for name in node.names],
-        "doubted": bool(classes)
-        or any(isinstance(node, ast.GeneratorExp) for node in nodes)
-        or any(isinstance(node, DOUBTED) for node in nodes)
-        or any(isinstance(node, ast.Name) and node.id in DOUBTED_NAMES for node in nodes),
     }
 
 
@@ -70,27 +71,26 @@ def _is_lazy(nodes: list[ast.AST]) -> bool:
                 return True
         elif isinstance(node, ast.GeneratorExp) or _called(node) in LAZY:
             parent = parents.get(node)
-            looped = isinstance(parent, ast.For | ast.comprehension) and parent.iter is node
-            if not (
-                looped or isinstance(parent, ast.Starred) or _called(parent) in {*EAGER, *LAZY}
-            ):
+            used = isinstance(parent, ast.For | ast.comprehension) and parent.iter is node
+            used = used or isinstance(parent, ast.Starred)
+            if not used and _called(parent) not in {*EAGER, *LAZY}:
                 return True
     return False
 
 
 def _has_loose_annotations(nodes: list[ast.AST]) -> bool:
     """Whether an annotation has a name that is nowhere given, which Monty does not look at."""
-    given = {node.id for node in nodes if isinstance(node, ast.Name) and not _is_loaded(node)}
-    given |= {node.name for node in nodes if isinstance(node, (ast.ClassDef, *FUNCTIONS))}
-    for node in nodes:
-        if isinstance(node, ast.alias):
-            given.add((node.asname or node.name).partition(".")[0])
-    for node in nodes:
-        for hint in (getattr(node, "annotation", None), getattr(node, "returns", None)):
-            names = {x.id for x in ast.walk(hint) if isinstance(x, ast.Name)} if hint else set()
-            if names - given - {*dir(builtins)}:
-                return True
-    return False
+    hints = [getattr(node, name, None) for node in nodes for name in ("annotation", "returns")]
+    names = {x.id for hint in hints if hint for x in ast.walk(hint) if isinstance(x, ast.Name)}
+    return bool(names - _given(nodes) - {*dir(builtins)})
+
+
+def _given(nodes: list[ast.AST]) -> set[str]:
+    """The names that a program sets, defines or imports."""
+    found = {node.id for node in nodes if isinstance(node, ast.Name) and not _is_loaded(node)}
+    found |= {node.name for node in nodes if isinstance(node, (ast.ClassDef, *FUNCTIONS))}
+    aliases = [node.asname or node.name for node in nodes if isinstance(node, ast.alias)]
+    return found | {alias.partition(".")[0] for alias in aliases}
 
 
 def _is_loaded(node: ast.Name) -> bool:
@@ -114,72 +114,71 @@ def _is_stub(tree: ast.Module) -> bool:
     )
 
 
-def classes_of(tests: tuple[str, ...]) -> list[str]:
-    """The names that tests use as one uses a class: with a capital, and what a call gives is kept,
-    entered, asked for an attribute, or set beside another's; or without, and what a call gives is
-    asked for an attribute that no built-in type has. A function may have a capital too, and what
-    comes of that is compared with plain data, or goes through a function of Python's."""
-    nodes = [node for test in tests for node in ast.walk(ast.parse(test))]
-    parents = {child: node for node in nodes for child in ast.iter_child_nodes(node)}
-    found, held = set(), {}
-    for node in nodes:
-        if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name)):
-            continue
-        name, parent = node.func.id, parents.get(node)
-        if name[0].isupper():
-            beside = [side for side in ast.iter_child_nodes(parent) if isinstance(side, ast.Call)]
-            if len(beside) > 1 or not isinstance(parent, PASSING):
-                found.add(name)
-        for target in getattr(parent, "targets", []):
-            held.setdefault(getattr(target, "id", None), set()).add(name)
-    for node in nodes:
-        if isinstance(node, ast.Attribute):
-            own = not any(hasattr(kind, node.attr) for kind in BUILT_IN)
-            if isinstance(node.value, ast.Name):
-                found |= {node.value.id, *held.get(node.value.id, ())} if own else set()
-            elif isinstance(node.value, ast.Call) and isinstance(node.value.func, ast.Name):
-                found |= {node.value.func.id} if own else set()
-    return sorted(found)
-
-
-def names_wanted(tests: tuple[str, ...]) -> tuple[list[str], ...]:
-    """The names that tests may want of a program (what they define themselves stays theirs), the
-    modules of Python's that they take for imported, as in `math.isclose(f(2), 1.4)`, and the names
-    that Python has built in. These are the program's only where tests want no others.
+def wanted(tests: tuple[str, ...]) -> dict:
+    """What tests want of a program, by kind: the `names` they may ask it for (what they define
+    themselves, `bound`, stays theirs); the `modules` of Python's that they take for imported, as in
+    `math.isclose(f(2), 1.4)`; names that Python has `built_in`, the program's only where tests ask
+    for no others; those they use as `classes`; the variables they set, `resets`; the classes they
+    define, `given`; and whether they have any assert.
 
     Raises:
         SyntaxError: tests that are no Python.
     """
-    nodes = [node for test in tests for node in ast.walk(ast.parse(test))]
+    lines = [line for test in tests for line in ast.parse(test).body]
+    nodes = [node for line in lines for node in ast.walk(line)]
     names = [node for node in nodes if isinstance(node, ast.Name)]
     if any(node.id in ("eval", "exec") for node in names):
         texts = [node.value for node in nodes if isinstance(getattr(node, "value", None), str)]
         found = re.findall(r"[^\W\d]\w*", " ".join(texts))
         names += [ast.Name(name, ast.Load()) for name in found]
-    loaded = [node.id for node in names if isinstance(node.ctx, ast.Load)]
-    bound = {node.id for node in names if not isinstance(node.ctx, ast.Load)}
-    owners = [node.value for node in nodes if isinstance(node, ast.Attribute)]
-    dotted = [owner.id for owner in owners if isinstance(owner, ast.Name)]
-    asked = {name: set() for name in sys.stdlib_module_names.intersection(dotted) - bound}
+    loaded = [node.id for node in names if _is_loaded(node)]
+    bound = {node.id for node in names if not _is_loaded(node)}
+    asked = {}
     for node in nodes:
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-            asked.get(node.value.id, set()).add(node.attr)
+            asked.setdefault(node.value.id, []).append(node.attr)
     modules = {
         name
-        for name, attributes in asked.items()
-        if dotted.count(name) == loaded.count(name)
-        and all(hasattr(__import__(name), attribute) for attribute in attributes)
+        for name in sys.stdlib_module_names.intersection(asked) - bound
+        if len(asked[name]) == loaded.count(name)
+        and all(hasattr(__import__(name), attribute) for attribute in asked[name])
     }
     own, built_in = {*loaded} - modules, {*dir(builtins)}
-    others = own - built_in - bound
-    only = sorted(own & built_in - bound) * (not others)
-    lines = [
-        line for test in tests for line in ast.parse(test).body if isinstance(line, ast.Assign)
-    ]
-    resets = [
-        target.id for line in lines for target in line.targets if isinstance(target, ast.Name)
-    ]
-    return sorted(own - built_in), sorted(modules), only, sorted(bound), resets
+    targets = [x for line in lines if isinstance(line, ast.Assign) for x in line.targets]
+    return {
+        "names": sorted(own - built_in),
+        "modules": sorted(modules),
+        "built_in": sorted(own & built_in - bound) * (not own - built_in - bound),
+        "bound": sorted(bound),
+        "classes": _used_as_classes(nodes),
+        "resets": {x.id for x in targets if isinstance(x, ast.Name)},
+        "given": {line.name for line in lines if isinstance(line, ast.ClassDef)},
+        "has_assert": any(isinstance(node, ast.Assert) for node in nodes),
+    }
+
+
+def _used_as_classes(nodes: list[ast.AST]) -> list[str]:
+    """The names that tests use as one uses a class: with a capital, and what a call gives is kept,
+    entered, asked for an attribute, or set beside another's; or without, and what a call gives is
+    asked for an attribute that no built-in type has. A function may have a capital too, and what
+    comes of that is compared with plain data, or goes through a function of Python's."""
+    parents = {child: node for node in nodes for child in ast.iter_child_nodes(node)}
+    found, held = set(), {}
+    for node in nodes:
+        if isinstance(node, ast.Call) and (name := getattr(node.func, "id", None)):
+            parent = parents[node]
+            if name[0].isupper():
+                beside = [x for x in ast.iter_child_nodes(parent) if isinstance(x, ast.Call)]
+                if len(beside) > 1 or not isinstance(parent, PASSING):
+                    found.add(name)
+            for target in getattr(parent, "targets", []):
+                held.setdefault(getattr(target, "id", ""), set()).add(name)
+    for node in nodes:
+        if isinstance(node, ast.Attribute) and not any(hasattr(x, node.attr) for x in BUILT_IN):
+            name = getattr(node.value, "id", None)
+            called = getattr(getattr(node.value, "func", None), "id", None)
+            found |= {name, called, *held.get(name, ())} - {None}
+    return sorted(found)
 
 
 def main() -> None:
