@@ -89,6 +89,18 @@ def doctor() -> None:
 
 
 @app.command()
+def plan(
+    profile: Annotated[str, Option(help="A file of notebooks/profiles.")] = "paper",
+    gpus: Annotated[str, Option(metavar="NxGB", help="Cards, and memory of each.")] = "1x80",
+) -> None:
+    """Say what each policy of a profile takes of a card's memory, phase by phase, and whether it
+    fits; needs neither weights nor a card."""
+    from mdmrl.bench.planning import print_plan
+
+    print_plan(profile, gpus)
+
+
+@app.command()
 def pretrain(
     name: Annotated[str, Argument(help="tokenizer, or a recipe: tiny-ar, tiny-mdm, ...")],
     output_dir: Annotated[File, Option(help="Default: runs/pretrain/NAME.")] = None,
