@@ -9,20 +9,17 @@ from test_notebooks import FOLDER
 
 from mdmrl.bench.planning import KNOWN, TRAINED, work_of
 from mdmrl.policies.load import ZOO
+from mdmrl.study import judging, rejecting
 from mdmrl.study.notebooks import plan
 
 # What a cell that makes policies or arms has in it.
-MAKES = ("load_policy(", "Arm(", "_arms(", "def arm(", "shared = {", "settings = ", "PPOConfig(")
+MAKES = ("load_policy(", "Arm(", "arm(", "_arms(", "shared = {", "settings = ", "others = ")
 WORKS = (  # what works on the weights of a policy
     "mdmrl.sampling.generate",
     "mdmrl.study.training.trained_policy",
     "mdmrl.study.benchmark.scores",
     "mdmrl.study.speed.passes",
     "mdmrl.study.live.in_background",
-    "mdmrl.study.judging.guided_completions",
-    "mdmrl.study.judging.what_v_explains",
-    "mdmrl.study.rejecting.pipeline_draw",
-    "mdmrl.study.rejecting.selected_gradients",
     "mdmrl.evaluation.examples.evaluate_examples",
     "mdmrl.evaluation.accuracy.evaluate",
 )
@@ -50,8 +47,7 @@ def asked(tokenizer, monkeypatch, tmp_path):
 
     def train_arms(arms, seeds, profile):
         for arm in arms:
-            for seed in seeds:
-                arm.config(seed).settings_for(load_policy(arm.policy))
+            arm.config(seeds[0]).settings_for(load_policy(arm.policy))
             trained.add(arm.policy)
         raise Weights
 
@@ -66,13 +62,26 @@ def asked(tokenizer, monkeypatch, tmp_path):
         for name, stub in {"load_policy": load_policy, "train_arm": train_arm}.items():
             monkeypatch.setattr(f"mdmrl.study.{room}.{name}", stub, raising=False)
     monkeypatch.setattr("mdmrl.study.training.train_arms", train_arms)
-    for name in WORKS:
+    judges = [
+        f"{module.__name__}.{name}"
+        for module in (judging, rejecting)
+        for name, value in vars(module).items()
+        if getattr(value, "__module__", "") == module.__name__
+    ]
+    for name in [*WORKS, *judges]:
         monkeypatch.setattr(name, needs_weights)
     return loaded, trained
 
 
-@pytest.mark.parametrize("profile", ["gpu", "paper"])
-@pytest.mark.parametrize("notebook", sorted(path.stem for path in FOLDER.glob("*.ipynb")))
+@pytest.mark.parametrize(
+    ("profile", "notebook"),
+    [
+        pytest.param(profile, path.stem, marks=[pytest.mark.slow] * (profile == "gpu" or many))
+        for profile in ("gpu", "paper")
+        for path in sorted(FOLDER.glob("*.ipynb"))
+        for many in [path.stem[:2] in ("06", "07")]  # rows
+    ],
+)
 def test_everything_up_to_the_weights_is_made(asked, profile, notebook):
     ((path, given),) = plan(profile, [notebook])
     loaded, trained = asked

@@ -58,7 +58,7 @@ RANK = 48  # of the thesis's LoRA
 PROMPT = 256  # tokens: a question with its instruction
 LENGTHS = ("max_completion_length", "max_new_tokens", "flat_tokens")
 IN_DTYPE = ("policy", "smollm2")  # what a notebook's `dtype` is of
-PHASES = ("rollout", "scoring", "update", "update, checkpointed")
+PHASES = ("rollout", "scoring", "update", "checkpointed")
 ROWS = 12  # completions of an update, where a notebook says nothing
 ROOM = 0.9  # of a card: what its driver and the gaps between tensors leave
 
@@ -106,15 +106,14 @@ def memory(work: Work) -> dict[str, float]:
         "weights": weights - adapters,
         "trained": adapters + 3 * trained,
         "reference": reference if trained else 0,
-        "activations": work.passes * kept,
-        "logits": 3 * drawn * logits,
         "cache": cache,
         "rollout": held + cache + at_work + 3 * at_once * logits,
     }
     if trained:
+        found |= {"activations": work.passes * kept, "logits": 3 * drawn * logits}
         found["scoring"] = held + at_work + 2 * drawn * logits
         found["update"] = held + work.passes * kept + 3 * drawn * logits
-        found["update, checkpointed"] = held + inputs + at_work + 3 * drawn * logits
+        found["checkpointed"] = held + inputs + at_work + 3 * drawn * logits
     return found
 
 
@@ -191,15 +190,15 @@ def print_plan(profile: str, gpus: str) -> None:
     fit = count.isdigit() and size.isdigit() and int(count) and int(size)
     require(bool(fit), f"--gpus {gpus}: expected how many and GB of each, as in 1x80")
     parts = ("weights", "trained", "reference", "activations", "logits", "cache", *PHASES)
-    names = ["notebook", "policy", "trains", "completions", *parts, "fits"]
+    names = ["", "policy", "trains", "completions", *parts, "fits"]
     title = f"profile {profile}, GB on each of {count} x {size} GB"
     table = Table(*names, title=title, title_justify="left")
-    for notebook, policy, work in work_of(profile):
+    for notebook, policy, work in dict.fromkeys(work_of(profile)):
         found = memory(work)
         trains = {None: "-", 0: "every weight"}.get(work.lora_r, f"LoRA, r={work.lora_r}")
         text = f"{work.rows} x {work.prompt}+{work.length}"
         sizes = (f"{found[part] / 1e9:.1f}" if part in found else "-" for part in parts)
-        table.add_row(notebook, policy, trains, text, *sizes, verdict(found, int(size)))
+        table.add_row(notebook[:2], policy, trains, text, *sizes, verdict(found, int(size)))
     Console(width=190).print(table)
 
 
@@ -209,5 +208,5 @@ def verdict(found: Mapping[str, float], size: int) -> str:
     others = max(found.get(phase, 0) for phase in ("rollout", "scoring"))
     if max(others, found.get("update", 0)) <= room:
         return "yes"
-    recomputed = max(others, found.get("update, checkpointed", others))
+    recomputed = max(others, found.get("checkpointed", others))
     return "with gradient checkpointing" if recomputed <= room else "no"
