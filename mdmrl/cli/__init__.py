@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +10,7 @@ import typer
 from typer import Argument, Option
 
 import mdmrl
+from mdmrl.cli import checkpoints
 from mdmrl.cli.options import (
     Counts,
     Device,
@@ -29,10 +28,12 @@ from mdmrl.cli.options import (
     Settings,
     TaskName,
     Words,
+    held_out,
     read_pairs,
     read_settings,
     read_yaml,
     require_one_kind,
+    resumable,
 )
 from mdmrl.config import InputError, load_object, require, unknown
 
@@ -42,6 +43,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+for made in (checkpoints.sft, checkpoints.adapt, checkpoints.export):
+    app.command()(made)
 
 
 @app.command()
@@ -86,6 +89,18 @@ def doctor() -> None:
 
 
 @app.command()
+def plan(
+    profile: Annotated[str, Option(help="A file of notebooks/profiles.")] = "paper",
+    gpus: Annotated[str, Option(metavar="NxGB", help="Cards, and memory of each.")] = "1x80",
+) -> None:
+    """Say what each policy of a profile takes of a card's memory, phase by phase, and whether it
+    fits; needs neither weights nor a card."""
+    from mdmrl.bench.planning import print_plan
+
+    print_plan(profile, gpus)
+
+
+@app.command()
 def pretrain(
     name: Annotated[str, Argument(help="tokenizer, or a recipe: tiny-ar, tiny-mdm, ...")],
     output_dir: Annotated[File, Option(help="Default: runs/pretrain/NAME.")] = None,
@@ -97,21 +112,6 @@ def pretrain(
 
     folder = output_dir or Path("runs") / "pretrain" / name
     print(f"{name}: saved in {pretrain_by_name(name, folder, tokens, seed)}")
-
-
-def _held_out(task: mdmrl.Task) -> Sequence[dict]:
-    """What training is watched on."""
-    return task.rows("validation", 48) if "validation" in task.splits else ()
-
-
-@contextmanager
-def _resumable() -> Iterator[None]:
-    """Ctrl-C says how to go on, and is exit code 130."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        print("mdmrl: stopped; the same command goes on from what it has kept", file=sys.stderr)
-        raise typer.Exit(130) from None
 
 
 # -- commands --------------------------------------------------------------------------------------
@@ -160,7 +160,7 @@ def evaluate(
     own |= {"draw": load_object(draw)} if draw else {}
     own |= {"output_dir": output_dir, "csv": csv, "json": json, "batch_size": batch_size}
     own |= {"steps": steps or [], "seeds": seed or [0], "samples": samples, "ks": k or []}
-    with _resumable():
+    with resumable():
         command.evaluate_policy(policy, loaded, judged, split, limit, read_pairs(sampler), **own)
 
 
@@ -183,38 +183,6 @@ def sample(
     generator = generator_for(seed, "sample", device=loaded.device)
     config = mdmrl.SamplerConfig.from_dict(read_pairs(sampler))
     show(mdmrl.generate(loaded, [prompt], config, generator, loaded.denoises), loaded, watch)
-
-
-@app.command()
-def sft(
-    settings: Settings = None,
-    policy: PolicyName = "tiny-mdm",
-    data: Annotated[File, Option(help="JSONL with prompt and completion.")] = None,
-    task: Annotated[
-        Name, Option(help="Judge by this task's validation rows; learn from it without --data.")
-    ] = None,
-    lora_r: Rank = 0,
-    family: Family = None,
-    device: Device = "auto",
-    dtype: Dtype = "float32",
-) -> None:
-    """Fine-tune on completions, of your own or of a task's pre-training split; on several processes
-    by `torchrun --nproc-per-node N -m mdmrl sft ...` or `accelerate launch -m mdmrl sft ...`."""
-    require(bool(data or task), "nothing to learn from: give --data FILE, --task NAME or both")
-    given = read_settings(settings)
-    config = mdmrl.SFTConfig.from_dict(given)
-    judged = mdmrl.load_task(task) if task else None
-    rows = mdmrl.load_rows(data, ("prompt", "completion")) if data else judged.rows("pretrain")
-    trained = mdmrl.load_policy(policy, device=device, dtype=dtype, family=family)
-    if judged:
-        config = config.completed_as(judged, trained, given)
-    if lora_r:
-        mdmrl.add_lora(trained, r=lora_r, seed=config.seed)
-    judging = {}
-    if judged and (held_out := _held_out(judged)):
-        judging = {"eval_rows": held_out, "metric": judged.metric, "watch": judged.watch}
-    with _resumable():
-        print(mdmrl.train_sft(trained, rows, config, **judging) / "model")
 
 
 @app.command()
@@ -266,8 +234,8 @@ def train(
     config = config.completed_as(judged, trained, given)
     if lora_r:
         mdmrl.add_lora(trained, r=lora_r, seed=config.seed)
-    with _resumable():
-        print(run(trained, *brought, config, _held_out(judged), **options))
+    with resumable():
+        print(run(trained, *brought, config, held_out(judged), **options))
 
 
 @app.command()

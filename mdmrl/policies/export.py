@@ -1,0 +1,48 @@
+"""Policies as others load them: merged weights in a published layout, or in transformers' own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from mdmrl.config import require, unknown
+from mdmrl.policies.families import Policy
+from mdmrl.policies.lora import merge_lora
+from mdmrl.policies.network import no_progress_bars
+from mdmrl.policies.published import PUBLISHED
+from mdmrl.runs import write_atomically
+
+LAYOUTS = {"plain": None, "dream": "Dream", "llada": "llada"}
+
+
+def export(policy: Policy, folder: str | Path, layout: str = "plain") -> None:
+    """Write `policy` with its adapter merged in, which it is from then on.
+
+    `load_policy` gives the same logits again. config.json of the layout of Dream or LLaDA names the
+    code of that family, for those who run it; the native class of transformers, `plain`, has
+    `"is_causal": false` in its config where a policy sees both sides.
+
+    Raises:
+        InputError: an unknown layout, a folder that holds something, or a policy that computes what
+            the layout cannot say, such as an unshifted one in Dream's.
+    """
+    if layout not in LAYOUTS:
+        raise unknown("layout", layout, LAYOUTS)
+    folder, name = Path(folder), LAYOUTS[layout]
+    empty = not folder.exists() or not any(folder.iterdir())
+    require(empty, f"{folder} is not empty: expected a new folder to export to")
+    if policy.uses_lora:
+        merge_lora(policy)
+    if name is None:
+        return policy.save_pretrained(folder)
+    family, model = PUBLISHED[name], policy.model
+    require(
+        type(model) is family.model,
+        f"layout={layout!r} for a {type(model).__name__}: expected a {family.model.__name__}",
+    )
+    fields = family.published(model.config, name)
+    weights = {family.published_name(n): weight for n, weight in model.state_dict().items()}
+    with no_progress_bars():
+        model.save_pretrained(folder, state_dict=weights)
+        policy.tokenizer.save_pretrained(folder)
+    write_atomically(folder / "config.json", json.dumps(fields, indent=1) + "\n")
