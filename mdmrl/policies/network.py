@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -54,16 +55,19 @@ class Network:
         """Inside, layers compute in bfloat16 where that is safe (autocast; weights and head stay as
         they are), and a backward pass makes again what it needs of a layer, so that nothing but
         each layer's input is held."""
-        self.bf16, self.recomputes, network = bf16, gradient_checkpointing, self._transformer
-        if self.recomputes:
-            network.gradient_checkpointing_enable({"use_reentrant": False})
+        self.bf16, self.recomputes = bf16, gradient_checkpointing
         try:
             yield
         finally:
-            if self.recomputes:
-                network.gradient_checkpointing_disable()
-                network.eval()
             self.bf16 = self.recomputes = False
+            self._recompute(False)
+
+    def _recompute(self, again: bool) -> None:
+        for layer in self._transformer.modules():
+            if isinstance(layer, GradientCheckpointingLayer):
+                # It wants training mode, which the layer's parts, dropout, need not share.
+                layer.gradient_checkpointing = layer.training = again
+                layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
 
     def hidden_states(
         self,
@@ -83,14 +87,11 @@ class Network:
             attention_mask = attention_mask.long()
             position_ids = positions_of(attention_mask)[:, -input_ids.shape[1] :]
         self.positions_computed += input_ids.numel()
-        body = self._transformer.base_model
         if self.recomputes and torch.is_grad_enabled():
-            # transformers wants training mode, which a layer's parts, dropout, need not share.
-            for layer in body.modules():
-                layer.training |= isinstance(layer, GradientCheckpointingLayer)
+            self._recompute(True)
         low = torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else None
         with low or contextlib.nullcontext():
-            return body(
+            return self._transformer.base_model(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
