@@ -7,6 +7,7 @@ import json
 import math
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -86,12 +87,22 @@ def read_rows(path: Path) -> list[dict]:
     """Rows of a JSONL log, none without a file; a last line that a crash cut short is left out."""
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    rows = []
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
+        try:
+            rows += [json.loads(line)] if line.endswith(b"\n") else []
+        except ValueError:
+            said = f"{path}:{number} is no JSON: {line[:60]!r}"
+            raise InputError(f"{said}; take the line out, its row is lost") from None
+    return rows
 
 
 class RunFolderError(InputError, FileExistsError):
     """A run folder that cannot be used: it holds something else, or another process writes it."""
+
+
+class NotWritten(InputError, OSError):
+    """The disk did not take what a run keeps; what it kept before is whole."""
 
 
 class Stopped(KeyboardInterrupt):
@@ -190,8 +201,13 @@ class Run:
 
     def log(self, row: Mapping, name: str = "metrics") -> None:
         """Append one row to `<name>.jsonl`; what is no finite number becomes null."""
-        with open(self.folder / f"{name}.jsonl", "a", encoding="utf-8") as file:
-            file.write(as_json(row) + "\n")
+        path = self.folder / f"{name}.jsonl"
+        try:
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(as_json(row) + "\n")
+        except OSError as error:
+            said = f"{path} cannot be written ({error}): make room"
+            raise NotWritten(f"{said}; the same call goes on from the last checkpoint") from error
 
     def logged(self, name: str = "metrics") -> list[dict]:
         """The complete rows of `<name>.jsonl`."""
@@ -212,35 +228,56 @@ class Run:
     def save_checkpoint(self, step: int, write: Callable[[Path], None]) -> Path:
         """Let `write(folder)` fill a checkpoint, which takes the place of the one before: written
         aside, every file synced and listed with its SHA-256 in `manifest.json`, then renamed, so
-        that a crash at any byte leaves the previous one whole."""
+        that a crash at any byte leaves the previous one whole; so does a `NotWritten`."""
         target = self.folder / "checkpoints" / f"step-{step:06d}"
         aside = target.with_name(f".{target.name}")
         for stale in (aside, target):
             shutil.rmtree(stale, ignore_errors=True)
-        aside.mkdir(parents=True)
-        write(aside)
-        manifest = {}
-        for path in sorted(p for p in aside.rglob("*") if p.is_file()):
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-            manifest[str(path.relative_to(aside))] = _sha256(path)
-        write_atomically(aside / "manifest.json", json.dumps(manifest, indent=1))
-        os.replace(aside, target)
+        try:
+            aside.mkdir(parents=True)
+            write(aside)
+            manifest = {}
+            for path in sorted(p for p in aside.rglob("*") if p.is_file()):
+                _sync(path)
+                manifest[str(path.relative_to(aside))] = _sha256(path)
+            write_atomically(aside / "manifest.json", json.dumps(manifest, indent=1))
+            os.replace(aside, target)
+        except Exception as error:  # torch and safetensors have their own for a full disk
+            shutil.rmtree(aside, ignore_errors=True)
+            raise NotWritten(f"{target} cannot be written ({error}): make room") from error
+        _sync(target.parent)
         for older in target.parent.iterdir():
             if older != target:
                 shutil.rmtree(older)
         return target
 
     def latest_checkpoint(self) -> tuple[int, Path] | None:
-        """(step, folder) of the newest checkpoint whose files match its manifest, or None."""
+        """(step, folder) of the newest checkpoint whose files match its manifest, or None where
+        there is none; a RunFolderError where none of them does."""
+        damaged = []
         for folder in sorted((self.folder / "checkpoints").glob("step-*"), reverse=True):
             try:
                 listed = json.loads((folder / "manifest.json").read_text())
+                whole = all(_sha256(folder / name) == digest for name, digest in listed.items())
             except (OSError, ValueError):
-                continue
-            if all((folder / n).exists() and _sha256(folder / n) == d for n, d in listed.items()):
+                whole = False
+            if whole:
                 return int(folder.name.removeprefix("step-")), folder
+            damaged.append(folder)
+            warnings.warn(f"{folder} is damaged, and not used", stacklevel=2)
+        if damaged:
+            said = "a file is missing or is not what was written"
+            raise RunFolderError(f"{damaged[0]}: {said}; delete {damaged[0].parent} to start again")
         return None
+
+
+def _sync(path: Path) -> None:
+    """Wait until the disk has a file, or the names in a folder."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _sha256(path: Path) -> str:

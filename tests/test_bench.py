@@ -5,6 +5,7 @@ import json
 import pytest
 from test_sampling import double
 
+from mdmrl.bench import peers
 from mdmrl.bench import samplers as bench
 from mdmrl.bench.updates import bench_estimators
 from mdmrl.config import InputError
@@ -98,3 +99,12 @@ def test_estimators_are_timed_against_the_twin():
     assert rows["coupled"]["ratio_to_ar"] / rows["one_step"]["ratio_to_ar"] == pytest.approx(
         two / one
     )
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"), [(("tlr",), "did you mean 'trl'"), (("trl", "tiny-mdm"), "no diffusion")]
+)
+def test_what_an_update_is_set_beside_is_refused_by_name(asked, said, monkeypatch):
+    monkeypatch.setattr(peers, "find_spec", lambda name: name)
+    with pytest.raises(InputError, match=said):
+        peers.bench_against(*asked)

@@ -240,7 +240,7 @@ def test_the_newest_checkpoint_takes_the_place_of_the_older(tmp_path):
 
 @pytest.mark.parametrize("trial", range(20))
 def test_a_damaged_checkpoint_is_never_given(tmp_path, trial):
-    """Truncate or delete any file of the newest: the previous one is given, or none."""
+    """Truncate or delete any file of the newest: the previous one is given, or it is said so."""
     rng = random.Random(trial)
     run = Run(tmp_path / "run", CONFIG)
     previous = run.save_checkpoint(1, fill(1))
@@ -255,13 +255,14 @@ def test_a_damaged_checkpoint_is_never_given(tmp_path, trial):
         victim.unlink()
     else:
         victim.write_bytes(victim.read_bytes()[: rng.randrange(victim.stat().st_size)])
-    found = run.latest_checkpoint()
-    if keeps_previous:
-        assert found is not None
-        assert found[0] == 1
-        assert is_whole(found[1], 1)
-    else:
-        assert found is None
+    with pytest.warns(UserWarning, match=r"step-000002 is damaged"):
+        if keeps_previous:
+            step, folder = run.latest_checkpoint()
+            assert step == 1
+            assert is_whole(folder, 1)
+        else:
+            with pytest.raises(RunFolderError, match=r"step-000002.*delete"):
+                run.latest_checkpoint()
 
 
 class Crash(BaseException):

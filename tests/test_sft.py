@@ -133,10 +133,10 @@ def test_prompt_tokens_have_no_loss(any_policy):
 
 def test_micro_batches_give_the_gradient_of_the_whole(ar):
     pairs = pairs_of(ar)  # 2 + 1 rows of different lengths
-    whole = backward(ar, pairs, settings(per_device_train_batch_size=3), 0, 0, 1)
+    whole = backward(ar, pairs, settings(per_device_train_batch_size=3), 0, 0)
     expected = {n: p.grad.clone() for n, p in ar.trainable_parameters().items()}
     ar.model.zero_grad()
-    assert backward(ar, pairs, settings(), 0, 0, 1) == pytest.approx(whole)
+    assert backward(ar, pairs, settings(), 0, 0) == pytest.approx(whole)
     for name, parameter in ar.trainable_parameters().items():
         torch.testing.assert_close(parameter.grad, expected[name], atol=1e-4, rtol=1e-3, msg=name)
 
@@ -147,7 +147,7 @@ def test_dropout_is_on_and_depends_on_the_step_alone(ar, rng_untouched):
 
     def slope(step):
         ar.model.zero_grad(set_to_none=True)
-        backward(ar, pairs_of(ar), settings(), step, 0, 1)
+        backward(ar, pairs_of(ar), settings(), step, 0)
         slopes = {n: p.grad for n, p in ar.trainable_parameters().items()}
         return next(g for n, g in slopes.items() if "lora_B" in n)
 

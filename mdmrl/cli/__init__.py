@@ -249,6 +249,7 @@ def bench(
     prompt_length: Annotated[int, Option(help="Tokens of the longest prompt.")] = 128,
     repeats: Annotated[int, Option(help="Medians over so many.")] = 3,
     sampler: Annotated[Words, Option(help="Only that of this name; repeatable.")] = None,
+    against: Annotated[str | None, Option(help="Set `update` beside this trainer, trl.")] = None,
     device: Device = "auto",
     dtype: Dtype = "float32",
     json: Annotated[File, Option(help="Write the numbers to this file.")] = None,
@@ -257,13 +258,17 @@ def bench(
     the package; run it on an idle machine."""
     from json import dumps
 
-    from mdmrl.bench import judging, samplers, updates
+    from mdmrl.bench import judging, peers, samplers, updates
 
     shape = (lengths or [128], steps or [], batch or [1, 16], block_length, prompt_length)
     how = (repeats, sampler or [], device, dtype)
     benches = {
         "samplers": lambda: samplers.bench_samplers(policy, *shape, *how),
-        "update": lambda: updates.bench_update(policy, device=device, dtype=dtype),
+        "update": lambda: (
+            peers.bench_against(against, policy, shape[0][0], repeats, device)
+            if against
+            else updates.bench_update(policy, device=device, dtype=dtype)
+        ),
         "estimators": lambda: updates.bench_estimators(repeats, device=device),
         "judge": lambda: judging.bench_judge(repeats),
         "import": updates.bench_import,

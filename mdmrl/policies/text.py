@@ -61,7 +61,14 @@ class Text:
     def encode(
         self, prompts: Sequence[Prompt], max_new_tokens: int = 0, begun: Sequence[str] | None = None
     ) -> Prompts:
-        """Encode strings (a user's message) or message lists with the chat template.
+        """`token_lists` as one left-padded batch on the policy's device."""
+        return self.pad(self.token_lists(prompts, max_new_tokens, begun))
+
+    def token_lists(
+        self, prompts: Sequence[Prompt], max_new_tokens: int = 0, begun: Sequence[str] | None = None
+    ) -> list[list[int]]:
+        """Encode strings (a user's message) or message lists with the chat template, one list of
+        token ids a prompt.
 
         A tokenizer without one belongs to a base model: there a string is plain text to continue,
         as in TRL's standard format, and a message list is an error, as in transformers. `begun` are
@@ -82,7 +89,7 @@ class Text:
         asked = prompts if plain else self.render([as_messages(p, "user") for p in prompts], True)
         if begun is not None:
             asked = [prompt + text for prompt, text in zip(asked, begun, strict=True)]
-        return self.encode_texts(asked, max_new_tokens, add_special_tokens=plain)
+        return self._fitting(asked, max_new_tokens, add_special_tokens=plain)
 
     def _refuse_reserved_tokens(self, prompts: Sequence[Prompt]) -> None:
         """Refuse what a user wrote if it would end or mask the text that it stands in. The tokens
@@ -112,6 +119,12 @@ class Text:
     ) -> Prompts:
         """Encode texts as they stand, whatever tokens they spell. With `add_special_tokens` a text
         gets what the tokenizer puts before it, but no end: it is to be continued."""
+        return self.pad(self._fitting(texts, max_new_tokens, add_special_tokens))
+
+    def _fitting(
+        self, texts: Sequence[str], max_new_tokens: int, add_special_tokens: bool
+    ) -> list[list[int]]:
+        """Token ids of texts that have some, and leave room for `max_new_tokens`."""
         rows = self.tokenize(texts, add_special_tokens)
         require(all(rows), "a prompt encodes to no tokens: expected at least one")
         longest = max(map(len, rows))
@@ -120,7 +133,7 @@ class Text:
             f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the context of "
             f"{self.context_length}: shorten the prompt or lower max_new_tokens",
         )
-        return self.pad(rows)
+        return rows
 
     def tokenize(self, texts: Sequence[str], add_special_tokens: bool = False) -> list[list[int]]:
         """Token ids of texts as they stand, one list a text; see `encode_texts`."""

@@ -75,7 +75,9 @@ class StateScores:
         """Where the policy would now reveal other positions than the step did, (R, S) bool; `logp`
         are its log-probabilities at the revealed positions, (N, V)."""
         rest = self.masked & ~self.revealed
-        surest = log_probabilities(policy, self.block[rest]).amax(-1)
+        surest = torch.cat(
+            policy.of_logits(lambda x: _log_softmax(policy, x).amax(-1), self.block[rest])
+        )
         others = logp.new_full(rest.shape, -torch.inf).masked_scatter(rest, surest)
         chosen = logp.new_full(rest.shape, torch.inf).masked_scatter(self.revealed, logp.amax(-1))
         return others.amax(-1) > chosen.amin(-1)
@@ -247,8 +249,12 @@ def _mean(hidden: Tensor, where: Tensor) -> Tensor:
 
 def log_probabilities(policy: MaskedDiffusionPolicy, hidden: Tensor) -> Tensor:
     """Log-probabilities (N, V) that the sampler draws from, which never draws [MASK]; float32."""
-    mask = torch.tensor([policy.mask_token_id], device=hidden.device)
-    return policy.head(hidden).index_fill(-1, mask, NEVER).log_softmax(-1)
+    return _log_softmax(policy, policy.head(hidden))
+
+
+def _log_softmax(policy: MaskedDiffusionPolicy, logits: Tensor) -> Tensor:
+    mask = torch.tensor([policy.mask_token_id], device=logits.device)
+    return logits.index_fill(-1, mask, NEVER).log_softmax(-1)
 
 
 def kl_divergence(logp: Tensor, ref: Tensor) -> Tensor:

@@ -16,11 +16,12 @@ where the sampler did.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mdmrl.config import require
@@ -51,6 +52,17 @@ class Noise:
         values = (getattr(self, field.name) for field in fields(self))
         cut = [v[chosen] if isinstance(v, Tensor) else v and v.select(chosen) for v in values]
         return Noise(*cut)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Noise]) -> Noise:
+        """That of several rollouts, one below the other."""
+        if len(parts) == 1:
+            return parts[0]
+        width = max(part.prompt_masked.shape[1] for part in parts)
+        masks = (part.prompt_masked for part in parts)
+        masked = torch.cat([F.pad(mask, (width - mask.shape[1], 0)) for mask in masks])
+        times, orders, others = zip(*((p.time, p.order, p.reference) for p in parts), strict=True)
+        return cls(masked, torch.cat(times), torch.cat(orders), others[0] and cls.joined(others))
 
 
 def draw_noise(
@@ -226,9 +238,10 @@ def trajectory(policy: Policy, rollout: Rollout, noise: Noise, positions: bool =
         states, step = rollout.select(rows), now.repeat(batch)[:, None]
         masked, chosen = when[rows] >= step, mask[rows] & (when[rows] == step)
         scored = masked if positions else chosen
-        logits = _masked_logits(policy, states, masked, scored)
-        found = _of_tokens(states, logits, scored).masked_fill(~chosen, 0)
+        hidden = _masked_hidden(policy, states, masked)[scored]
+        found = _of_tokens(policy, states, hidden, scored).masked_fill(~chosen, 0)
         if positions:
+            logits = _drawable(policy, states, policy.head(hidden))
             found = found.sum(1) + log_choice(policy, states, logits, masked, chosen)
         total = total + found.unflatten(0, (batch, -1)).sum(1)
     return total
@@ -282,33 +295,42 @@ def _masked_logps(
 ) -> Tensor:
     """log p(x_i | masked) at `scored`, by default all of `masked`, 0 elsewhere; all (B, L)."""
     scored = masked if scored is None else scored
-    return _of_tokens(rollout, _masked_logits(policy, rollout, masked, scored), scored)
+    return _of_tokens(policy, rollout, _masked_hidden(policy, rollout, masked)[scored], scored)
 
 
-def _masked_logits(policy: Policy, rollout: Rollout, masked: Tensor, scored: Tensor) -> Tensor:
-    """Logits (N, V) at `scored` where `masked` and what does not count are [MASK]."""
+def _masked_hidden(policy: Policy, rollout: Rollout, masked: Tensor) -> Tensor:
+    """`_hidden` where `masked` and what does not count are [MASK]."""
     visible = rollout.completion_mask & ~masked
     canvas = torch.where(visible, rollout.completion_ids, policy.mask_token_id)
-    logits = policy.head(_hidden(policy, rollout, rollout.prompt_ids, canvas)[scored])
-    if not rollout.sampler.suppress_mask:
-        return logits
-    never = torch.arange(logits.shape[1], device=logits.device) == policy.mask_token_id
-    return logits.masked_fill(never, -math.inf)
+    return _hidden(policy, rollout, rollout.prompt_ids, canvas)
 
 
 def _score(policy: Policy, rollout: Rollout, prompt: Tensor, completion: Tensor) -> Tensor:
     """Log-probabilities of the tokens that count, from other tokens as input, (B, L)."""
     scored = rollout.completion_mask
-    logits = policy.head(_hidden(policy, rollout, prompt, completion)[scored])
-    return _of_tokens(rollout, logits, scored)
+    hidden = _hidden(policy, rollout, prompt, completion)[scored]
+    return _of_tokens(policy, rollout, hidden, scored, drawable=False)
 
 
-def _of_tokens(rollout: Rollout, logits: Tensor, scored: Tensor) -> Tensor:
-    """Log-probabilities of the rollout's tokens from the logits (N, V) at `scored`, (B, L)."""
-    logits = logits / rollout.temperature
-    tokens = rollout.completion_ids[scored]
-    logps = logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(1)
-    return torch.zeros(scored.shape, device=logps.device).masked_scatter(scored, logps)
+def _of_tokens(
+    policy: Policy, rollout: Rollout, hidden: Tensor, scored: Tensor, drawable=True
+) -> Tensor:
+    """Log-probabilities of the rollout's tokens, hidden states (N, H) being of `scored`, (B, L)."""
+
+    def logps(logits: Tensor, tokens: Tensor) -> Tensor:
+        logits = (_drawable(policy, rollout, logits) if drawable else logits) / rollout.temperature
+        return logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(1)
+
+    found = torch.cat(policy.of_logits(logps, hidden, rollout.completion_ids[scored]))
+    return torch.zeros(scored.shape, device=found.device).masked_scatter(scored, found)
+
+
+def _drawable(policy: Policy, rollout: Rollout, logits: Tensor) -> Tensor:
+    """Logits (N, V) that give [MASK] probability 0 if the sampler does."""
+    if not rollout.sampler.suppress_mask:
+        return logits
+    never = torch.arange(logits.shape[1], device=logits.device) == policy.mask_token_id
+    return logits.masked_fill(never, -math.inf)
 
 
 def _hidden(policy: Policy, rollout: Rollout, prompt: Tensor, completion: Tensor) -> Tensor:

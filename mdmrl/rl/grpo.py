@@ -99,8 +99,11 @@ def train_grpo(
         group["beta"] = config.beta  # kept with the optimizer's state
 
     def noise_for(rollout: Rollout, purpose: str, step: int, index: int = 0) -> Noise:
-        random = rounds.generator(purpose, step, index)
-        return draw_noise(rollout, config.p_mask_prompt, random, scorer.samples, scorer.shared)
+        how = scorer.samples, scorer.shared
+        micro = rounds.micro_batches(len(rollout), purpose, step, index)
+        parts = ((rollout.select(rows).narrowed(), random) for rows, random in micro)
+        drawn = [draw_noise(part, config.p_mask_prompt, random, *how) for part, random in parts]
+        return Noise.joined(drawn)
 
     def make_update(step: int) -> tuple[Metrics, dict]:
         nonlocal unchecked

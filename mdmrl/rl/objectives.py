@@ -35,8 +35,8 @@ Sources: grpo, Shao et al. 2024; dr_grpo, Liu et al. 2025; dapo, Yu et al. 2025;
 2025; spg, Wang et al. 2025. Deviations from them:
  * Advantages are divided by the group's standard deviation unless `scale_rewards` says otherwise;
    dr_grpo and wd1 are published with scale_rewards="none".
- * dapo is its average alone. On several processes each takes the average over its own tokens.
-   TRL's `bnpo` averages over a micro-batch, and so depends on how large that is: left out.
+ * dapo is its average alone. TRL's `bnpo` averages over a micro-batch, and so depends on how large
+   that is: left out.
  * wd1 has no L and no G, constants that Adam does not see. Samples that a reward left out have no
    part in the softmax.
  * wd1 and spg are published without a KL: set beta=0.
@@ -59,6 +59,7 @@ from mdmrl.rl.estimators import Noise, upper_bound
 from mdmrl.rl.kl import WITH_RATIO, kl_form
 from mdmrl.rl.logprobs import Estimator
 from mdmrl.rl.rollout import Rollout
+from mdmrl.training.loop import mean_count
 
 
 def grpo_loss(
@@ -105,12 +106,13 @@ def grpo_loss(
     return -over_completions(gain), charged, seen
 
 
-def divisor(rollout: Rollout, config: GRPOConfig) -> int:
-    """What the sums of `grpo_loss` over a batch are divided by to be an average."""
+def divisor(rollout: Rollout, config: GRPOConfig) -> float:
+    """What the sums of `grpo_loss` over a batch are divided by to be an average over that of all
+    processes."""
     by_token = config.loss_type in ("dapo", "spg")
     counted = rollout.completion_mask[rollout.learnt] if by_token else rollout.counted
     constant = config.loss_type in ("dr_grpo", "wd1")
-    return max(1, int(counted.sum())) * (config.max_completion_length if constant else 1)
+    return mean_count(int(counted.sum())) * (config.max_completion_length if constant else 1)
 
 
 def of_tokens(x: Tensor, mask: Tensor) -> Tensor:

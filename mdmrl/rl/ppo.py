@@ -65,7 +65,7 @@ from mdmrl.rl.values import (
     normalised,
     value_loss,
 )
-from mdmrl.training.loop import Metrics
+from mdmrl.training.loop import Metrics, mean_count
 
 ALGORITHM = "ppo-3"  # part of a run's identity: raise it when results change
 
@@ -197,7 +197,7 @@ def update(
     """Set the gradient of the policy's loss, micro-batch by micro-batch; returns its metrics. The
     `advantages` are those of every step, (B, T), and `beta` is the KL's weight in the loss."""
     gradients = Gradients(parameters, config.log_gradients)
-    completions = max(1, int(old.rollout.counted.sum()))
+    completions = mean_count(int(old.rollout.counted.sum()))
     tokens: dict[str, list[Tensor]] = {}
 
     def learn_from(index: int) -> None:

@@ -124,7 +124,8 @@ def train_dpo(
                 found = means(list(losses(policy, held_out_pairs, scorer, noise, config)))
         if metric is not None:
             sampler = config.sampler_for(policy, greedy=True)
-            found |= evaluate(policy, eval_rows, sampler, (), metric, watch=watch)
+            how = {"batch_size": config.per_device_eval_batch_size, "watch": watch}
+            found |= evaluate(policy, eval_rows, sampler, (), metric, **how)
         return {f"eval/{name}": value for name, value in found.items()}
 
     def make_update(step: int) -> tuple[Metrics, None]:

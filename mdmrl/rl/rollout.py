@@ -99,6 +99,12 @@ class Rollout:
         values = (getattr(self, field.name) for field in fields(self))
         return Rollout(*(v[chosen] if isinstance(v, Tensor) else v for v in values))
 
+    def narrowed(self) -> Rollout:
+        """The same without columns in which no prompt has a token."""
+        first = int(self.prompt_mask.any(0).long().argmax())
+        prompts = self.prompt_ids[:, first:], self.prompt_mask[:, first:]
+        return replace(self, prompt_ids=prompts[0], prompt_mask=prompts[1])
+
 
 def group_advantages(
     rewards: Tensor, num_generations: int, scale: str = "group"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -36,17 +37,30 @@ class Rounds:
         self.rows, self.eval_rows = checked_rows(policy, rows, eval_rows, length)
         self.weights = judging.get("reward_weights")
         self.names = check_rewards(rewards, self.weights, self.rows)
-        self.drawing, self.judging = {"draw": draw or generate, "watch": watch}, judging
+        self.drawing = {"draw": draw or generate, "watch": watch}
+        self.judging = judging
         named = dict(zip(self.names, rewards, strict=True))
         self.parts = {"rewards": named, "eval_rows": self.eval_rows, "metric": metric}
         self.parts |= {"probe": probe, "watch": watch} | ({"draw": draw} if draw else {})
         self.abstained = 0  # rounds in a row
 
-    def generator(self, purpose: str, step: int, index: int = 0) -> torch.Generator:
-        """This process's random numbers of a round, or of its `index`-th update."""
+    def micro_batches(self, rows: int, purpose: str, step: int, index: int = 0) -> Iterator[tuple]:
+        """The micro-batches of so many rows, and the random numbers of each for a round, or for its
+        `index`-th update: those that it would have on a process of its own."""
         rank, processes = self.share
-        index = index * processes + rank
-        return generator_for(self.config.seed, purpose, step, index, self.policy.device)
+        first, each = index * processes + rank, self.config.gradient_accumulation_steps
+        for i, part in enumerate(self.config.micro_batches(rows)):
+            numbers = self.config.seed, purpose, step, first * each + i
+            yield part, generator_for(*numbers, self.policy.device)
+
+    def draw_parts(self, step, policy, prompts, sampler, _, record) -> SamplerOutput:
+        """Completions of a round's prompts, micro-batch by micro-batch; a `draw` of one's own gets
+        them all at once."""
+        parts, draw = [*self.micro_batches(len(prompts), "rollout", step)], self.drawing["draw"]
+        if draw is not generate:
+            parts = [(slice(None), parts[0][1])]
+        drawn = [draw(policy, prompts[part], sampler, numbers, record) for part, numbers in parts]
+        return SamplerOutput.joined(drawn, policy.pad_token_id)
 
     def collect(
         self, step: int, sampler: SamplerConfig, record: bool
@@ -58,8 +72,9 @@ class Rounds:
         """
         config = self.config
         batch = rows_of_step(self.rows, config.prompts_per_process, step, *self.share, config.seed)
-        asked = config.num_generations, sampler, self.generator("rollout", step), record
+        asked = config.num_generations, sampler, None, record
         ways = {"log": RewardLog(step, config.max_steps), **self.drawing, **self.judging}
+        ways["draw"] = partial(self.draw_parts, step)
         rollout, metrics, sample = collect(self.policy, batch, self.rewards, *asked, **ways)
         self._say_if_nothing_counts(rollout.counted, step)
         return batch, rollout, metrics, sample
@@ -92,6 +107,7 @@ class Rounds:
         policy, metric = self.policy, self.parts["metric"]
         asked = self.eval_rows, self.config.sampler_for(policy, greedy=True), self.rewards, metric
         judging = {"reward_weights": self.weights, "log": RewardLog(step, self.config.max_steps)}
+        judging["batch_size"] = self.config.per_device_eval_batch_size
         found = evaluate(policy, *asked, "eval/", **judging, **self.drawing)
         measured = self.probe(policy) if self.probe else {}
         return found | {f"eval/{name}": value for name, value in measured.items()}

@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Hashable, Iterator, Sequence
 from functools import partial
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,7 +26,7 @@ from mdmrl.sampling.guidance import GuideConfig
 from mdmrl.sampling.guided import generate_guided
 from mdmrl.sampling.states import Recorder, States
 from mdmrl.training.data import rows_of_step
-from mdmrl.training.loop import accelerator_for
+from mdmrl.training.loop import accelerator_for, mean_count
 
 PENALTIES = tuple(10.0**k for k in range(-3, 7))  # on squared weights; at the last V is constant
 FOLDS = 4
@@ -144,12 +144,12 @@ def value_loss(
     values: Tensor, old: Tensor, returns: Tensor, counted: Tensor, cliprange: float
 ) -> Tensor:
     """Clipped squared error (Schulman et al. 2017 in OpenAI's implementation), half its mean over
-    the states of episodes that count, (B,): of V as it is and before the update (`old`) and its
-    targets, all (B, T).
+    the states, on all processes, of episodes that count, (B,): of V as it is and before the update
+    (`old`) and its targets, all (B, T).
     """
     clipped = old + (values - old).clamp(-cliprange, cliprange)
     error = torch.maximum((values - returns).square(), (clipped - returns).square())
-    return error[counted].sum() / 2 / max(1, error[counted].numel())
+    return error[counted].sum() / 2 / mean_count(error[counted].numel())
 
 
 class ValueData(NamedTuple):
@@ -247,9 +247,11 @@ def base_states(
     of a `draw` of one's own are looked at afterwards.
     """
     sampler, seed = config.sampler_for(policy), derived_seed(config.seed, "values")
-    for i in range(config.value_batches):
-        batch = rows_of_step(rows, config.per_device_train_batch_size, i, rank, processes, seed)
-        generator = generator_for(config.seed, "values", i, rank, policy.device)
+    first = rank * config.gradient_accumulation_steps
+    micro = [*enumerate(config.micro_batches(config.batch), first)]
+    for i, (index, part) in product(range(config.value_batches), micro):
+        batch = rows_of_step(rows, config.batch, i, rank, processes, seed)[part]
+        generator = generator_for(config.seed, "values", i, index, policy.device)
         if draw or policy.block_length is not None:
             ways = {"record": True, "draw": draw or generate}
             rollout, *_ = collect(policy, batch, rewards, 1, sampler, generator, **ways)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from itertools import zip_longest
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mdmrl.policies import Policy
 
 EXACT, APPROXIMATE = "exact", "approximate"
+IN_FRONT = ("sequences", "prompt_mask")  # what has columns of the prompt
 
 
 @dataclass
@@ -25,6 +30,16 @@ class Step:
     tokens: Tensor
     logprobs: Tensor
     remasked: Tensor
+
+    def below(self, rows: int) -> Step:
+        """The same under so many rows of other completions."""
+        remasked = self.remasked + self.remasked.new_tensor([[rows], [0]])
+        return replace(self, rows=self.rows + rows, remasked=remasked)
+
+    @classmethod
+    def joined(cls, steps: Sequence[Step]) -> Step:
+        names = (field.name for field in fields(cls))
+        return cls(*(torch.cat([getattr(step, name) for step in steps], -1) for name in names))
 
 
 @dataclass
@@ -65,6 +80,44 @@ class SamplerOutput:
         mask = policy.completion_mask(completion)
         texts = policy.decode(completion, mask)
         return cls(sequences, prompt_mask, completion, mask, texts, logprobs, **more)
+
+    @classmethod
+    def joined(cls, parts: Sequence[SamplerOutput], pad_token_id: int) -> SamplerOutput:
+        """What several calls drew, one below the other, as if in one."""
+        if len(parts) == 1:
+            return parts[0]
+        width, length = (
+            max(getattr(part, name).shape[1] for part in parts)
+            for name in ("prompt_mask", "completion_ids")
+        )
+
+        def rows(name: str, fill: int = 0) -> Tensor | None:
+            found = []
+            for part in parts:
+                value = getattr(part, name)
+                if value is None:
+                    return None
+                left = width - part.prompt_mask.shape[1] if name in IN_FRONT else 0
+                right = length - part.completion_ids.shape[1] if name != "prompt_mask" else 0
+                found.append(F.pad(value, (left, right), value=fill))
+            return torch.cat(found)
+
+        names = ("prompt_mask", "completion_mask", "logprobs", "asked", "seen")
+        trajectory, above = [], 0
+        for part in parts:
+            trajectory.append([step.below(above) for step in part.trajectory or ()])
+            above += len(part.sequences)
+        steps = [Step.joined([*filter(None, same)]) for same in zip_longest(*trajectory)]
+        return cls(
+            sequences=rows("sequences", pad_token_id),
+            completion_ids=rows("completion_ids", pad_token_id),
+            **{name: rows(name) for name in names},
+            completions=[text for part in parts for text in part.completions],
+            nfe=sum(part.nfe for part in parts),
+            token_forwards=sum(part.token_forwards for part in parts),
+            trajectory=None if parts[0].trajectory is None else steps,
+            optimisations={k: how for part in parts for k, how in part.optimisations.items()},
+        )
 
     @property
     def exact(self) -> bool:

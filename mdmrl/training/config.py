@@ -15,6 +15,7 @@ from mdmrl.sampling import SamplerConfig
 from mdmrl.tasks import Task
 
 TRACKERS = ("none", "trackio", "wandb")
+MEMORY = ("gradient_checkpointing", "per_device_eval_batch_size")  # change no result
 FLAT = {"max_new_tokens": "max_completion_length", "temperature": "temperature"}
 NESTED = [field.name for field in fields(SamplerConfig) if field.name not in FLAT]
 
@@ -32,6 +33,10 @@ class TrainingConfig(Config):
         sampler: any other settings of `SamplerConfig`, by name, as in {"steps": 16}.
         eval_steps: every so many updates (and at the end) complete the held-out prompts greedily.
         save_steps: every so many updates (and at the end) write a checkpoint.
+        per_device_eval_batch_size: held-out prompts that are completed at once.
+        gradient_checkpointing: hold the inputs of layers alone, and make the rest again in the
+            backward pass: the same bits in a third of the memory, at a third more time.
+        bf16: compute layers in bfloat16 (autocast); weights stay in float32.
         report_to: `trackio` or `wandb` gets the rows of the log too.
     """
 
@@ -50,12 +55,15 @@ class TrainingConfig(Config):
     sampler: dict = field(default_factory=dict)
     eval_steps: int = 10
     save_steps: int = 20
+    per_device_eval_batch_size: int = 64
+    gradient_checkpointing: bool = False
+    bf16: bool = False
     seed: int = 0
     report_to: str = "none"
 
     # Settings that are at least 1, that are positive if given, and that have one of some names.
     COUNTS: ClassVar = ("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps")
-    COUNTS += ("max_completion_length", "eval_steps", "save_steps")
+    COUNTS += ("max_completion_length", "eval_steps", "save_steps", "per_device_eval_batch_size")
     POSITIVE: ClassVar = ("learning_rate", "max_grad_norm")
     NAMED: ClassVar = {"report_to": TRACKERS}
     OWN_SAMPLER: ClassVar = {}  # what a family may set, where `sampler` says nothing
@@ -127,7 +135,7 @@ class TrainingConfig(Config):
 
     def settings_for(self, policy: Policy) -> dict:
         """Every setting that decides results as it holds for `policy`, the sampler's among them."""
-        elsewhere = ("output_dir", "report_to")
+        elsewhere = ["output_dir", "report_to", *MEMORY] + ([] if self.bf16 else ["bf16"])
         resolved = {k: v for k, v in self.to_dict().items() if k not in elsewhere}
         return resolved | {"sampler": self.sampler_for(policy).to_dict()}
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
+from torch import Tensor
 
 from mdmrl.config import require
 from mdmrl.policies import Policy
@@ -23,7 +25,7 @@ def checked_rows(
     """
     require(len(rows) > 0, "no training rows given: expected at least one")
     complete = complete_rows([*rows, *eval_rows])
-    policy.encode([row["prompt"] for row in complete], max_completion_length)
+    policy.token_lists([row["prompt"] for row in complete], max_completion_length)
     return complete[: len(rows)], complete[len(rows) :]
 
 
@@ -45,8 +47,13 @@ def rows_of_step(
 
     def at(position: int) -> dict:
         epoch, index = divmod(position, len(rows))
-        order = torch.randperm(len(rows), generator=generator_for(seed, "prompts", epoch))
-        return rows[order[index].item()]
+        return rows[_order(len(rows), epoch, seed)[index].item()]
 
     first = (step * processes + rank) * count
     return [at(first + i) for i in range(count)]
+
+
+@lru_cache(maxsize=2)  # a step may lie in two epochs
+def _order(rows: int, epoch: int, seed: int) -> Tensor:
+    """In which order an epoch has its rows."""
+    return torch.randperm(rows, generator=generator_for(seed, "prompts", epoch))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import math
 import time
+import warnings
 from collections.abc import Callable, Sequence
 
 import torch
@@ -17,10 +18,11 @@ from accelerate.state import is_initialized
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from mdmrl.config import require
 from mdmrl.identity import known, named
 from mdmrl.policies import Policy
 from mdmrl.progress import Progress
-from mdmrl.runs import Run, Stopped, flushed_denormals
+from mdmrl.runs import NotWritten, Run, Stopped, flushed_denormals
 from mdmrl.training.checkpoints import restore, save
 from mdmrl.training.config import TrainingConfig
 from mdmrl.training.tracking import reporting
@@ -54,6 +56,7 @@ def open_run(
 ) -> Run:
     """The run's folder, known by all that decides its results: `algorithm`, its name and version,
     and `parts`, what else was brought along, functions and rows that are not trained on."""
+    require_full_precision(policy)
     settings = config.settings_for(policy)
     identity = known(settings | parts) | {
         "algorithm": algorithm,
@@ -64,6 +67,18 @@ def open_run(
     since = known(type(config)().settings_for(policy))
     with accelerator.main_process_first():
         return Run(config.output_dir, identity, since, accelerator.is_main_process, policy.device)
+
+
+def require_full_precision(policy: Policy) -> None:
+    """Refuse to train weights in which an update is lost: one of bfloat16 that is 1 does not move
+    by less than 0.002, and AdamW moves it by its learning rate."""
+    for name, weight in policy.trainable_parameters().items():
+        require(
+            weight.dtype.itemsize >= 4,
+            f"{name} is {weight.dtype}, in which updates of AdamW are lost: load the policy with "
+            "dtype='float32' and set bf16=True, which computes in bfloat16, or train an adapter "
+            "(add_lora)",
+        )
 
 
 class Optimizer:
@@ -126,8 +141,12 @@ def train(
             number of updates made.
         values: a value head that is trained and kept beside the policy.
 
+    A checkpoint that the disk does not take is warned of, and the one before stays, but at the end.
+
     Raises:
         Stopped: `mdmrl.runs.request_stop` asked for it; the last finished update is kept.
+        NotWritten: the disk takes no row of the log, or not the last checkpoint.
+        RunFolderError: checkpoints of which none is whole.
     """
     accelerator, last = optimizer.accelerator, config.max_steps
     kept = run, policy, optimizer.adamw, values
@@ -142,9 +161,15 @@ def train(
 
     def keep(step: int) -> None:
         nonlocal saved
-        if writes and step > saved:
+        if not writes or step == saved:
+            return
+        try:
             save(*kept, step)
             saved = step
+        except NotWritten as error:
+            if step == last or run.stop_requested():
+                raise
+            warnings.warn(f"{error}; until then step {saved} is the last kept", stacklevel=2)
 
     def stop_if_asked(step: int) -> None:
         if any(gather_object([run.stop_requested()])):
@@ -153,7 +178,9 @@ def train(
             raise Stopped(f"{said}; the same call goes on from there")
 
     shown = Progress(run.folder.name, first, last, shown=writes)
-    with shown as progress, reporting(run, config.report_to if writes else "none") as report:
+    told = reporting(run, config.report_to if writes else "none")
+    computing = policy.computing(config.bf16, config.gradient_checkpointing)
+    with shown as progress, told as report, computing:
         for step in range(first, last):
             stop_if_asked(step)
             looked = {}
@@ -178,6 +205,13 @@ def train(
         if writes:
             run.log({"step": last, **looked})
             report({"step": last, **looked})
+
+
+def mean_count(count: int) -> float:
+    """The mean over processes of a count, at least one of all: what sums are divided by whose
+    gradients are averaged over processes."""
+    everywhere = gather_object([count])
+    return max(1, sum(everywhere)) / len(everywhere)
 
 
 def averaged(metrics: Metrics) -> Metrics:

@@ -71,7 +71,8 @@ def train_sft(
         found = {"eval/loss": held_out_loss(policy, held_out_pairs, config)}
         if metric is not None:
             sampler = config.sampler_for(policy)
-            found |= evaluate(policy, eval_rows, sampler, (), metric, "eval/", watch=watch)
+            how = {"batch_size": config.per_device_eval_batch_size, "watch": watch}
+            found |= evaluate(policy, eval_rows, sampler, (), metric, "eval/", **how)
         return found
 
     def make_update(step: int) -> tuple[Metrics, None]:
@@ -104,7 +105,7 @@ def learn(
     accelerator, before = optimizer.accelerator, policy.positions_computed
     policy.progress = step / config.max_steps
     rank, processes = accelerator.process_index, accelerator.num_processes
-    loss, count = backward(policy, drawn, config, step, rank, processes)
+    loss, count = backward(policy, drawn, config, step, rank)
     counts = sum(gather_object([count])) or 1  # of nothing the gradient is 0
     mean = counts / processes / (share or 1.0)  # the gradient is averaged over processes
     for parameter in policy.trainable_parameters().values():
@@ -122,14 +123,14 @@ def learn(
 
 
 def backward(
-    policy: Policy, drawn: Sequence[Pair], config: SFTConfig, step: int, rank: int, processes: int
+    policy: Policy, drawn: Sequence[Pair], config: SFTConfig, step: int, rank: int
 ) -> tuple[float, int]:
     """Add up the gradient of the summed loss by micro-batches; returns it and how many positions it
     is a sum over."""
     total, count = 0.0, 0
     policy.model.train()
     for i, pairs in enumerate(parts_of(drawn, config)):
-        index = i * processes + rank
+        index = rank * config.gradient_accumulation_steps + i
         noise = generator_for(config.seed, "noise", step, index, policy.device)
         with kept_random_state(policy.device):
             torch.manual_seed(derived_seed(config.seed, "dropout", step, index))

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -74,9 +75,7 @@ def encode_pairs(policy: Policy, rows: Sequence[dict], max_completion_length: in
         f"max_completion_length={max_completion_length}: expected a multiple of the policy's "
         f"blocks of {own}",
     )
-    encoded = policy.encode([row["prompt"] for row in rows])
-    both = zip(encoded.input_ids, encoded.attention_mask, strict=True)
-    prompts = [ids[real].tolist() for ids, real in both]
+    prompts = policy.token_lists([row["prompt"] for row in rows])
     end_tokens = tuple(policy.tokenizer.convert_ids_to_tokens(policy.end_token_ids))
     pairs = []
     for prompt, text in zip(prompts, _completion_texts(policy, rows), strict=True):
@@ -157,8 +156,9 @@ def next_token_loss(policy: Policy, batch: Batch, learn_prompt: bool, generator)
     targets = targets[:, :width].clone()
     targets[:, 0] = False
     ids, attention = batch.input_ids[:, :width], batch.attention_mask[:, :width]
-    logits = policy.head(policy.forward(ids, attention)[targets])
-    return F.cross_entropy(logits, ids[targets], reduction="sum"), len(logits)
+    hidden, tokens = policy.forward(ids, attention)[targets], ids[targets]
+    summed = partial(F.cross_entropy, reduction="sum")
+    return sum(policy.of_logits(summed, hidden, tokens)), len(tokens)
 
 
 def masked_loss(policy: Policy, batch: Batch, learn_prompt: bool, generator) -> Loss:
@@ -166,8 +166,8 @@ def masked_loss(policy: Policy, batch: Batch, learn_prompt: bool, generator) -> 
     maskable = batch.completion | batch.prompt if learn_prompt else batch.completion
     t, weight = sample_times(len(maskable), generator)
     xt, masked = mask_tokens(batch.input_ids, t, maskable, policy.mask_token_id, generator)
-    logits = policy.head(policy.forward(xt, batch.attention_mask)[masked])
-    nll = F.cross_entropy(logits, batch.input_ids[masked], reduction="none")
+    hidden = policy.forward(xt, batch.attention_mask)[masked]
+    nll = _surprise(policy, hidden, batch.input_ids[masked])
     count = int(maskable.sum())
     return linear_elbo_loss(nll, masked, weight, maskable) * count, count
 
@@ -187,6 +187,12 @@ def block_loss(policy: BlockDiffusionPolicy, batch: Batch, learn_prompt: bool, g
     columns = torch.arange(len(pattern), device=pattern.device)[learnt]
     canvas = batch.input_ids, batch.attention_mask
     _, hidden = hidden_beside(policy, *canvas, pattern, xt, columns)
-    nll = F.cross_entropy(policy.head(hidden[masked]), x0[masked], reduction="none")
+    nll = _surprise(policy, hidden[masked], x0[masked])
     count = int(maskable.sum())
     return linear_elbo_loss(nll, masked, weight, maskable) * count, count
+
+
+def _surprise(policy: Policy, hidden: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """-log p of `tokens` (N,) from the hidden states (N, H) that predict them."""
+    each = partial(F.cross_entropy, reduction="none")
+    return torch.cat(policy.of_logits(each, hidden, tokens))
