@@ -17,7 +17,7 @@ import sys
 from mdmrl import GRPOConfig, PPOConfig, SFTConfig, load_policy, train_grpo, train_ppo, train_sft
 
 folder, output, accumulated = sys.argv[1:]
-rows = [{"prompt": f"What is {i}?" * (1 + i % 3), "completion": "7" * i} for i in range(8)]
+rows = [{"prompt": f"What is {i}?" * (1 + i % 3), "completion": "7" * (i % 5)} for i in range(8)]
 shape = {"max_steps": 2, "max_completion_length": 6, "per_device_train_batch_size": 4}
 shape |= {"gradient_accumulation_steps": int(accumulated), "learning_rate": 1e-3}
 drawn = shape | {"num_generations": 2, "sampler": {"steps": 3}}
@@ -28,7 +28,6 @@ ways = {
     "wd1": {"loss_type": "wd1", "beta": 0, "logp_estimator": "one_step", "p_mask_prompt": 0.2},
     "spg": {"loss_type": "spg", "beta": 0, "logp_estimator": "complementary"},
 }
-ways["wd1"]["kl_estimator"] = ways["spg"]["kl_estimator"] = GRPOConfig().kl_estimator
 
 
 def odd(prompts, completions, completion_ids, **columns):
