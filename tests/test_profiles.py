@@ -54,7 +54,8 @@ def asked(tokenizer, monkeypatch, tmp_path):
     def train_arm(arm, seed, profile, train=True):
         train_arms([arm], [seed], profile)
 
-    def needs_weights(*_, **__):
+    def needs_weights(*given, **_):
+        loaded.update(value for value in given if isinstance(value, str))
         raise Weights
 
     monkeypatch.setattr("mdmrl.policies.load_policy", load_policy)

@@ -44,13 +44,14 @@ KNOWN = {
 # By notebook, the parameters whose policies it trains: every weight, or by the thesis's LoRA.
 TRAINED = {
     "00_tour": ("policy",),
-    "03_reward_curves": ("policy_ar", "policy_mdm", "real_policy"),
+    "03_reward_curves": ("policy_ar", "policy_mdm"),
     "04_kl_instability": ("policy_ar", "policy_mdm"),
     "08_block_rl": ("policy_mdm",),
-    "09_value_guided": ("policy_mdm",),
     "10_hierarchy": ("rl_policies", "pipeline_policy"),
     "11_reward_ablation": ("policy",),
     "12_code_completion": ("policy_ar", "policy_mdm", "policy_bd"),
+    "16_starting_point": ("policy_ar", "policy_mdm", "real_policy"),
+    "17_few_steps": ("policy_mdm",),
 }
 BY_LORA = ("real_policy",)
 BY_TRAJECTORY = ("11_reward_ablation", "12_code_completion")
