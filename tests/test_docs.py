@@ -217,6 +217,9 @@ def test_findings_are_what_the_files_say():
     front = " ".join((ROOT / "README.md").read_text().split())
     masks, clean = "MDM one_step, 16 steps", "MDM ar_style, 16 steps"
     for measured in (
+        claim("countdown_gain_trajectory", digits=3),
+        claim("countdown_gain_one_step", digits=3),
+        claim("countdown_gain_ar", digits=3),
         closed("kl_cured.csv", arm="recommended, 64 steps"),
         closed("kl_cured.csv", arm="MDM ar_style, 64 steps"),
         claim("kl_is_cured"),

@@ -73,11 +73,7 @@ def test_every_profile_fits(path, profile):
     assert path.stem in load_profile(profile)
 
 
-LATER = {"03_reward_curves"}  # have yet to follow
-OPENED = [path for path in NOTEBOOKS if path.stem not in LATER]
-
-
-@pytest.mark.parametrize("path", OPENED, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_it_opens_with_question_answer_and_figure_and_closes_with_what_was_found(path):
     first, *cells = nbformat.read(path, as_version=4).cells
     question, answer, *rest = re.split(r"\n\n", first.source.partition("\n\n")[2])
