@@ -64,8 +64,8 @@ def test_logits_are_held_in_parts_and_score_and_slope_are_the_same(
     in_parts, others, most = scored()
     assert most == limit
     torch.testing.assert_close(in_parts, values, atol=1e-5, rtol=1e-5)
-    for one, other in zip(others, slopes, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-3)
+    for one, other in zip(others, slopes, strict=True):  # to what float32 has of its largest number
+        torch.testing.assert_close(one, other, atol=1e-5 * other.abs().max().item(), rtol=1e-3)
 
 
 def test_a_cold_start_in_parts_has_the_same_loss(any_policy, monkeypatch):

@@ -43,7 +43,8 @@ def restore(run: Run, policy: Policy, optimizer: Optimizer, values: Module | Non
         for name, value in load_file(folder / "policy.safetensors").items():
             parameters[name].copy_(value)
     policy.load_reference_state(load_file(folder / "reference.safetensors"))
-    optimizer.load_state_dict(torch.load(folder / "optimizer.pt", "cpu", weights_only=True))
+    state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+    optimizer.load_state_dict(state)
     if values is not None:
         values.load_state_dict(load_file(folder / "values" / "model.safetensors"))
     return step
