@@ -220,6 +220,7 @@ def test_findings_are_what_the_files_say():
         claim("countdown_gain_trajectory", digits=3),
         claim("countdown_gain_one_step", digits=3),
         claim("countdown_gain_ar", digits=3),
+        claim("countdown_gain_ar_style", lambda x: -x, digits=3),
         closed("kl_cured.csv", arm="recommended, 64 steps"),
         closed("kl_cured.csv", arm="MDM ar_style, 64 steps"),
         claim("kl_is_cured"),
