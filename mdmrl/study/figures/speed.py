@@ -29,6 +29,7 @@ def against_steps(facts, table: DataFrame, ratios: DataFrame, thesis: int | None
     fast.plot(table.setting, table.instances_per_second, marker="o", color=MDM)
     fast.axhline(reference.instances_per_second, color=AR)
     fast.set(yscale="log", ylabel="instances per second")
+    plots.decimals(fast.yaxis)
     said = {equal: "equally fast", thesis: "the thesis's"}
     for place, (steps, word) in enumerate(said.items()):
         if steps:
@@ -171,8 +172,8 @@ def moved(facts, table: DataFrame, speeds: DataFrame, peers: DataFrame, what: st
         axis.set_ylim(bottom=0)
         sns.despine(ax=axis)
     plots.shared_legend(drawn, against)
-    text = f"{what}, {table.seed.nunique()} seeds; speeds: {facts['machine']}"
-    drawn.suptitle(text, fontsize=8)
+    text = f"{what}; speeds: {facts['machine']}"
+    plots.title(drawn, text, table.rename(columns={"curve": "arm"}))
     return drawn
 
 
