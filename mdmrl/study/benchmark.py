@@ -6,7 +6,6 @@ Scores are pieces (`mdmrl.study.pieces`), one of a policy and a task, with a lin
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -183,18 +182,6 @@ def planning_tasks() -> dict[str, Task]:
     """Countdown, and MedCoT in as many steps as tokens, as Countdown is."""
     medcot = replace(load_task("medcot"), sampler={"max_new_tokens": 128, "steps": 128})
     return {"Countdown": load_task("countdown"), "MedCoT": medcot}
-
-
-def budgets(names: Sequence[str]) -> pd.DataFrame:
-    """Document tokens in millions that tiny models were pre-trained on, by their recipes; a policy
-    without one has none."""
-    found = []
-    for name in names:
-        folder = Path(name) if Path(name).is_dir() else resources.files("mdmrl.zoo") / name
-        path = folder / "recipe.json"
-        recipe = json.loads(path.read_text()) if path.is_file() else {}
-        found.append((name, recipe.get("task"), recipe.get("tokens", math.nan) / 1e6))
-    return pd.DataFrame(found, columns=["policy", "task", "million tokens"])
 
 
 def published() -> pd.DataFrame:

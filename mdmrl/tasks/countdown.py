@@ -123,13 +123,17 @@ def metric(completion: str, row: dict) -> bool:
     return countdown_right(completion, row["nums"], row["target"])
 
 
+def generator(numbers: int = 3) -> Generator:
+    return Generator("countdown", partial(draw, numbers=numbers))
+
+
 def task(data=None, numbers: int = 3, n_shot: int = 0) -> Task:
     """Countdown with so many `numbers` an item; for the other arguments see `items.task_of`. The
     length that it is completed with goes with the most numbers of an item."""
     most = {"max_value": LARGEST_NUMBER, "max_target": LARGEST_RESULT}
     size = {"min_numbers": numbers, "max_numbers": numbers, "min_value": 1, "min_target": 1}
     made = task_of(
-        Generator("countdown", partial(draw, numbers=numbers)),
+        generator(numbers),
         data,
         n_shot,
         read,

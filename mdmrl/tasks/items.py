@@ -44,6 +44,16 @@ class Generator:
         easier."""
         return [dict(row) for row in _rows(self, split)[:limit]]
 
+    def unseen(self, count: int) -> list[dict]:
+        """That many distinct items of any split but `pretrain`, in a fixed order: where one split
+        has too few."""
+        rng, found = random.Random(f"{self.name}/unseen"), {}
+        while len(found) < count:
+            key, row = self.draw(rng)
+            if self.split_of(key) != "pretrain":
+                found.setdefault(key, row)
+        return list(found.values())
+
     def stream(self, seed: int, start: int = 0) -> Iterator[dict]:
         """An endless supply of pre-training items; item i depends on (seed, i) alone."""
         for index in itertools.count(start):

@@ -1,11 +1,11 @@
 """Recipes of the shipped tiny models: what `mdmrl pretrain NAME` trains, beside the tokenizer.
 
 Within a task all families have the same parameters, tokenizer and stream of documents. An
-autoregressive model is at its plateau after a fraction of the tokens; `tiny-mdm-equal` is the
-masked diffusion model of MedCoT at that budget. `tiny-mdm-adapted`, which does not ship, is made of
-`tiny-ar` by `mdmrl.policies.adapt`, at a tenth of tiny-mdm's. Those of reasoning and code begin
-with the weights of their autoregressive twin, as Dream did with Qwen's: from scratch they learn too
-slowly for two cores. A start's tokens come on top of those named.
+autoregressive model is at its plateau after a fraction of the tokens; `tiny-mdm-equal` and
+`tiny-mdm-countdown-equal` are the masked diffusion models at that budget, and do not ship. Nor does
+`tiny-mdm-adapted`, made of `tiny-ar` by `mdmrl.policies.adapt`, at a tenth of tiny-mdm's. Those of
+reasoning and code begin with the weights of their autoregressive twin, as Dream did with Qwen's:
+from scratch they learn too slowly for two cores. A start's tokens come on top of those named.
 
 Of Countdown there are six pairs, one a seed: the masked diffusion model, and an autoregressive twin
 trained, decay included, just so long that its greedy accuracy on the test items is within three
@@ -117,6 +117,7 @@ RECIPES = {
     "tiny-mdm-adapted": MEDCOT.replace(
         start="tiny-ar", annealing=0.0, tokens=4.2e6, warmup_share=0.015
     ),
+    "tiny-mdm-countdown-equal": COUNTDOWN.replace(tokens=8e6),
     "tiny-ar-countdown": COUNTDOWN.replace(family="ar", tokens=8e6),
     "tiny-ar-reasoning": REASONING.replace(family="ar", tokens=8e6),
     "tiny-mdm-reasoning": REASONING.replace(start="tiny-ar-reasoning", tokens=12e6),

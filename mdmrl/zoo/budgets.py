@@ -1,0 +1,90 @@
+"""What more or fewer tokens of pre-training make of a tiny model, for rows 9 and 11 of the claims:
+scores of models that do not ship, each a piece (`mdmrl.study.pieces`) that its recipe names."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import pandas as pd
+
+from mdmrl.config import unknown
+from mdmrl.evaluation.examples import evaluate_examples
+from mdmrl.identity import known
+from mdmrl.policies import load_policy
+from mdmrl.policies.load import ZOO
+from mdmrl.sampling import SamplerConfig
+from mdmrl.study import benchmark
+from mdmrl.study.outputs import runs_folder
+from mdmrl.study.pieces import cached_table
+from mdmrl.study.quantities import at_plateau
+from mdmrl.tasks import countdown, load_task
+from mdmrl.tasks.base import Task
+from mdmrl.zoo.pretrain import pretrain_by_name
+from mdmrl.zoo.recipes import RECIPES
+
+LONGER = 4 / 3
+BATCH = 64
+
+
+def scores(
+    name: str, task: Task, rows: Sequence[dict], profile: str, tokens: float | None = None
+) -> pd.DataFrame:
+    """`benchmark.scores` of a policy by name. One that does not ship but has a recipe, or is asked
+    for with another budget of document tokens, is pre-trained first; its weights stay in `runs/`.
+    """
+    if tokens is None and (name in ZOO or name not in RECIPES):
+        return benchmark.scores(load_policy(name), task, rows, profile, BATCH)
+    if name not in RECIPES:
+        raise unknown("recipe", name, RECIPES)
+    tokens = RECIPES[name].tokens if tokens is None else tokens
+    identity = {
+        "piece": "scores of a pre-trained model",
+        "recipe": RECIPES[name].replace(tokens=tokens).to_dict(),
+        "metric": known(task.metric),
+        "sampler": task.sampler,
+        "rows": known(rows),
+    }
+
+    def compute(piece: str) -> tuple[pd.DataFrame, dict]:
+        folder = runs_folder(profile) / "pretrain" / f"{name}-{tokens:.0f}"
+        policy = load_policy(pretrain_by_name(name, folder, tokens))
+        sampler = SamplerConfig.from_dict(task.sampler_for(policy))
+        looked = evaluate_examples(policy, task, rows, sampler, batch_size=BATCH, progress=True)
+        return looked.examples[["index", "score"]], {}
+
+    return cached_table(profile, f"{name}-{tokens:.0f}-{task.name}", identity, compute)
+
+
+def longer(names: Sequence[str], items: int, profile: str) -> pd.DataFrame:
+    """Whether tiny models of Countdown are at their plateau (`quantities.at_plateau`): each beside
+    one that saw 4/3 of its document tokens, decay included, on the same items, which neither saw.
+
+    Columns `policy`, `tokens`, the right answers `right` and `right_longer` in percent, `change`
+    with Tango's interval `low`, `high` in points, `n` and `at_plateau`.
+    """
+    task, rows, found = load_task("countdown"), countdown.generator().unseen(items), []
+    for name in names:
+        tokens = RECIPES[name].tokens
+        own = scores(name, task, rows, profile)
+        more = scores(name, task, rows, profile, float(round(LONGER * tokens)))
+        both = pd.concat([own.assign(row=name, column="own"), more.assign(row=name, column="more")])
+        (line,) = benchmark.contrasts(both, [("more", "own")]).itertuples()
+        right = own.score.sum(), more.score.sum()
+        shares = [100 * count / len(rows) for count in right]
+        change = line.change, line.low, line.high
+        found.append((name, tokens, *shares, *change, len(rows), at_plateau(*right, len(rows))))
+    names = ["policy", "tokens", "right", "right_longer", "change", "low", "high", "n"]
+    return pd.DataFrame(found, columns=[*names, "at_plateau"])
+
+
+def tokens(names: Sequence[str]) -> pd.DataFrame:
+    """Document tokens in millions that tiny models are pre-trained on, by their recipes; a policy
+    without one has none. Columns `policy`, `task`, `million tokens`."""
+    found = [
+        (name, RECIPES[name].task, RECIPES[name].tokens / 1e6)
+        if name in RECIPES
+        else (name, None, math.nan)
+        for name in names
+    ]
+    return pd.DataFrame(found, columns=["policy", "task", "million tokens"])
