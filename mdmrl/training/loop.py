@@ -151,7 +151,7 @@ def train(
     accelerator, last = optimizer.accelerator, config.max_steps
     kept = run, policy, optimizer.adamw, values
     with policy.lock:
-        first = saved = restore(*kept)
+        first = saved = restore(*kept, last)
     if first == last and run.complete(last):
         return
     accelerator.wait_for_everyone()  # before the log that `complete` reads is cut
