@@ -24,6 +24,7 @@ from mdmrl import (
 )
 from mdmrl.config import InputError
 from mdmrl.rewards.protocol import check_rewards, reward_values
+from mdmrl.rl.kl import kl_form
 from mdmrl.rl.rejection import RFTConfig
 from mdmrl.sampling import SamplerConfig
 from mdmrl.sampling.guidance import GuideConfig
@@ -221,3 +222,10 @@ def test_what_a_reward_returns_is_a_list_of_numbers_or_refused():
     for weights in ([1], [1, None], [1, "2"], [1, NAN], [1, 10**400], 3, "ab", [True, 1]):
         with pytest.raises(InputError, match="reward_weights="):
             check_rewards([parity, len], weights)
+
+
+@pytest.mark.parametrize("own", [len, torch.mean, lambda d: d[:, :1], lambda d: None])
+def test_a_kl_of_ones_own_has_a_value_for_each_token(own):
+    with pytest.raises(InputError, match=r"kl_estimator=.* gives .*expected a tensor, \(2, 3\)"):
+        kl_form(own)(torch.ones(2, 3))
+    assert kl_form(torch.square)(torch.ones(2, 3)).shape == (2, 3)
