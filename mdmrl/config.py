@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import importlib
 import importlib.util
 import os
@@ -12,6 +13,7 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
+from decimal import Decimal
 from pathlib import Path
 
 
@@ -88,7 +90,7 @@ class Config:
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        hints = typing.get_type_hints(type(self))
+        hints = _hints(type(self))
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             setattr(self, field.name, _coerce(field.name, value, hints[field.name]))
@@ -99,7 +101,8 @@ class Config:
 
     @classmethod
     def from_dict(cls, values: Mapping):
-        return cls(**values)
+        require(isinstance(values, Mapping), f"{values!r:.80}: expected settings by name")
+        return cls(**{str(name): value for name, value in values.items()})
 
     def to_dict(self) -> dict:
         return dataclasses.asdict(self)
@@ -113,6 +116,11 @@ class Config:
         return dataclasses.replace(self, **changes)
 
 
+@functools.cache
+def _hints(made: type) -> dict:
+    return typing.get_type_hints(made)
+
+
 def _default(field: dataclasses.Field):
     made = field.default_factory
     return field.default if made is dataclasses.MISSING else made()
@@ -121,6 +129,8 @@ def _default(field: dataclasses.Field):
 def _coerce(name: str, value, declared):
     """`value` as the `declared` type: bool, int, float, str, a list, a dict, or a union of one of
     them, or of a list and one of them, with None, with `Callable`, or with both."""
+    if getattr(value, "ndim", None) == 0:  # numpy's and torch's
+        value = value.item()
     if isinstance(declared, types.UnionType):
         kinds = typing.get_args(declared)
         if value is None and types.NoneType in kinds:
@@ -134,7 +144,8 @@ def _coerce(name: str, value, declared):
         lists = [kind for kind in kinds if typing.get_origin(kind) is list]
         declared = lists[0] if lists and isinstance(value, list | tuple) else kinds[0]
     origin = typing.get_origin(declared) or declared
-    mistake = InputError(f"{name}={value!r}: expected {getattr(declared, '__name__', declared)}")
+    wanted = getattr(declared, "__name__", declared)
+    mistake = InputError(f"{name}={value!r:.200}: expected {wanted}")
     text = str(value).lower()
     match value:
         case _ if origin is list and isinstance(value, Iterable) and not isinstance(value, str):
@@ -144,16 +155,16 @@ def _coerce(name: str, value, declared):
             return dict(value)
         case str() | os.PathLike() if origin is str:
             return os.fspath(value)
-        case _ if origin is bool and text in ("true", "false"):
+        case bool() | str() if origin is bool and text in ("true", "false"):
             return text == "true"
         case bool() if origin in (int, float):
             raise mistake
-        case _ if origin in (int, float):
+        case int() | float() | str() if origin in (int, float):
             try:
                 number = float(value)
-            except (TypeError, ValueError):
+            except (ValueError, OverflowError):
                 raise mistake from None
-            if origin is int and not number.is_integer():
-                raise mistake
-            return int(value) if origin is int and not isinstance(value, str) else origin(number)
+            if origin is int and not (number.is_integer() and abs(number) < 2**63):
+                raise mistake  # libraries have no larger ones
+            return int(Decimal(value)) if origin is int else number  # large ones are no floats
     raise mistake

@@ -487,3 +487,11 @@ def test_each_of_two_processes_stays_on_its_own_card(mdm, tmp_path):
     assert done.returncode == 0, done.stderr
     found = [line for line in done.stdout.splitlines() if line.startswith("weights")]
     assert len(found) == 6 and len(set(found)) == 3
+
+
+@pytest.mark.parametrize("way", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])
+def test_weights_are_not_shared_out_in_silence(ar, monkeypatch, way):
+    """What `accelerate launch --use_fsdp` and its like set."""
+    monkeypatch.setenv(f"ACCELERATE_USE_{way}", "True")
+    with pytest.raises(InputError, match=rf"{way}: each process holds all weights.*add_lora"):
+        accelerator_for(ar)

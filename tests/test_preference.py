@@ -157,7 +157,7 @@ def assert_same(whole, again, folder):
 @pytest.mark.parametrize(
     ("rows", "changes", "message"),
     [
-        ([], {}, "no pairs given"),
+        ([], {}, "no training rows"),
         ([{"prompt": "x", "chosen": "y"}], {}, "row 1 has the fields prompt, chosen: expected"),
         ([HELD_OUT[0]], {}, "the held-out prompt 'A bird.' is among the training rows"),
         ([ROWS[0] | {"rejected": "1 " * 20}], {}, "row 1, completion .*expected at most"),

@@ -446,7 +446,7 @@ def test_filters_follow_the_temperature_and_count_in_the_probability():
         ({"entropy_bound": 0.1, "revise": 1, "steps": None}, "revise=1"),
         ({"entropy_bound": 0.1, "threshold": 0.9, "steps": None}, "expected only one of them"),
         ({"entropy_bound": -0.1, "steps": None}, "entropy_bound=-0.1"),
-        ({"entropy_bound": "inf", "steps": None}, "entropy_bound=inf: .*and finite"),
+        ({"entropy_bound": "inf", "steps": None}, "entropy_bound=inf: .*at most"),
         ({"threshold": 0.9, "steps": None, "remasking": "margin"}, "a threshold is a probability"),
         ({"top_p": 0.0}, r"top_p=0.0: expected \(0, 1\]"),
         ({"top_k": 0}, "top_k=0"),

@@ -9,7 +9,7 @@ from mdmrl.policies.families import (
 from mdmrl.policies.load import load_policy, load_tokenizer
 from mdmrl.policies.lora import add_lora, merge_lora
 from mdmrl.policies.network import no_progress_bars
-from mdmrl.policies.text import Prompt, Prompts, as_messages, require_texts
+from mdmrl.policies.text import Prompt, Prompts, as_messages, require_conversation, require_texts
 
 __all__ = [
     "AutoregressivePolicy",
@@ -24,5 +24,6 @@ __all__ = [
     "load_tokenizer",
     "merge_lora",
     "no_progress_bars",
+    "require_conversation",
     "require_texts",
 ]

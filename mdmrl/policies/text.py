@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +25,27 @@ def require_texts(texts: Sequence, what: str) -> None:
     """Refuse no texts at all, and a string: that is a sequence too, of one text a character."""
     require(not isinstance(texts, str), f"{texts!r} is one string: expected a list of them")
     require(len(texts) > 0, f"no {what} given: expected at least one")
+
+
+def require_conversation(given, what: str) -> None:
+    """Refuse what is neither a text nor a list of messages, and text that is no Unicode."""
+    messages = as_messages(given, "user")
+    require(
+        isinstance(messages, list) and len(messages) > 0 and all(map(_is_message, messages)),
+        f"{what} is {given!r:.80}: expected a text, or a list of messages like "
+        '{"role": "user", "content": "..."}',
+    )
+    for text in _written(messages):
+        whole = text.encode(errors="ignore").decode() == text
+        require(whole, f"{what} has half a character, a lone surrogate: {text!r:.80}; take it out")
+
+
+def _is_message(given) -> bool:
+    if not isinstance(given, Mapping) or not isinstance(given.get("role"), str):
+        return False
+    content = given.get("content")
+    parts = content if isinstance(content, list) else ()
+    return isinstance(content, str | list) and all(isinstance(part, Mapping) for part in parts)
 
 
 def _written(prompt: Prompt) -> Iterator[str]:
@@ -79,8 +100,12 @@ class Text:
                 the mask or an end token, has no tokens or leaves no room for `max_new_tokens`.
         """
         require_texts(prompts, "prompts")
-        self._refuse_reserved_tokens(prompts)
         plain = self.tokenizer.chat_template is None
+        for number, prompt in enumerate(prompts):
+            require_conversation(prompt, f"prompt {number}")
+            empty = not plain and not any(_written(prompt))
+            require(not empty, f"prompt {number} is empty: {prompt!r:.80}")
+        self._refuse_reserved_tokens(prompts)
         require(
             not plain or all(isinstance(p, str) for p in prompts),
             "the tokenizer has no chat template for lists of messages: set "

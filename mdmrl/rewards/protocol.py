@@ -9,10 +9,12 @@ from __future__ import annotations
 import asyncio
 import inspect
 import math
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from numbers import Real
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
@@ -113,7 +115,8 @@ def check_rewards(
     names = [reward_name(reward) for reward in rewards]
     twice = {name for name in names if names.count(name) > 1}
     require(not twice, f"two rewards share a name: {', '.join(twice)}; set one's __name__")
-    fit = weights is None or (len(weights) == len(names) and all(map(math.isfinite, weights)))
+    listed = isinstance(weights, Sequence) and len(weights) == len(names)
+    fit = weights is None or (listed and all(map(_is_number, weights)))
     require(fit, f"reward_weights={weights}: expected a number for each of {', '.join(names)}")
     given = (*GIVEN, *_columns(rows))
     for name, reward in zip(names, rewards if rows else (), strict=False):
@@ -154,6 +157,8 @@ def reward_name(reward: Callable) -> str:
 def _columns(rows: Sequence[Mapping]) -> list[str]:
     """The columns of the rows that rewards get."""
     names = dict.fromkeys(name for row in rows for name in row)
+    for name in names:
+        require(isinstance(name, str), f"column {name!r}: expected a name")
     for name in names.keys() & GIVEN:
         raise InputError(f"column {name!r}: rewards get something else by this name; rename it")
     return [name for name in names if name not in NOT_GIVEN]
@@ -169,11 +174,16 @@ def _checked(name: str, found, count: int) -> list[float]:
     for index, value in enumerate(found):
         scalar = getattr(value, "ndim", None) == 0  # numpy's and torch's
         number = math.nan if value is None else value.item() if scalar else value
-        fit = isinstance(number, int | float) and not isinstance(number, bool)
         said = f"{value!r} ({type(value).__name__}) for completion {index}"
         require(
-            value is None or (fit and math.isfinite(number)),
+            value is None or _is_number(number),
             f"reward {name!r} returned {said}: expected a finite number, or None to abstain",
         )
         values.append(float(number))
     return values
+
+
+def _is_number(value) -> bool:
+    """Whether it is a finite number that a float can hold."""
+    real = isinstance(value, Real) and not isinstance(value, bool)
+    return real and abs(value) <= sys.float_info.max

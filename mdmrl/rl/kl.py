@@ -16,6 +16,8 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from mdmrl.config import require
+
 
 def k3(d: Tensor) -> Tensor:
     return (-d).exp() + d - 1
@@ -31,5 +33,15 @@ KL_ESTIMATORS = {
 
 
 def kl_form(named: str | Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """The form of that name, or a function of d of one's own, (B, L) to (B, L)."""
-    return named if callable(named) else KL_ESTIMATORS[named]
+    """The form of that name, or a function of d of one's own, (B, L) to (B, L); an InputError
+    where that gives anything else."""
+    if not callable(named):
+        return KL_ESTIMATORS[named]
+
+    def own(d: Tensor) -> Tensor:
+        found, wanted = named(d), tuple(d.shape)
+        said = getattr(found, "shape", f"{found!r:.80}")
+        require(said == wanted, f"kl_estimator={named} gives {said}: expected a tensor, {wanted}")
+        return found
+
+    return own

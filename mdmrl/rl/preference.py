@@ -36,9 +36,9 @@ from mdmrl.rl.rollout import Rollout
 from mdmrl.runs import generator_for
 from mdmrl.sampling import SamplerConfig
 from mdmrl.training.config import TrainingConfig
-from mdmrl.training.data import refuse_learnt, rows_of_step
+from mdmrl.training.data import listed, refuse_learnt, rows_of_step
 from mdmrl.training.loop import Metrics, Optimizer, accelerator_for, open_run, train
-from mdmrl.training.supervised import Pair, collate, encode_pairs
+from mdmrl.training.supervised import Pair, collate, encode_pairs, require_fields
 
 ALGORITHM = "dpo-1"  # part of a run's identity: raise it when results change
 
@@ -105,8 +105,7 @@ def train_dpo(
         f"logp_estimator={config.logp_estimator!r} scores the steps in which a text was drawn, and "
         "pairs have none: expected another, such as 'elbo-8'",
     )
-    rows, eval_rows = list(rows), list(eval_rows)
-    require(len(rows) > 0, "no pairs given: expected at least one")
+    rows, eval_rows = listed(rows), listed(eval_rows, "eval_rows")
     length = config.max_completion_length
     pairs = encode_preferences(policy, rows, length)
     judged = [row for row in eval_rows if "chosen" in row]
@@ -151,9 +150,7 @@ def train_dpo(
 
 def encode_preferences(policy: Policy, rows: Sequence[dict], length: int) -> list[tuple]:
     """Token ids of the chosen and of the rejected text of each row; see `encode_pairs`."""
-    for number, row in enumerate(rows, start=1):
-        held, fit = ", ".join(row), {"prompt", "chosen", "rejected"} <= row.keys()
-        require(fit, f"row {number} has the fields {held}: expected prompt, chosen and rejected")
+    require_fields(rows, "prompt", "chosen", "rejected")
     sides = (
         encode_pairs(policy, [row | {"completion": row[side]} for row in rows], length)
         for side in ("chosen", "rejected")

@@ -61,6 +61,8 @@ class RFTConfig(SFTConfig):
 
     def validate(self) -> None:
         super().validate()
+        threshold = self.reward_threshold
+        require(threshold == threshold, f"reward_threshold={threshold}: expected a number")
         require(
             not self.online or self.batch % self.num_generations == 0,
             f"num_generations={self.num_generations}, per_device_train_batch_size x "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
@@ -14,13 +13,16 @@ CACHES = ("prefix", "dual")
 FOR_EVERY_FAMILY = ("max_new_tokens", "temperature", "top_k", "top_p")
 
 
+LARGEST = 1e30  # beyond it, and below its inverse, float32 soon has no numbers
+
+
 def require_at_least(config: Config, **lowest: float) -> None:
-    """Refuse settings that are given and infinite or below their lowest value."""
+    """Refuse settings that are given and below their lowest value, or that float32 cannot bear."""
     for name, least in lowest.items():
         value = getattr(config, name)
-        holds = value is None or least <= value < math.inf
-        finite = ", and finite" if value == math.inf else ""
-        require(holds, f"{name}={value}: expected at least {least}{finite}")
+        holds = value is None or least <= value <= LARGEST
+        require(holds, f"{name}={value}: expected at least {least}, and at most {LARGEST:.0e}")
+        require(not value or value >= 1 / LARGEST, f"{name}={value}: expected 0 or 1e-30 and more")
 
 
 @dataclass
@@ -93,7 +95,8 @@ class SamplerConfig(Config):
         require_at_least(self, cfg_scale=0, revise=0, order_temperature=0, entropy_bound=0)
         for name in ("top_p", "threshold"):
             value = getattr(self, name)
-            require(value is None or 0 < value <= 1, f"{name}={value}: expected (0, 1]")
+            fit = value is None or 1 / LARGEST <= value <= 1
+            require(fit, f"{name}={value}: expected (0, 1], and at least 1e-30")
         require(
             block is None or (block >= 1 and length % block == 0),
             f"block_length={block}: expected a divisor of max_new_tokens={length}",

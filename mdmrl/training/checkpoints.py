@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
+from collections import defaultdict
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.nn import Module
 from torch.optim import Optimizer
 
 from mdmrl.policies import Policy
-from mdmrl.runs import Run
+from mdmrl.runs import Run, RunFolderError
+
+OPTIMIZER = "optimizer.safetensors"
 
 
 def save(run: Run, policy: Policy, optimizer: Optimizer, values: Module | None, step: int) -> None:
@@ -24,7 +29,7 @@ def save(run: Run, policy: Policy, optimizer: Optimizer, values: Module | None, 
         trained = {n: p.detach().contiguous() for n, p in policy.trainable_parameters().items()}
         save_file(trained, folder / "policy.safetensors")
         save_file(policy.reference_state(), folder / "reference.safetensors")
-        torch.save(optimizer.state_dict(), folder / "optimizer.pt")
+        save_optimizer(optimizer, folder / OPTIMIZER)
         policy.save_pretrained(folder / "pretrained")
         if values is not None:
             values.save_pretrained(folder / "values")
@@ -32,8 +37,11 @@ def save(run: Run, policy: Policy, optimizer: Optimizer, values: Module | None, 
     run.save_checkpoint(step, write)
 
 
-def restore(run: Run, policy: Policy, optimizer: Optimizer, values: Module | None) -> int:
-    """Load the newest whole checkpoint if there is one; returns the step it was taken at."""
+def restore(
+    run: Run, policy: Policy, optimizer: Optimizer, values: Module | None, last: int
+) -> int:
+    """Load the newest whole checkpoint if there is one, of the `last` step without its optimizer;
+    returns the step it was taken at."""
     latest = run.latest_checkpoint()
     if latest is None:
         return 0
@@ -43,8 +51,31 @@ def restore(run: Run, policy: Policy, optimizer: Optimizer, values: Module | Non
         for name, value in load_file(folder / "policy.safetensors").items():
             parameters[name].copy_(value)
     policy.load_reference_state(load_file(folder / "reference.safetensors"))
-    state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
-    optimizer.load_state_dict(state)
+    if step < last:
+        load_optimizer(optimizer, folder / OPTIMIZER)
     if values is not None:
         values.load_state_dict(load_file(folder / "values" / "model.safetensors"))
     return step
+
+
+def save_optimizer(optimizer: Optimizer, path: Path) -> None:
+    """Write the state of an optimizer, tensors, and in their header its settings as JSON."""
+    held = optimizer.state_dict()
+    tensors = {f"{i} {name}": x for i, state in held["state"].items() for name, x in state.items()}
+    save_file(tensors, path, {"param_groups": json.dumps(held["param_groups"])})
+
+
+def load_optimizer(optimizer: Optimizer, path: Path) -> None:
+    """Restore what `save_optimizer` wrote; a RunFolderError for a checkpoint without it."""
+    if not path.exists():
+        raise RunFolderError(
+            f"{path.parent} has no {path.name}: an older version wrote it, whose pickles are not "
+            f"read; go on with that version, or delete {path.parent.parent} to start again"
+        )
+    state: dict[int, dict] = defaultdict(dict)
+    with safe_open(path, "pt") as file:
+        groups = json.loads(file.metadata()["param_groups"])
+        for name in file.keys():  # noqa: SIM118 (it is no dict)
+            number, _, part = name.partition(" ")
+            state[int(number)][part] = file.get_tensor(name)
+    optimizer.load_state_dict({"state": dict(state), "param_groups": groups})

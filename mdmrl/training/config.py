@@ -12,6 +12,7 @@ from typing import ClassVar
 from mdmrl.config import Config, require, unknown
 from mdmrl.policies import Policy
 from mdmrl.sampling import SamplerConfig
+from mdmrl.sampling.config import LARGEST
 from mdmrl.tasks import Task
 
 TRACKERS = ("none", "trackio", "wandb")
@@ -74,12 +75,14 @@ class TrainingConfig(Config):
         super().__post_init__()
 
     def validate(self) -> None:
+        folder = self.output_dir
+        require(folder.isprintable() and folder != "", f"output_dir={folder!r}: expected a folder")
         for name in self.COUNTS:
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)}: expected at least 1")
         for name in self.POSITIVE:
             value = getattr(self, name)
-            fit = value is None or 0 < value < math.inf
-            require(fit, f"{name}={value}: expected a positive number")
+            fit = value is None or 1 / LARGEST <= value <= LARGEST
+            require(fit, f"{name}={value}: expected a positive number, from 1e-30 to 1e30")
         for name, known in self.NAMED.items():
             value = getattr(self, name)
             if not callable(value) and value not in known:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 
 import torch
@@ -14,6 +14,17 @@ from mdmrl.rewards import complete_rows
 from mdmrl.runs import generator_for
 
 
+def listed(rows: Iterable[dict], name: str = "rows") -> list[dict]:
+    """Rows in a list; an InputError for what are none, and for no training rows."""
+    fit = isinstance(rows, Iterable) and not isinstance(rows, str | Mapping)
+    require(fit, f"{name}={rows!r:.80}: expected a list of dicts")
+    rows = list(rows)
+    require(len(rows) > 0 or name != "rows", "no training rows given: expected at least one")
+    for number, row in enumerate(rows, start=1):
+        require(isinstance(row, Mapping), f"{name}: row {number} is {row!r:.80}: expected a dict")
+    return rows
+
+
 def checked_rows(
     policy: Policy, rows: Sequence[dict], eval_rows: Sequence[dict], max_completion_length: int
 ) -> tuple[Sequence[dict], Sequence[dict]]:
@@ -23,7 +34,7 @@ def checked_rows(
         InputError: no training rows, columns that rewards cannot have, or a prompt that leaves no
             room for `max_completion_length` tokens.
     """
-    require(len(rows) > 0, "no training rows given: expected at least one")
+    rows, eval_rows = listed(rows), listed(eval_rows, "eval_rows")
     complete = complete_rows([*rows, *eval_rows])
     policy.token_lists([row["prompt"] for row in complete], max_completion_length)
     return complete[: len(rows)], complete[len(rows) :]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import math
+import os
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -28,13 +29,26 @@ from mdmrl.training.config import TrainingConfig
 from mdmrl.training.tracking import reporting
 
 MAX_SKIPPED = 5
+SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
 TURN = 1e-3  # seconds between updates, in which a thread that waits for the policy gets it
 Metrics = dict[str, float | None]
 
 
 def accelerator_for(policy: Policy) -> Accelerator:
     """Accelerate's view of the processes that train, each `policy` being on its own device, which
-    it can be told once in a process."""
+    it can be told once in a process.
+
+    Raises:
+        InputError: weights are to be shared out. A process that gathers them for each pass waits
+            for the others, and here they make different numbers of passes: they draw, and score
+            the steps of, texts of their own.
+    """
+    for way in SHARDED:
+        require(
+            os.environ.get(f"ACCELERATE_USE_{way}", "").lower() != "true",
+            f"accelerate is to use {way}: each process holds all weights here; launch without it, "
+            "and train an adapter (add_lora, --lora-r) where a card cannot hold the optimizer",
+        )
     return Accelerator(cpu=policy.device.type == "cpu" and not is_initialized())
 
 
@@ -151,7 +165,7 @@ def train(
     accelerator, last = optimizer.accelerator, config.max_steps
     kept = run, policy, optimizer.adamw, values
     with policy.lock:
-        first = saved = restore(*kept)
+        first = saved = restore(*kept, last)
     if first == last and run.complete(last):
         return
     accelerator.wait_for_everyone()  # before the log that `complete` reads is cut

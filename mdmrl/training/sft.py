@@ -16,12 +16,12 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from mdmrl.config import require, resolve
+from mdmrl.config import resolve
 from mdmrl.evaluation.accuracy import evaluate
 from mdmrl.policies import Policy, merge_lora
 from mdmrl.runs import derived_seed, generator_for, kept_random_state
 from mdmrl.training.config import SFTConfig
-from mdmrl.training.data import refuse_learnt, rows_of_step
+from mdmrl.training.data import listed, refuse_learnt, rows_of_step
 from mdmrl.training.loop import Metrics, Optimizer, accelerator_for, open_run, train
 from mdmrl.training.supervised import Pair, collate, encode_pairs
 
@@ -58,8 +58,7 @@ def train_sft(
     """
     accelerator = accelerator_for(policy)
     rank, processes = accelerator.process_index, accelerator.num_processes
-    rows, eval_rows = list(rows), list(eval_rows)
-    require(len(rows) > 0, "no training rows given: expected at least one")
+    rows, eval_rows = listed(rows), listed(eval_rows, "eval_rows")
     pairs, held_out_pairs = (
         encode_pairs(policy, part, config.max_completion_length) for part in (rows, eval_rows)
     )

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 
 from mdmrl.config import require
 from mdmrl.diffusion import linear_elbo_loss, mask_tokens, sample_times
-from mdmrl.policies import BlockDiffusionPolicy, Policy, as_messages
+from mdmrl.policies import BlockDiffusionPolicy, Policy, as_messages, require_conversation
 from mdmrl.policies.patterns import hidden_beside
 
 Pair = tuple[list[int], list[int]]
@@ -64,9 +64,7 @@ def encode_pairs(policy: Policy, rows: Sequence[dict], max_completion_length: in
             completion, or a completion that exceeds `max_completion_length` or, with its prompt
             (and what fills the canvas), the context. Nothing is cut.
     """
-    for number, row in enumerate(rows, start=1):
-        fit, held = "prompt" in row and "completion" in row, ", ".join(row) or "none"
-        require(fit, f"row {number} has the fields {held}: expected prompt and completion")
+    require_fields(rows, "prompt", "completion")
     if not rows:
         return []
     own = policy.block_length
@@ -103,6 +101,16 @@ def encode_pairs(policy: Policy, rows: Sequence[dict], max_completion_length: in
         )
         pairs.append((prompt, completion))
     return pairs
+
+
+def require_fields(rows: Sequence[dict], *names: str) -> None:
+    """Refuse rows without these fields, which are conversations."""
+    for number, row in enumerate(rows, start=1):
+        held = ", ".join(map(str, row)) or "none"
+        wanted = f"expected {', '.join(names[:-1])} and {names[-1]}"
+        require({*names} <= row.keys(), f"row {number} has the fields {held}: {wanted}")
+        for name in names:
+            require_conversation(row[name], f"row {number}, {name},")
 
 
 def _completion_texts(policy: Policy, rows: Sequence[dict]) -> list[str]:

@@ -40,6 +40,7 @@ from mdmrl.runs import (
     write_atomically,
 )
 from mdmrl.tasks import load_task
+from mdmrl.training.checkpoints import load_optimizer, save_optimizer
 from mdmrl.training.supervised import Batch, collate, encode_pairs
 from mdmrl.zoo import tokenizer_corpus
 from mdmrl.zoo.recipes import RECIPES, TOKENIZERS, VOCABULARY, PretrainConfig
@@ -165,16 +166,16 @@ def pretrain(config: PretrainConfig, tokenizer, stream, folder: str | Path) -> P
     if latest := run.latest_checkpoint():
         step, checkpoint = latest
         policy.model.load_state_dict(load_file(checkpoint / "model.safetensors"))
-        state = torch.load(checkpoint / "state.pt")
-        for optim, held in zip(optims, state["optimizers"], strict=True):
-            optim.load_state_dict(held)
-        seen = state["seen"]
+        for number, optim in enumerate(optims):
+            load_optimizer(optim, checkpoint / f"optimizer-{number}.safetensors")
+        seen = json.loads((checkpoint / "seen.json").read_text())
     run.rewind(step + 1)
 
     def write(checkpoint: Path) -> None:
         save_file(policy.model.state_dict(), checkpoint / "model.safetensors")
-        state = {"optimizers": [optim.state_dict() for optim in optims], "seen": seen}
-        torch.save(state, checkpoint / "state.pt")
+        for number, optim in enumerate(optims):
+            save_optimizer(optim, checkpoint / f"optimizer-{number}.safetensors")
+        (checkpoint / "seen.json").write_text(json.dumps(seen))
 
     autocast = config.bf16 and native_bfloat16()
     policy.model.train()

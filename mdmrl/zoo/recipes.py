@@ -15,12 +15,14 @@ pair's at its plateau.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from importlib import resources
 
 from mdmrl.config import Config, require, unknown
 from mdmrl.policies import load_tokenizer
 from mdmrl.policies.families import FAMILIES
+from mdmrl.sampling.config import require_at_least
 from mdmrl.zoo.tokenizer_training import train_tokenizer
 
 VOCABULARY = 4096
@@ -37,6 +39,10 @@ def byte_tokenizer():
     return train_tokenizer((), BYTES)
 
 
+COUNTS = ("hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads")
+COUNTS += ("max_position_embeddings", "canvas", "block_length", "batch_size")
+COUNTS += ("logging_steps", "save_steps")
+ATTENTION = ("sdpa", "eager")
 TOKENIZERS = {"words": shipped_tokenizer, "bytes": byte_tokenizer}
 
 
@@ -79,9 +85,22 @@ class PretrainConfig(Config):
             f"annealing={self.annealing} with family={self.family!r}, start={self.start!r}: "
             "expected 'mdm' and an autoregressive start to adapt",
         )
-        require(self.tokens > 0, f"tokens={self.tokens}: expected a positive budget")
+        require_at_least(self, **dict.fromkeys(COUNTS, 1))
+        for name in ("tokens", "learning_rate", "muon_learning_rate", "max_grad_norm"):
+            value = getattr(self, name)
+            require(0 < value < math.inf, f"{name}={value}: expected a positive number")
+        warmup, decay, heads = self.warmup_share, self.decay_share, self.num_attention_heads
+        require(0 <= warmup < 1, f"warmup_share={warmup}: expected [0, 1)")
+        require(0 < decay <= 1, f"decay_share={decay}: expected (0, 1]")
         require(
-            self.block_length >= 1 and self.canvas % self.block_length == 0,
+            self.hidden_size % (2 * heads) == 0,
+            f"hidden_size={self.hidden_size}: expected a multiple of twice the "
+            f"num_attention_heads={heads}",
+        )
+        if self.attn_implementation not in ATTENTION:
+            raise unknown("attn_implementation", self.attn_implementation, ATTENTION)
+        require(
+            self.canvas % self.block_length == 0,
             f"block_length={self.block_length}: expected a divisor of canvas={self.canvas}",
         )
 
