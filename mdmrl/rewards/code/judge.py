@@ -141,8 +141,14 @@ def check_tests(sources: Sequence[str], index: int = 0) -> tuple[str, ...]:
 
 @lru_cache(4096)
 def _wanted(tests: tuple[str, ...]) -> dict:
-    """What tests want of a program, and as `read` what is read of them themselves."""
-    return {**syntax.wanted(tests), "read": syntax.inspected("\n".join(tests))}
+    """What tests want of a program, as `read` what is read of them themselves, and as `loaded` the
+    sources to run, each with the test that it is of."""
+    wanted = {**syntax.wanted(tests), "read": syntax.inspected("\n".join(tests))}
+    theirs = {*wanted["names"]} - {*wanted["bound"]}
+    loaded = [(syntax.guarded(test, theirs), test) for test in tests]
+    before = [f"import {name}" for name in wanted["modules"]]
+    before += [syntax.GUARD] * any(source != test for source, test in loaded)
+    return {**wanted, "loaded": [*((source, "") for source in before), *loaded]}
 
 
 class _Batch:
@@ -206,9 +212,9 @@ class _Batch:
                 said = f"defines none of {', '.join(asked)}, which the tests ask for"
                 return Ended("runtime", said)
             with beside("tests") as asserts:  # which come into being only now
-                sources = (*(f"import {name}" for name in wanted["modules"]), *tests)
                 first = _line("bind", wanted["classes"], asked, wanted["bound"], given, heap)
-                for line, test in ((first, ""), *((_line("load", test), test) for test in sources)):
+                lines = [(_line("load", source), test) for source, test in wanted["loaded"]]
+                for line, test in ((first, ""), *lines):
                     line = _fit(asserts(line, deadline))
                     while not line.startswith(('["loaded"', '["failed"')):
                         line = _fit(program(line, deadline), made_up=monty not in place)
