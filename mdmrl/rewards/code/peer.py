@@ -194,8 +194,7 @@ def unpack(heap):
     for number in forgotten:
         leave(number)
     for name, value in names:
-        # What this end has set since is its own.
-        if name in counts["bound"] and namespace.get(name) is heard.get(name):
+        if name in counts["bound"] and namespace.get(name) is heard.get(name):  # not set here
             namespace[name] = heard[name] = decode(value)
 
 

@@ -160,8 +160,9 @@ def wanted(tests: tuple[str, ...]) -> dict:
     """What tests want of a program, by kind: the `names` they may ask it for (what they define
     themselves, `bound`, and not in a function for itself, stays theirs); the `modules` of Python's
     that they take for imported, as in `math.isclose(f(2), 1.4)`; names that Python has `built_in`,
-    the program's only where tests ask for no others; those they use as `classes`; the variables
-    they set, `resets`; the classes they define, `given`; and whether they have any assert.
+    the program's only where tests ask for no others, each with those in its calls; those they use
+    as `classes`; the variables they set, `resets`; the classes they define, `given`; and whether
+    they have any assert.
 
     Raises:
         SyntaxError: tests that are no Python.
@@ -186,6 +187,11 @@ def wanted(tests: tuple[str, ...]) -> dict:
         and all(hasattr(__import__(name), attribute) for attribute in asked[name])
     }
     own, built_in = {*loaded} - modules, {*dir(builtins)}
+    others = own - built_in - _given(nodes) - {x.arg for x in nodes if isinstance(x, ast.arg)}
+    around = {name: set() for name in own & built_in - bound if not others}
+    for node in nodes:
+        if isinstance(node, ast.Call) and _called(node) in around:
+            around[_called(node)] |= _names(node) & {*around} - {_called(node)}
     targets = [x for line in lines if isinstance(line, ast.Assign) for x in line.targets]
     outside, found = [*lines], [node.names for node in nodes if isinstance(node, ast.Global)]
     for node in outside:  # which grows meanwhile
@@ -193,7 +199,7 @@ def wanted(tests: tuple[str, ...]) -> dict:
     return {
         "names": sorted(own - built_in),
         "modules": sorted(modules),
-        "built_in": sorted(own & built_in - bound) * (not own - built_in - bound),
+        "built_in": around,
         "bound": sorted(_given(outside).union(*found)),
         "classes": _used_as_classes(nodes),
         "resets": {x.id for x in targets if isinstance(x, ast.Name)},
