@@ -285,8 +285,12 @@ def test_extraction():
         f"```\ndef g(x):\n    pass\n```\nBetter:\n```\n{whole}",
         [{"role": "assistant", "content": f"```python\n{whole}\n```"}],
         f"  ```python\n{whole}\n  ```",
+        f"~~~PYTHON\n{whole}\n~~~\nIt doubles.",
+        f"<think>As in ```python\nf(2)\n```\n</think>\n```python\n{whole}\n```",
+        f"```\n```python\n{whole}\n```\n```",
     ):
         assert extract_code(text).strip() == whole
+    assert extract_code("```def f(x): return 2 * x```") == "def f(x): return 2 * x"
     assert extract_code(whole, prompt) == f"import math\n\n\n{whole}"
     for body in ("    y = 2 * x\n    return y", "y = 2 * x\n    return y", "y = 2 * x\nreturn y"):
         assert extract_code(body, prompt) == f"{prompt}    y = 2 * x\n    return y"

@@ -10,6 +10,7 @@ from itertools import islice
 from mdmrl.rewards.text import completion_text
 
 _FENCE = re.compile(r"^[ \t]*(`{3,}|~{3,})[ \t]*([\w.+-]*)(.*)$", re.M)
+_PYTHON = ("py", "ipython")
 _QUOTES = re.compile(r"\"{3}|'{3}")
 _DEFINES = re.compile(r"^(?:async\s+def|def|class)\s+(\w+)|^(\w+)\s*=\s*lambda\b", re.M)
 _GIVES = r"^(?:(?:async\s+def|def|class)\s+(\w+)|(\w+)\s*=[^=]|(?:from|import)\s+(.*))"
@@ -51,18 +52,24 @@ def _blocks(text: str) -> list[str]:
     """The fenced blocks of Python; none where the first fence is in a docstring of a program."""
     found, end = [], 0
     while opening := _FENCE.search(text, end):
+        is_python = opening[2].lower().startswith(_PYTHON)
+        before, start = text[end : opening.start()], opening.end() + 1
         if opening[3].rstrip().endswith(opening[1]):  # on one line
-            found.append(opening[3].strip().rstrip(opening[1]))
+            found.append(("" if is_python else opening[2]) + opening[3].rstrip().rstrip(opening[1]))
             end = opening.end()
             continue
-        before, start = text[end : opening.start()], opening.end() + 1
         if not found and _DEFINES.search(before) and _is_quoting(before):
             return []
+        inner = _FENCE.search(text, start)
+        nested = inner and not opening[2] and inner[2].lower().startswith(_PYTHON)
+        if nested and not _is_quoting(text[start : inner.start()]):
+            end = opening.end()  # of nothing, or of what began within a line
+            continue
         marks = (x for x in _FENCE.finditer(text, start) if not x[2])
         marks = [*islice((x for x in marks if x[1].startswith(opening[1])), _MOST)]
         closing = [mark for mark in marks if not _is_quoting(text[start : mark.start()])] or marks
         stop, end = (closing[0].start(), closing[0].end()) if closing else (len(text), len(text))
-        if opening[2].lower().startswith(("py", "ipython")) or not opening[2]:
+        if is_python or not opening[2]:
             found.append(textwrap.dedent(text[start:stop]))
     return found
 

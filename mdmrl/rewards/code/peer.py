@@ -46,6 +46,7 @@ fresh = []  # numbers that the other end has not heard of yet
 gone = []  # numbers that it may forget
 counts = {"shared": 0, "depth": 0, "bound": []}
 watched = {}  # names whose values are told, and the values that were
+heard = {}  # the same of the other end's
 
 
 def encode(value):
@@ -193,8 +194,8 @@ def unpack(heap):
     for number in forgotten:
         leave(number)
     for name, value in names:
-        if name in counts["bound"]:
-            namespace[name] = decode(value)
+        if name in counts["bound"] and namespace.get(name) is heard.get(name):  # not set here
+            namespace[name] = heard[name] = decode(value)
 
 
 def made_container(name, more, *own):

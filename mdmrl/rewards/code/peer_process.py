@@ -9,6 +9,7 @@ import os
 PRINTED = 2**16  # bytes at a time
 
 channel = {}
+sources = {}  # by the name of the file that each seems to be in
 
 
 def run(source):
@@ -16,10 +17,12 @@ def run(source):
         draws["state"] ^= hash(source) % 2**63
     if "random" in source:  # so that the same program earns the same
         __import__("random").seed(0)
+    path = f"<program{len(sources) or ''}>"
+    sources[path] = source
     if "inspect" in source:
         lines = source.splitlines(keepends=True)
-        __import__("linecache").cache["<program>"] = len(source), None, lines, "<program>"
-    exec(compile(source, "<program>", "exec", dont_inherit=True), namespace)
+        __import__("linecache").cache[path] = len(source), None, lines, path
+    exec(compile(source, path, "exec", dont_inherit=True), namespace)
 
 
 class Output(io.BytesIO):

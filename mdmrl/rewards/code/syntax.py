@@ -19,10 +19,25 @@ DOUBTED += (ast.Import, ast.ImportFrom)
 DOUBTED_NAMES = {"set", "frozenset", "hash", "id", "repr"}
 PASSING = (ast.Compare, ast.BinOp, ast.UnaryOp, ast.BoolOp, ast.Call, ast.Assert, ast.Subscript)
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+SCOPES = (*FUNCTIONS, ast.ClassDef, ast.Lambda)
+SCOPES += (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 LAZY = ("map", "zip", "filter", "enumerate", "reversed", "iter")
 EAGER = "list tuple set frozenset dict sum min max sorted any all join extend update Counter deque"
 EAGER = EAGER.split()
 ENDLESS = ("count", "cycle", "repeat")  # of itertools
+SETS = ("set", "frozenset", "union", "intersection", "difference", "symmetric_difference")
+UNORDERED = "len sorted sum min max any all update isinstance issubset"
+UNORDERED = {*SETS, *UNORDERED.split()}
+# What calls a function for each item, or until it ends: which argument is that function.
+CALLING = {"accumulate": 1, "groupby": 1, "map": 0, "filter": 0, "iter": 0, "starmap": 0}
+CALLING |= {"takewhile": 0, "dropwhile": 0, "filterfalse": 0}
+GUARD = """def __unstopped__(function):
+    def call(*args):
+        try:
+            return function(*args)
+        except StopIteration:
+            raise RuntimeError("StopIteration")
+    return call if callable(function) else function"""
 BUILT_IN = (int, float, complex, str, bytes, list, tuple, dict, set, range, type)
 MEANINGLESS = (ast.Pass, ast.Return, ast.Raise, ast.Expr)
 
@@ -31,8 +46,8 @@ def inspected(source: str) -> dict:
     """Of a program: its `error` (None where it compiles), whether it is a `stub`, the names that it
     uses and gives no value (`free`) or declares `globals`, and whether it has what another Python
     than CPython gets wrong: what is `special` (methods and generators, of which Monty has some),
-    or, perhaps, what is `doubted`; what is `unlike` (rounding, and classes that are named as
-    Python's own errors) Monty does otherwise."""
+    or, perhaps, what is `doubted`; what is `unlike` (rounding, the order of sets, and classes that
+    are named as Python's own errors) Monty does otherwise."""
     try:
         with warnings.catch_warnings(action="ignore"):
             tree = ast.parse(source)
@@ -56,6 +71,7 @@ def inspected(source: str) -> dict:
         or not kinds.isdisjoint((ast.Yield, ast.YieldFrom))
         or any(kind.bases or hasattr(builtins, kind.name) for kind in classes)
         or _is_lazy(nodes)
+        or _orders_sets(nodes)
         or _has_loose_annotations(nodes),
     }
 
@@ -78,17 +94,43 @@ def _is_lazy(nodes: list[ast.AST]) -> bool:
     return False
 
 
+def _orders_sets(nodes: list[ast.AST]) -> bool:
+    """Whether the order of a set may show, since it is run through, popped from or given away."""
+    parents = {child: node for node in nodes for child in ast.iter_child_nodes(node)}
+    sets = {x for x in nodes if isinstance(x, ast.Set | ast.SetComp) or _called(x) in SETS}
+    for node in reversed(nodes):  # the innermost first
+        if isinstance(node, ast.BinOp) and {node.left, node.right} & sets:
+            sets.add(node)
+    held = {
+        target.id
+        for node in sets
+        for target in getattr(parents[node], "targets", ())
+        if isinstance(target, ast.Name)
+    }
+    sets |= {x for x in nodes if isinstance(x, ast.Name) and _is_loaded(x) and x.id in held}
+    for node in sets:
+        parent = parents[node]
+        if isinstance(parent, ast.Call) and node in parent.args:
+            shown = _called(parent) not in UNORDERED
+        else:
+            shown = getattr(parent, "attr", "") == "pop" or isinstance(parent, ast.Starred)
+        if shown or getattr(parent, "iter", None) is node:
+            return True
+    return False
+
+
 def _has_loose_annotations(nodes: list[ast.AST]) -> bool:
     """Whether an annotation has a name that is nowhere given, which Monty does not look at."""
     hints = [getattr(node, name, None) for node in nodes for name in ("annotation", "returns")]
-    names = {x.id for hint in hints if hint for x in ast.walk(hint) if isinstance(x, ast.Name)}
+    names = set().union(*(_names(hint) for hint in hints if hint))
     return bool(names - _given(nodes) - {*dir(builtins)})
 
 
 def _given(nodes: list[ast.AST]) -> set[str]:
-    """The names that a program sets, defines or imports."""
+    """The names that a source sets, defines or imports."""
     found = {node.id for node in nodes if isinstance(node, ast.Name) and not _is_loaded(node)}
-    found |= {node.name for node in nodes if isinstance(node, (ast.ClassDef, *FUNCTIONS))}
+    # Functions, classes, errors that are caught, what a `case` captures.
+    found |= {getattr(node, field, None) for node in nodes for field in ("name", "rest")} - {None}
     aliases = [node.asname or node.name for node in nodes if isinstance(node, ast.alias)]
     return found | {alias.partition(".")[0] for alias in aliases}
 
@@ -116,10 +158,11 @@ def _is_stub(tree: ast.Module) -> bool:
 
 def wanted(tests: tuple[str, ...]) -> dict:
     """What tests want of a program, by kind: the `names` they may ask it for (what they define
-    themselves, `bound`, stays theirs); the `modules` of Python's that they take for imported, as in
-    `math.isclose(f(2), 1.4)`; names that Python has `built_in`, the program's only where tests ask
-    for no others; those they use as `classes`; the variables they set, `resets`; the classes they
-    define, `given`; and whether they have any assert.
+    themselves, `bound`, and not in a function for itself, stays theirs); the `modules` of Python's
+    that they take for imported, as in `math.isclose(f(2), 1.4)`; names that Python has `built_in`,
+    the program's only where tests ask for no others, each with those in its calls; those they use
+    as `classes`; the variables they set, `resets`; the classes they define, `given`; and whether
+    they have any assert.
 
     Raises:
         SyntaxError: tests that are no Python.
@@ -144,17 +187,54 @@ def wanted(tests: tuple[str, ...]) -> dict:
         and all(hasattr(__import__(name), attribute) for attribute in asked[name])
     }
     own, built_in = {*loaded} - modules, {*dir(builtins)}
+    others = own - built_in - _given(nodes) - {x.arg for x in nodes if isinstance(x, ast.arg)}
+    around = {name: set() for name in own & built_in - bound if not others}
+    for node in nodes:
+        if isinstance(node, ast.Call) and _called(node) in around:
+            around[_called(node)] |= _names(node) & {*around} - {_called(node)}
     targets = [x for line in lines if isinstance(line, ast.Assign) for x in line.targets]
+    outside, found = [*lines], [node.names for node in nodes if isinstance(node, ast.Global)]
+    for node in outside:  # which grows meanwhile
+        outside += () if isinstance(node, SCOPES) else ast.iter_child_nodes(node)
     return {
         "names": sorted(own - built_in),
         "modules": sorted(modules),
-        "built_in": sorted(own & built_in - bound) * (not own - built_in - bound),
-        "bound": sorted(bound),
+        "built_in": around,
+        "bound": sorted(_given(outside).union(*found)),
         "classes": _used_as_classes(nodes),
         "resets": {x.id for x in targets if isinstance(x, ast.Name)},
         "given": {line.name for line in lines if isinstance(line, ast.ClassDef)},
         "has_assert": any(isinstance(node, ast.Assert) for node in nodes),
     }
+
+
+def guarded(source: str, theirs: set[str]) -> str:
+    """Tests, to be run behind `GUARD`, in which no exception stands for what it is not.
+
+    In Python a StopIteration of a function ends the `map` that calls it, so that `all(map(lambda x:
+    next(f(x)) == x * x, xs))` holds for an `f` of no items; here, as in generators (PEP 479), it is
+    an error. And a failed assert is not caught by the name of an error of the program's (of
+    `theirs`), which may be Python's `Exception`.
+    """
+    tree = ast.parse(source)
+    nodes = [*ast.walk(tree)]
+    theirs = theirs - _given(nodes) - {node.arg for node in nodes if isinstance(node, ast.arg)}
+    calls = [node for node in nodes if _called(node) in CALLING and node.args[1:]]
+    for node in calls:
+        place = CALLING[_called(node)]
+        if not any(isinstance(argument, ast.Starred) for argument in node.args[: place + 1]):
+            function = ast.Name("__unstopped__", ast.Load())
+            node.args[place] = ast.Call(function, [node.args[place]], [])
+    handlers = [node for node in nodes if isinstance(node, ast.ExceptHandler) and node.type]
+    handlers = [node for node in handlers if not theirs.isdisjoint(_names(node.type))]
+    for node in handlers:
+        node.name = node.name or "__error__"
+        node.body[:0] = ast.parse(f"if type({node.name}).__name__ == 'AssertionError': raise").body
+    return ast.unparse(tree) if calls or handlers else source
+
+
+def _names(node: ast.AST) -> set[str]:
+    return {x.id for x in ast.walk(node) if isinstance(x, ast.Name)}
 
 
 def _used_as_classes(nodes: list[ast.AST]) -> list[str]:
