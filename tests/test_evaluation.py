@@ -13,8 +13,7 @@ import torch
 from conftest import Interrupted
 
 from mdmrl.config import InputError
-from mdmrl.evaluation.accuracy import evaluate
-from mdmrl.evaluation.completions import completion_metrics
+from mdmrl.evaluation.accuracy import completion_metrics, evaluate
 from mdmrl.evaluation.examples import (
     evaluate_examples,
     evaluation_identity,
