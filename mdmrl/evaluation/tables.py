@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -69,21 +69,25 @@ def append_rows(frame: pd.DataFrame, path: str | Path) -> None:
     write_atomically(path, rows.to_csv(index=False, float_format="%.6g"))
 
 
+def markdown_table(columns: Sequence[str], rows: Iterable[Iterable[str]]) -> str:
+    """A table in Markdown, without a newline at its end."""
+    lines = [columns, ["---"] * len(columns)]
+    lines += [[" ".join(cell.split()).replace("|", r"\|") for cell in row] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+MODELS = ("model", "task", "items", "sampler", "steps", "temperature", "exact answer", "reward")
+MODELS += ("all four tags",)
+
+
 def models_markdown(path: str | Path) -> str:
     """The table of the tiny models, from the CSV that `mdmrl eval --csv` appends to."""
-    frame = pd.read_csv(path)
-    lines = [
-        "| model | task | items | sampler | steps | temperature | exact answer | reward "
-        "| all four tags |",
-        "|---" * 9 + "|",
-    ]
-    for row in frame.itertuples():
+    rows = []
+    for row in pd.read_csv(path).itertuples():
         sampler = "default" if pd.isna(row.sampler) else row.sampler
-        steps = row.steps if row.kind != "ar" else "-"
+        steps = "-" if row.kind == "ar" else f"{row.steps}"
         tags = "-" if pd.isna(row.format_rate) else f"{row.format_rate:.0%}"
-        lines.append(
-            f"| {row.policy} | {row.task} | {row.prompts} | {sampler} | {steps} "
-            f"| {row.temperature:g} | {row.accuracy:.1%} [{row.low:.1%}, {row.high:.1%}] "
-            f"| {row.reward:.2f} | {tags} |"
-        )
-    return "\n".join(lines)
+        right = f"{row.accuracy:.1%} [{row.low:.1%}, {row.high:.1%}]"
+        drawn = f"{row.prompts}", sampler, steps, f"{row.temperature:g}"
+        rows.append((row.policy, row.task, *drawn, right, f"{row.reward:.2f}", tags))
+    return markdown_table(MODELS, rows)
