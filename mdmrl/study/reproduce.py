@@ -24,7 +24,7 @@ from mdmrl.study.outputs import (
     project_root,
     runs_folder,
 )
-from mdmrl.study.progress import Progress, expected_seconds, record_seconds
+from mdmrl.study.progress import Progress, expected_seconds, read_json, record_seconds
 
 
 def reproduce(profile: str = "cpu", only: Iterable[str] = (), force: bool = False) -> int:
@@ -79,7 +79,7 @@ def _run(profile: str, only: Sequence[str], force: bool, changes: Mapping) -> in
     here, package = project_root() / "runs" / place, package_digest()
     prints = {path.stem: fingerprint(path, parameters, package) for path, parameters in jobs}
     outputs = {path.stem: here / "notebooks" / path.name for path, _ in jobs}
-    done = {} if force else _read(here / "done.json")
+    done = {} if force else read_json(here / "done.json")
     unchanged = {
         name
         for name, output in outputs.items()
@@ -165,13 +165,9 @@ def _count(notebook: str, folder: Path) -> tuple[int, int]:
     return len(figures_of(notebook, folder)), sum(c.notebook == notebook for c in claims)
 
 
-def _read(state: Path) -> dict[str, list]:
-    return json.loads(state.read_text()) if state.exists() else {}
-
-
 def _note(state: Path, name: str, entry: list | None) -> None:
     """Keep what is known of a notebook; another process may have noted others meanwhile."""
-    others = {key: value for key, value in _read(state).items() if key != name}
+    others = {key: value for key, value in read_json(state).items() if key != name}
     others |= {name: entry} if entry else {}
     write_atomically(state, json.dumps(others, indent=1) + "\n")
 
