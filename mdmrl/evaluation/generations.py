@@ -79,7 +79,6 @@ def _stored(path: Path, task: Task) -> list[tuple[str, dict]]:
 
 
 def _of_d1(entry: dict, task: Task, where: str) -> dict:
-    """An entry of d1's layout as a row."""
     fields = ("question", "generations", "ground_truth")
     require(isinstance(entry, dict), f"{where}: expected an object, got {entry!r:.80}")
     missing = [name for name in fields if name not in entry]

@@ -95,7 +95,6 @@ LLADA_FIELDS = {
 
 
 def _llada_names(fields: dict) -> dict:
-    """LLaDA's fields under Llama's names."""
     for name, expected in LLADA_AS_LLAMA.items():
         require(
             fields.get(name) == expected,
@@ -112,7 +111,6 @@ def _llada_names(fields: dict) -> dict:
 
 
 def _names_of_llada(fields: dict) -> dict:
-    """Llama's fields under LLaDA's names."""
     found = {theirs: fields[name] for name, theirs in LLADA_FIELDS.items()}
     found |= {"vocab_size": fields["vocab_size"], "mlp_ratio": 4}
     return LLADA_AS_LLAMA | LLADA_PLAIN | found

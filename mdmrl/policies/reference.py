@@ -59,7 +59,6 @@ class Reference:
         return hasattr(self.model, "peft_config")
 
     def sync_reference(self) -> None:
-        """Copy the policy into the reference."""
         if not self.uses_lora:
             self._reference = copy.deepcopy(self.model).requires_grad_(False)
             return

@@ -101,7 +101,6 @@ def _rollout(
     sampler: SamplerConfig,
     batch: int,
 ) -> Rollout:
-    """Completions of one update's prompts, with their trajectory."""
     asked = config.prompts_per_process, batch, 0, 1, config.seed
     prompts = rows_of_step(rows, *asked)
     random = generator_for(config.seed, "candidates", batch, device=policy.device)

@@ -268,7 +268,6 @@ def piloted(estimator: str) -> float | None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
     parser = argparse.ArgumentParser(prog="mdmrl.study.experiment", description=__doc__)
     parser.add_argument("--profile", default="full")
     parser.add_argument("--arm", choices=ARMS)

@@ -254,7 +254,6 @@ def _half(sampler: SamplerConfig) -> int:
 def _table(
     arm: str, task: Task, output: GuidedOutput, rows: Sequence[dict], said: dict[str, Tensor]
 ) -> pd.DataFrame:
-    """A row a completion; as many of each of `rows`."""
     prompt = torch.arange(len(rows)).repeat_interleave(len(output.completions) // len(rows))
     whose = [rows[i] for i in prompt]
     right = map(task.metric, output.completions, whose)

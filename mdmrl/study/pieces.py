@@ -67,7 +67,6 @@ def _identity(path: Path) -> dict:
 
 
 def read_table(path: Path) -> pd.DataFrame:
-    """The table of a piece's CSV."""
     table = pd.read_csv(path, keep_default_na=False, na_values=[""])
     return table.assign(run=path.stem)
 
@@ -78,7 +77,6 @@ def facts(profile: str, run: str) -> dict:
 
 
 def pieces_folder(profile: str) -> Path:
-    """Where pieces lie."""
     if profile == "full":
         return figures_folder(profile) / "data" / "runs"
     return runs_folder(profile) / "runs"

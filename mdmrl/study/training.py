@@ -310,7 +310,6 @@ def final_looks(runs: pd.DataFrame, arms: dict[str, Arm], measures: Sequence[str
 
 
 def last_sample(runs: pd.DataFrame, arm: str, profile: str) -> str:
-    """The first completion of the last update of an arm's first run."""
     run = runs[runs.arm == arm].run.iloc[0]
     sample = facts(profile, run)
     return f"{sample['prompt']}\n{sample['completions'][0]}\nreward {sample['rewards'][0]:.2f}"

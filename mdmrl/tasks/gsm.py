@@ -42,7 +42,6 @@ ASK = {
 
 
 def draw(rng: random.Random) -> tuple[str, dict]:
-    """An item, told in words."""
     while True:
         events, lines = _chain(rng)
         if lines and all(1 <= value <= LARGEST for *_, value in lines):

@@ -97,7 +97,6 @@ class Combination:
 
 @lru_cache(maxsize=1)
 def conditions() -> tuple[Condition, ...]:
-    """The table of facts that ships with the package."""
     text = resources.files("mdmrl.tasks").joinpath("conditions.tsv").read_text("utf-8")
     facts = csv.DictReader(text.splitlines(), delimiter="\t")
     return tuple(Condition(**f | {"findings": tuple(f["findings"].split("; "))}) for f in facts)

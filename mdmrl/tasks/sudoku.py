@@ -45,12 +45,10 @@ def solutions(puzzle: str) -> int:
 
 
 def lines(cells: str) -> str:
-    """16 cells as four lines."""
     return "\n".join(cells[start : start + 4] for start in range(0, 16, 4))
 
 
 def draw(rng: random.Random) -> tuple[str, dict]:
-    """An item."""
     while True:
         solution = rng.choice(grids())
         blanks = rng.sample(range(16), rng.randint(*BLANKS))

@@ -160,7 +160,6 @@ def rule(unit: str = "seed", least: int = MINIMUM_SEEDS, prompts: int = 0) -> Ca
 
 
 def _columns(columns: dict[str, Values]) -> list[np.ndarray]:
-    """The columns as arrays, each with one value a seed."""
     arrays = {name: np.asarray(values, dtype=float) for name, values in columns.items()}
     counts = {name: array.size for name, array in arrays.items()}
     fit = min(counts.values()) > 0 and len(set(counts.values())) == 1
