@@ -17,7 +17,7 @@ from matplotlib.ticker import LogLocator, NullLocator
 from pandas import DataFrame, Series
 
 from mdmrl.evaluation.stats import t_interval
-from mdmrl.study.colours import colour, line_styles, palette, tinted
+from mdmrl.study.colours import LINES, colour, line_styles, palette, tinted
 
 TEXT_WIDTH = 6.3  # inches, a page of A4 with the thesis's margins
 # What columns of a log are called on an axis, with their units.
@@ -95,6 +95,28 @@ def curves(
     if log and axes.has_data():
         axes.set_yscale("log")
     axes.set(xlabel=WORDS[against], ylabel=WORDS.get(column, column))
+    sns.despine(ax=axes)
+
+
+def of_runs(runs: DataFrame, drawn: Sequence[str], said: str, **form) -> tuple[Figure, np.ndarray]:
+    """`panels`, one for each column of the log that is `drawn` over the updates: smoothed, but for
+    what is looked at (`eval/`)."""
+    figure, axes = panels(len(drawn), **form)
+    for axis, column in zip(axes, drawn, strict=True):
+        smooth = 1 if column.startswith("eval/") else smoothed(runs)
+        curves(axis, runs, column, runs.arm.unique(), smooth)
+    title(figure, said, runs, smoothed(runs))
+    return figure, axes
+
+
+def of_seeds(axes: Axes, runs: DataFrame, column: str, shade: str) -> None:
+    """A line a seed over the positions computed, in one colour; arms differ by their dashes."""
+    for arm, line in zip(runs.arm.unique(), LINES, strict=False):
+        own = runs[runs.arm == arm].dropna(subset=[column])
+        for place, (_, run) in enumerate(own.groupby("seed")):
+            at, label = run["spent/positions"] / UNITS["spent/positions"], "_" * bool(place) + arm
+            axes.plot(at, run[column], line, color=shade, linewidth=0.9, label=label)
+    axes.set(xlabel=WORDS["spent/positions"], ylabel=WORDS[column])
     sns.despine(ax=axes)
 
 
@@ -204,10 +226,10 @@ def dots(
     rows(axes, arms)
 
 
-def rows(axes: Axes, names: Iterable[str]) -> None:
+def rows(axes: Axes, names: Iterable[str], **text) -> None:
     """Names from top to bottom, one a line."""
     names = list(names)
-    axes.set_yticks(range(len(names)), names)
+    axes.set_yticks(range(len(names)), names, **text)
     axes.set_ylim(len(names) - 0.5, -0.5)
     sns.despine(ax=axes)
 
@@ -274,6 +296,7 @@ def label_ends(axes: Axes, names: dict[str, str] | None = None, size: float = 7)
 def moved(axes: Axes, values: Series, arms: Iterable[str]) -> None:
     """An arm a line, from top to bottom: from its value before training, hollow, to that after, the
     means over seeds; each seed small. `values` have the index (end, arm, seed)."""
+    rows(axes, arms, fontsize=6)
     for place, arm in enumerate(arms):
         ends = values.xs(arm, level="arm").unstack("seed").loc[["before", "after"]]
         axes.plot(ends, [place, place], ".", color=colour(arm), markersize=2, alpha=0.5)
@@ -281,6 +304,3 @@ def moved(axes: Axes, values: Series, arms: Iterable[str]) -> None:
         axes.plot([before, after], [place, place], color=colour(arm), linewidth=1)
         for value, filled in ((before, "white"), (after, colour(arm))):
             axes.plot(value, place, "o", color=colour(arm), markerfacecolor=filled, markersize=4)
-    axes.set_yticks(range(len(arms)), arms, fontsize=6)
-    axes.set_ylim(len(arms) - 0.5, -0.5)
-    sns.despine(ax=axes)

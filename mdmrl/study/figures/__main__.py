@@ -45,7 +45,6 @@ def parameters(notebook: str, profile: str) -> dict:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
     parser = argparse.ArgumentParser(prog="mdmrl.study.figures", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="name", help="of figures; all of them if none")
     matplotlib.use("agg")

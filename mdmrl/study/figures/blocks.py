@@ -116,15 +116,8 @@ def block_values(facts, known, ceilings) -> Figure:
 )
 def intermediate_rewards(facts, runs) -> Figure:
     drawn, axes = plots.panels(2)
-    names = runs.arm.unique()
     for axis, column in zip(axes, ("eval/sampled/accuracy", "eval/accuracy"), strict=True):
-        for name, line in zip(names, ("-", "--", ":"), strict=True):
-            for place, (_, run) in enumerate(runs[runs.arm == name].groupby("seed")):
-                label = "_" * bool(place) + name
-                at, style = run["spent/positions"] / 1e6, {"linewidth": 0.9, "linestyle": line}
-                axis.plot(at, run[column], color=colour("ppo"), alpha=0.7, label=label, **style)
-        axis.set(xlabel=plots.WORDS["spent/positions"], ylabel=plots.WORDS[column])
-        sns.despine(ax=axis)
+        plots.of_seeds(axis, runs, column, colour("ppo"))
     plots.shared_legend(drawn, axes[0])
     drawn.suptitle("Countdown, 4 steps, block-level PPO; one line a seed", fontsize=8)
     return drawn

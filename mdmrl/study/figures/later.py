@@ -73,13 +73,10 @@ def hierarchy_rl(facts, runs) -> Figure:
     "{pipeline_reward_v_at_random} above that of a V that knows nothing.",
 )
 def hierarchy_pipeline(facts, runs) -> Figure:
-    drawn, axes = plots.panels(4)
     runs = runs.assign(arm=runs.arm.str.replace("PPO, V", "PPO, with V"))
-    for axis, column in zip(axes, ("reward", "kl", "eval/reward", "token_forwards"), strict=True):
-        smooth = 1 if "/" in column else plots.smoothed(runs)
-        plots.curves(axis, runs, column, runs.arm.unique(), smooth)
+    columns = ("reward", "kl", "eval/reward", "token_forwards")
+    drawn, axes = plots.of_runs(runs, columns, "Block-level PPO through the pipeline")
     plots.shared_legend(drawn, axes[0])
-    plots.title(drawn, "Block-level PPO through the pipeline", runs, plots.smoothed(runs))
     return drawn
 
 
@@ -111,16 +108,13 @@ def reward_ablation(facts, table) -> Figure:
     rows=(1,),
 )
 def code_completion(facts, runs) -> Figure:
-    drawn, axes = plots.panels(4)
     columns = ("reward", "eval/accuracy", "eval/sampled/accuracy", "eval/code/R_a")
-    words = {"eval/accuracy": "held-out tests pass, greedy"}
-    words["eval/sampled/accuracy"] = "held-out tests pass, sampled"
-    for axis, column in zip(axes, columns, strict=True):
-        smooth = plots.smoothed(runs) if column == "reward" else 1
-        plots.curves(axis, runs, column, runs.arm.unique(), smooth)
-        axis.set_ylabel(words.get(column, plots.WORDS[column]))
+    said = "Code: combinations that no training item has"
+    drawn, axes = plots.of_runs(runs, columns, said)
+    for axis, decoded in zip(axes[1:3], ("greedy", "sampled"), strict=True):
+        axis.set_ylabel(f"held-out tests pass, {decoded}")
+    for axis in axes:
         plots.label_ends(axis)
-    plots.title(drawn, "Code: combinations that no training item has", runs, plots.smoothed(runs))
     return drawn
 
 
@@ -148,12 +142,8 @@ def code_infilling(facts, table) -> Figure:
     rows=(21,),
 )
 def dafny_rl(facts, runs) -> Figure:
-    drawn, axes = plots.panels(2)
-    smooth, names = plots.smoothed(runs), runs.arm.unique()
-    plots.curves(axes[0], runs, "reward", names, smooth)
-    plots.curves(axes[1], runs, "eval/accuracy", names)
+    drawn, axes = plots.of_runs(runs, ("reward", "eval/accuracy"), "GRPO on the verifier's word")
     axes[1].set_ylabel("held-out specifications verified")
-    plots.title(drawn, "GRPO on the verifier's word", runs, smooth)
     return drawn
 
 

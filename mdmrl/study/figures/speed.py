@@ -185,37 +185,17 @@ def gained(table: DataFrame, speeds: DataFrame, peers: DataFrame) -> dict[str, s
     return {name: f"{x:.2f}" for name, x in ends.items()} | {"steps": f"{table.steps.min():g}"}
 
 
-@figure(
-    "07_speed_vs_steps",
-    "trade_off_moved",
-    "speed_countdown",
-    "trade_off_peers",
-    says="With as few as {steps} steps right answers go from {before} before RL to {after} after.",
-    known=gained,
-)
-def trade_off_moved(facts, table, speeds, peers) -> Figure:
-    return moved(facts, table, speeds, peers[peers.measure == "countdown"], "Countdown, held out")
+def trade_off(name: str, speeds: str, measure: str, task: str, said: str) -> None:
+    """Registers `moved` of what is measured as the figure of that name."""
+
+    def draw(facts, table, speeds, peers) -> Figure:
+        return moved(facts, table, speeds, peers[peers.measure == measure], f"{task}, held out")
+
+    draw.__name__ = name
+    says = f"With as few as {{steps}} steps {said} from {{before}} before RL to {{after}} after."
+    figure("07_speed_vs_steps", name, speeds, "trade_off_peers", says=says, known=gained)(draw)
 
 
-@figure(
-    "07_speed_vs_steps",
-    "trade_off_medcot_accuracy",
-    "speed_frontier",
-    "trade_off_peers",
-    says="With as few as {steps} steps exact answers go from {before} before RL to {after} after.",
-    known=gained,
-)
-def trade_off_medcot_accuracy(facts, table, speeds, peers) -> Figure:
-    return moved(facts, table, speeds, peers[peers.measure == "accuracy"], "MedCoT, held out")
-
-
-@figure(
-    "07_speed_vs_steps",
-    "trade_off_medcot_reward",
-    "speed_frontier",
-    "trade_off_peers",
-    says="With as few as {steps} steps the reward goes from {before} before RL to {after} after.",
-    known=gained,
-)
-def trade_off_medcot_reward(facts, table, speeds, peers) -> Figure:
-    return moved(facts, table, speeds, peers[peers.measure == "reward"], "MedCoT, held out")
+trade_off("trade_off_moved", "speed_countdown", "countdown", "Countdown", "right answers go")
+trade_off("trade_off_medcot_accuracy", "speed_frontier", "accuracy", "MedCoT", "exact answers go")
+trade_off("trade_off_medcot_reward", "speed_frontier", "reward", "MedCoT", "the reward goes")

@@ -91,9 +91,8 @@ def fig_4_2_without_kl(facts, runs) -> Figure:
     if width > 1:
         spare = drawn.add_subplot(grid[0, 1].get_gridspec()[0, 1:])
         _restored(spare, runs, [name for names in steps for name in names])
-    handles = [line for line in grid[0, 0].get_lines() if not line.get_label().startswith("_")]
-    place = {"loc": "outside lower center", "ncols": 2, "frameon": False}
-    drawn.legend(handles, [f"β = {facts['beta']:g}, k3", "β = 0"], **place)
+    both = {"AR": f"β = {facts['beta']:g}, k3", "AR" + FREE: "β = 0"}
+    plots.shared_legend(drawn, grid[0, 0], columns=2, names=both)
     plots.title(drawn, "Reward of training batches with and without the KL term", runs, smooth)
     return drawn
 
@@ -117,6 +116,12 @@ def _restored(axes, runs: pd.DataFrame, arms: list[str]) -> None:
     axes.set_xlabel("share of the lost gain restored (dotted: half)", fontsize=7)
 
 
+def with_terms(cells: pd.DataFrame) -> pd.DataFrame:
+    """What `kl_grid` has, with the estimator and the KL term of each run in words."""
+    term = cells.form + ", β = " + cells["β"].map("{:g}".format)
+    return cells.assign(estimator=cells.main.str.extract(r"MDM (.*),")[0], term=term)
+
+
 @figure(
     "04_kl_instability",
     "kl_grid",
@@ -125,11 +130,7 @@ def _restored(axes, runs: pd.DataFrame, arms: list[str]) -> None:
     rows=(15,),
 )
 def kl_grid(facts, cells) -> Figure:
-    cells = cells.assign(
-        estimator=cells.main.str.extract(r"MDM (.*),")[0],
-        spread=np.log10(cells["kl/std"]),
-        term=cells.form + ", β = " + cells["β"].map("{:g}".format),
-    )
+    cells = with_terms(cells).assign(spread=np.log10(cells["kl/std"]))
     found = cells.estimator.unique()
     said = {"spread": ("log10 of the KL's standard deviation", "viridis")}
     said["closed"] = ("share of the headroom closed", "vlag_r")
@@ -159,10 +160,7 @@ def kl_grid(facts, cells) -> Figure:
     "{kl_law_ar_style}.",
 )
 def kl_law(facts, cells) -> Figure:
-    cells = cells.assign(
-        estimator=cells.main.str.extract(r"MDM (.*),")[0],
-        term=cells.form + ", β = " + cells["β"].map("{:g}".format),
-    )
+    cells = with_terms(cells)
     words = {"closed": "headroom closed", "kl/std": "deviation of the KL, nats"}
     drawn, axes = plots.panels(2, height=2.8)
     style = {"hue": "estimator", "palette": palette(cells.estimator.unique()), "style": "term"}

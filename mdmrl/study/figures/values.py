@@ -122,13 +122,7 @@ def value_countdown(facts, areas, best, compared, runs) -> Figure:
         axes[1].plot(row.texts, row.accuracy, color=shade, label=row.arm, **mark)
     axes[1].set(xlabel="cost, in plain completions", ylabel="right answers")
     axes[1].legend(frameon=False, fontsize=5)
-    for name, line in zip(runs.arm.unique(), ("-", "--"), strict=True):
-        for place, (_, run) in enumerate(runs[runs.arm == name].groupby("seed")):
-            run = run.dropna(subset=["eval/sampled/accuracy"])
-            at, label = run["spent/positions"] / 1e6, "_" * bool(place) + name
-            style = {"color": colour("trajectory"), "linewidth": 0.9, "linestyle": line}
-            axes[2].plot(at, run["eval/sampled/accuracy"], label=label, **style)
-    axes[2].set(xlabel=plots.WORDS["spent/positions"], ylabel="right answers, sampled")
+    plots.of_seeds(axes[2], runs, "eval/sampled/accuracy", colour("trajectory"))
     axes[2].legend(frameon=False, fontsize=6)
     sns.despine(drawn)
     drawn.suptitle("What V knows; guidance or RL; V inside RL's rollouts", fontsize=8)
