@@ -1,7 +1,5 @@
 """Rewards and the true metric on held-out prompts."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections import defaultdict

@@ -1,8 +1,6 @@
 """What `mdmrl eval` does: evaluate a policy, score stored generations, or compare two
 evaluations."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path

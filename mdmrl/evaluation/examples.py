@@ -17,8 +17,6 @@ An example is a row of `examples`, in a run folder a line of `examples.jsonl`:
     nfe            forward passes of its batch, which all of its examples went through
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

@@ -1,7 +1,5 @@
 """Stored completions, of whoever wrote them: scored, or two sets of them compared."""
 
-from __future__ import annotations
-
 import json
 import math
 import re

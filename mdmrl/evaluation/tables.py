@@ -1,7 +1,5 @@
 """Evaluation of a policy as a table, one row a number of denoising steps."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """`load_policy`: from the shipped zoo, a package, a local folder or the hub."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -6,8 +6,6 @@ whether logits are shifted, which token ends a turn. Saved again, such a checkpo
 native one.
 """
 
-from __future__ import annotations
-
 import contextlib
 import re
 from collections.abc import Callable, Mapping

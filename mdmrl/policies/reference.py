@@ -1,7 +1,5 @@
 """The reference of a policy: what a KL is measured against."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import threading

@@ -21,8 +21,6 @@ units one after the other, for comparison. Every unit pays for reading what is k
 `token_forwards` counts.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -16,8 +16,6 @@ The step is AdamW's first, whatever the moments of a run that is under way: all 
 learning rate. Spearman's correlation with the gains that RL then had says which of them predicts.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product

@@ -2,8 +2,6 @@
 arms of the KL study, and the bounds of masked diffusion. Each is a `mdmrl.study.widgets.Choices`,
 whose static twin shows what is chosen first."""
 
-from __future__ import annotations
-
 import html
 import json
 import time

@@ -11,8 +11,6 @@ of one thread, whose piece (`mdmrl.study.pieces`) is kept when it ends:
     python -m mdmrl.study.experiment --arm trajectory --checkpoint 2 --candidates
 """
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Iterable, Sequence
 

@@ -5,8 +5,6 @@ function gives one piece (`mdmrl.study.pieces`) of one seed, that of its `PPOCon
 hold nothing but settings of sampler and V.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from pathlib import Path
 

@@ -4,8 +4,6 @@ The lines of `mdmrl.study.verdicts.ROWS` are judged; what else is measured has n
 are a list of their own.
 """
 
-from __future__ import annotations
-
 import html
 import json
 import math

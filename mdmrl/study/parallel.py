@@ -7,8 +7,6 @@ exactly; and how probable tokens are that were drawn side by side, before and af
 seen.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

@@ -9,8 +9,6 @@ piece whose identity lies there is not computed again. Its name, a readable slug
 name only, so that a setting that is added later orphans nothing.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Mapping
 from functools import lru_cache

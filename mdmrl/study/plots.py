@@ -1,7 +1,5 @@
 """Figures: a data frame in, a matplotlib figure out."""
 
-from __future__ import annotations
-
 import math
 import textwrap
 from collections.abc import Iterable, Sequence

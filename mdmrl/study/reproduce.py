@@ -1,7 +1,5 @@
 """Headless reproduction: every notebook at one profile's scale."""
 
-from __future__ import annotations
-
 import json
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence

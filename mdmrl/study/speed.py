@@ -1,7 +1,5 @@
 """How fast a sampler is, and how good what it gives: the same prompts, taken batch by batch."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Sequence
 

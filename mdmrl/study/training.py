@@ -6,8 +6,6 @@ option that is added leaves old runs as they are; who changes a default raises t
 takes the card where there is one, which draws other random numbers than a processor.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial

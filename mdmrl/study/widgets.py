@@ -1,7 +1,5 @@
 """What JupyterLab makes interactive, each with a static twin for headless runs."""
 
-from __future__ import annotations
-
 import base64
 import html
 import io

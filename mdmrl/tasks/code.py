@@ -11,8 +11,6 @@ document (Bavarian et al. 2022); `prefix` and `suffix` are for those who see bot
 pre-training stream `INFILLING` is such documents.
 """
 
-from __future__ import annotations
-
 import csv
 import itertools
 import random

@@ -7,8 +7,6 @@ prompt is the specification, in the column `specification` too, the completion t
 braces. In `case_studies` are the problems of the thesis's appendix A with programs of our own.
 """
 
-from __future__ import annotations
-
 import itertools
 import random
 import re

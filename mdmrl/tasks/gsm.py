@@ -6,8 +6,6 @@ tells it with names and things; the completion works it out, "3*4=12", "12+5=17"
 books, or in other sentences, is the same item.
 """
 
-from __future__ import annotations
-
 import operator
 import random
 

@@ -5,8 +5,6 @@ answer in LaTeX, "\\boxed{5}" or "\\boxed{\\frac{3}{4}}". An item is its equatio
 splits are made of these. The original is MATH-500 (Hendrycks et al. 2021; Lightman et al. 2023).
 """
 
-from __future__ import annotations
-
 import random
 from fractions import Fraction
 from math import gcd

@@ -9,8 +9,6 @@ Splits are made by the combination of a condition and three of its findings: eve
 about a held-out combination is held out with it, and so are the prompts of RL.
 """
 
-from __future__ import annotations
-
 import csv
 import itertools
 import random

@@ -10,8 +10,6 @@ Descriptions of 8 tokens reach the condition, which the later sections need. Wit
 stand for the rest of earlier sections tiny-mdm answers far fewer questions right.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 from functools import wraps
 from pathlib import Path

@@ -5,8 +5,6 @@ has 6 to 10 blanks and one solution. An item is its puzzle, and splits are made 
 are only 288 solved grids, and most are met in every split.
 """
 
-from __future__ import annotations
-
 import random
 import re
 from functools import cache

@@ -5,8 +5,6 @@ them:
     python -m mdmrl.study.figures block_rl kl_law   these
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 from collections.abc import Sequence

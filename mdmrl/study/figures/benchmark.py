@@ -1,7 +1,5 @@
 """Table 4-1, the planning gap and forgetting: notebook 06."""
 
-from __future__ import annotations
-
 from matplotlib.figure import Figure
 
 from mdmrl.study import plots

@@ -1,7 +1,5 @@
 """Block-level RL: notebook 08."""
 
-from __future__ import annotations
-
 import numpy as np
 import pandas as pd
 import seaborn as sns

@@ -1,7 +1,5 @@
 """The main experiment on Countdown, and training on MedCoT: notebooks 03 and 16."""
 
-from __future__ import annotations
-
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure

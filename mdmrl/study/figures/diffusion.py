@@ -1,7 +1,5 @@
 """The tour, masked diffusion on a toy, and what the rewards pay: notebooks 00, 01 and 02."""
 
-from __future__ import annotations
-
 from itertools import pairwise
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The estimator lab: notebook 05."""
 
-from __future__ import annotations
-
 from itertools import product
 
 import pandas as pd

@@ -1,7 +1,5 @@
 """The page of all figures, `figures/README.md`."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from mdmrl.study import ledger

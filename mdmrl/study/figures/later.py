@@ -1,7 +1,5 @@
 """Hierarchy, rewards, code, Dafny, pass@k and one objective: notebooks 10 to 15."""
 
-from __future__ import annotations
-
 import seaborn as sns
 from matplotlib.figure import Figure
 

@@ -1,7 +1,5 @@
 """Speed against denoising steps, and what RL moves of it: notebook 07."""
 
-from __future__ import annotations
-
 import numpy as np
 import seaborn as sns
 from matplotlib.figure import Figure

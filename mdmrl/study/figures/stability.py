@@ -1,7 +1,5 @@
 """The KL instability: notebook 04."""
 
-from __future__ import annotations
-
 import numpy as np
 import pandas as pd
 import seaborn as sns

@@ -1,7 +1,5 @@
 """Value-guided inference: notebooks 09 and 17."""
 
-from __future__ import annotations
-
 import seaborn as sns
 from matplotlib.figure import Figure
 

@@ -6,8 +6,6 @@ data at least so far on the claimed side, and at most 1: it is below 0.05 if and
 interval is clear of the bound on that side.
 """
 
-from __future__ import annotations
-
 import inspect
 import math
 from collections.abc import Callable, Hashable, Sequence
