@@ -6,8 +6,6 @@ computes the whole text again for each token. Ties go to the leftmost position, 
 `mdmrl.sampling`, so that exact samplers give identical tokens at temperature 0.
 """
 
-from __future__ import annotations
-
 import ctypes
 import json
 import re

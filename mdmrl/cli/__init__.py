@@ -1,7 +1,5 @@
 """The `mdmrl` command. Each command imports what it needs when it runs, so that help is quick."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 from typing import Annotated
