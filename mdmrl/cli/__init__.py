@@ -68,9 +68,7 @@ def reproduce(
 
 
 @app.command()
-def html(
-    profile: Annotated[str, Option(help="A file of notebooks/profiles.")] = "cpu",
-) -> None:
+def html(profile: Annotated[str, Option(help="A file of notebooks/profiles.")] = "cpu") -> None:
     """Write the notebooks that were reproduced as pages, figures and static twins in them."""
     from mdmrl.study.notebooks import write_html
 

@@ -206,13 +206,7 @@ def _require_chance(sampler: SamplerConfig, seeds: Sequence[int], samples: int, 
 
 
 def _examples(
-    batch: Batch,
-    task: Task,
-    rows: Sequence[dict],
-    number: int,
-    seed: int,
-    start: int,
-    samples: int,
+    batch: Batch, task: Task, rows: Sequence[dict], number: int, seed: int, start: int, samples: int
 ) -> list[dict]:
     texts, size = batch.output.completions, len(batch.rows)
     columns = {name.removesuffix("/mean"): x.tolist() for name, x in batch.columns.items()}

@@ -15,13 +15,7 @@ from mdmrl.progress import duration
 from mdmrl.runs import write_atomically
 from mdmrl.study import ledger
 from mdmrl.study.notebooks import code_cells, fingerprint, package_digest, plan, run_notebook
-from mdmrl.study.outputs import (
-    figures_folder,
-    figures_of,
-    profile_of,
-    project_root,
-    runs_folder,
-)
+from mdmrl.study.outputs import figures_folder, figures_of, profile_of, project_root, runs_folder
 from mdmrl.study.progress import Progress, expected_seconds, read_json, record_seconds
 
 
