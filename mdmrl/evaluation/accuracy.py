@@ -38,9 +38,8 @@ def evaluate(
         reward_weights: of the rewards in their sum; log: takes down what they report.
     Returns:
         `reward`, `rewards/<name>/mean`, `accuracy` (the share of rows `metric` accepts), what
-        rewards report and `completion_metrics`, each behind `prefix`.
-        Completions that all rewards, one reward or the metric abstain from are not in its mean,
-        and a mean of none is None.
+        rewards report and `completion_metrics`, each behind `prefix`. What all rewards, one reward
+        or the metric abstain from is not in its mean, and a mean of none is None.
     """
     log = log or RewardLog()
     judge = Judge(policy, rows, config, rewards, metric, draw, watch, reward_weights)

@@ -20,13 +20,10 @@ from mdmrl.study.progress import Progress, expected_seconds, read_json, record_s
 
 
 def reproduce(profile: str = "cpu", only: Iterable[str] = (), force: bool = False) -> int:
-    """Run the notebooks at one profile's scale and print what came out.
+    """Run the notebooks whose names begin with one of `only` ("03"), or all, at one profile's scale
+    and print what came out; with `force` those too whose code, parameters and package have not
+    changed since they last succeeded.
 
-    Args:
-        profile: a file of `notebooks/profiles/`.
-        only: beginnings of notebook names ("03"); all notebooks if empty.
-        force: run those again whose code, parameters and package have not changed since they
-            last succeeded.
     Returns:
         the exit code: 1 if a notebook failed (its traceback is printed, the others still run), 130
         if Ctrl-C stopped it. An unknown profile, notebook or parameter is refused before any work.
