@@ -45,7 +45,9 @@ UNITS = {"spent/positions": 1e6, "spent/seconds": 60}
 
 def use_style() -> None:
     """Fonts and lines of every figure; call it once in a notebook."""
-    sns.set_theme(context="paper", style="ticks", font_scale=0.9, rc={"axes.titlesize": "medium"})
+    own = {"axes.titlesize": "medium", "figure.titlesize": 8, "legend.frameon": False}
+    own |= {"axes.spines.top": False, "axes.spines.right": False}
+    sns.set_theme(context="paper", style="ticks", font_scale=0.9, rc=own)
 
 
 def curves(
@@ -93,7 +95,6 @@ def curves(
     if log and axes.has_data():
         axes.set_yscale("log")
     axes.set(xlabel=WORDS[against], ylabel=WORDS.get(column, column))
-    sns.despine(ax=axes)
 
 
 def of_runs(runs: DataFrame, drawn: Sequence[str], said: str, **form) -> tuple[Figure, np.ndarray]:
@@ -115,7 +116,6 @@ def of_seeds(axes: Axes, runs: DataFrame, column: str, shade: str) -> None:
             at, label = run["spent/positions"] / UNITS["spent/positions"], "_" * bool(place) + arm
             axes.plot(at, run[column], line, color=shade, linewidth=0.9, label=label)
     axes.set(xlabel=WORDS["spent/positions"], ylabel=WORDS[column])
-    sns.despine(ax=axes)
 
 
 def interval(values: Series) -> tuple[float, float]:
@@ -130,7 +130,6 @@ def trend(axes: Axes, table: DataFrame, x: str, y: str, shade: str, label: str, 
     mean, ends = groups.mean(), np.array([interval(values) for _, values in groups])
     axes.plot(mean.index, mean, color=shade, label=label, **line)
     axes.fill_between(mean.index, *ends.T, color=shade, alpha=0.15, linewidth=0)
-    sns.despine(ax=axes)
 
 
 def panels(count: int, height: float = 2.4, columns: int = 2) -> tuple[Figure, np.ndarray]:
@@ -153,7 +152,7 @@ def title(figure: Figure, text: str, runs: DataFrame, smooth: int = 1, log: bool
     shown += [f"{arm}: {n} seed{'s' * (n > 1)}" for arm, n in fewer.items()]
     if smooth > 1:
         shown.append(f"running mean of {smooth} updates")
-    figure.suptitle(textwrap.fill(f"{text}. {'; '.join(shown)}", 100), fontsize=8)
+    figure.suptitle(textwrap.fill(f"{text}. {'; '.join(shown)}", 100))
 
 
 def shared_legend(
@@ -168,8 +167,7 @@ def shared_legend(
             axis.get_legend().remove()
     said = names or {label: label for label in of}
     shown = {said[label]: of[label] for label in of if label in said}
-    place = {"loc": "outside lower center", "ncols": columns, "frameon": False}
-    figure.legend(shown.values(), shown, **place)
+    figure.legend(shown.values(), shown, loc="outside lower center", ncols=columns)
 
 
 def smoothed(runs: DataFrame) -> int:
@@ -229,7 +227,6 @@ def rows(axes: Axes, names: Iterable[str], **text) -> None:
     names = list(names)
     axes.set_yticks(range(len(names)), names, **text)
     axes.set_ylim(len(names) - 0.5, -0.5)
-    sns.despine(ax=axes)
 
 
 def decimals(axis: Axis) -> None:
@@ -261,7 +258,6 @@ def doubling(axes: Axes, ticks: Iterable[float], label: str = "denoising steps")
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
     axes.set_xlabel(label)
-    sns.despine(ax=axes)
 
 
 def label_ends(axes: Axes, names: dict[str, str] | None = None, size: float = 7) -> None:

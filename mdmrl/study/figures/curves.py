@@ -98,7 +98,7 @@ def countdown_descent(facts, looks) -> Figure:
             names[line.get_label()]: line for line in axis.get_lines() if line.get_label() in names
         }
         if handles:
-            axis.legend(handles.values(), handles, frameon=False, fontsize=6.5)
+            axis.legend(handles.values(), handles, fontsize=6.5)
     shown = looks[looks.arm.str.contains("MDM (?:trajectory|one_step), ")]
     plots.title(drawn, "Countdown, held out: RL in ever fewer denoising steps", shown)
     return drawn
@@ -125,7 +125,7 @@ def countdown_mechanism(facts, ends) -> Figure:
         axis.set_xlabel(title, fontsize=7)
         axis.tick_params(labelleft=axis is axes[0])
     seeds = f"checkpoints: {ends.seed.nunique()}"
-    drawn.suptitle(f"Before (hollow) and after RL, each arm at its own steps; {seeds}", fontsize=8)
+    drawn.suptitle(f"Before (hollow) and after RL, each arm at its own steps; {seeds}")
     return drawn
 
 
@@ -145,7 +145,6 @@ def gain_predictors(facts, found) -> Figure:
         rho = candidates.correlation(found.set_index(["arm", "seed"]), column, "gain")
         axis.set_title(f"{when}\nρ = {rho}", fontsize=7)
         axis.set(xlabel=name, ylabel="gain of accuracy" if name == "cosine" else "")
-        sns.despine(ax=axis)
     plots.shared_legend(drawn, axes[0])
     return drawn
 
@@ -263,7 +262,7 @@ def app_c_completions(facts, looks) -> Figure:
         axis.set_xlim(-0.01, max(0.05, axis.get_xlim()[1]))
     few, many = sorted(looks["count"].dropna().unique())
     text = f"Hollow: in {few:g} denoising steps, filled: in {many:g}; blue: AR; temperature 1"
-    drawn.suptitle(f"{text}.\nDotted: 0.2 above filled, which decides. 95 % over seeds", fontsize=8)
+    drawn.suptitle(f"{text}.\nDotted: 0.2 above filled, which decides. 95 % over seeds")
     return drawn
 
 

@@ -60,8 +60,8 @@ def estimator_targets(facts, gaps) -> Figure:
     axis.axhline(gap.shape[1] - 0.5, color="white", linewidth=3)
     axis.set(xlabel="the sampler that writes the texts", ylabel="scored by  (mass)")
     axis.set_xticks(range(gap.shape[1]), gap.columns, rotation=25, ha="right")
-    said = f"mean over its texts of {facts['length']} tokens, in nats"
-    drawn.suptitle(f"log p of the sampler minus score: {said}", fontsize=8)
+    said = "log p of the sampler minus score: mean over its texts of {length} tokens, in nats"
+    drawn.suptitle(said.format(**facts))
     return drawn
 
 
@@ -85,7 +85,7 @@ def estimator_error(facts, table) -> Figure:
     axes[0].set_ylabel("from its own target")
     axes[2].set_ylabel("from the sampler's log p")
     draws = f"{facts['draws']} and {facts['real_draws']} draws; on the axis: exact"
-    drawn.suptitle(f"Root mean square error, nats a text ({draws})", fontsize=8)
+    drawn.suptitle(f"Root mean square error, nats a text ({draws})")
     return drawn
 
 
@@ -108,7 +108,7 @@ def estimator_gradients(facts, table) -> Figure:
     axes[0].set_ylabel("to its own target")
     axes[2].set_ylabel("to the sampler's log p")
     draws = f"{facts['gradient_draws']} and {facts['real_gradient_draws']} draws"
-    drawn.suptitle(f"Cosine of gradients, mean of {draws}", fontsize=8)
+    drawn.suptitle(f"Cosine of gradients, mean of {draws}")
     return drawn
 
 
@@ -134,5 +134,5 @@ def estimator_candidates(facts, table) -> Figure:
         axis.tick_params(axis="x", labelsize=6)
         axis.tick_params(labelleft=axis is axes[0])
     seeds = f"checkpoints: {table.index.unique('seed').size}"
-    drawn.suptitle(f"Before (hollow) and along the first updates; {seeds}", fontsize=8)
+    drawn.suptitle(f"Before (hollow) and along the first updates; {seeds}")
     return drawn

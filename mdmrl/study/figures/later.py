@@ -1,6 +1,5 @@
 """Hierarchy, rewards, code, Dafny, pass@k and one objective: notebooks 10 to 15."""
 
-import seaborn as sns
 from matplotlib.figure import Figure
 
 from mdmrl.study import plots, unified
@@ -36,8 +35,8 @@ def hierarchy(facts, table) -> Figure:
         axis.set_xlabel(said)
         axis.set_xlim(left=0)
     prompts = f"{facts['prompts']} prompts in a batch, {table.machine.iloc[0]}"
-    text = f"{prompts}; {table.seed.nunique()} seeds, 95 % intervals; dotted: half of flat"
-    drawn.suptitle(text, fontsize=8)
+    seeds = f"{table.seed.nunique()} seeds, 95 % intervals"
+    drawn.suptitle(f"{prompts}; {seeds}; dotted: half of flat")
     return drawn
 
 
@@ -94,7 +93,7 @@ def reward_ablation(facts, table) -> Figure:
         plots.dots(axis, part.rename("MDM, {}".format, level="arm"), "MDM, " + names, bound=0.0)
         axis.set_yticks(axis.get_yticks(), [name.partition(": ")[2] for name in names])
         axis.set(title=title, xlabel="gain on held-out items, greedy")
-    drawn.suptitle(f"{table.seed.nunique()} seeds, 95 % t-intervals; dotted: 0", fontsize=8)
+    drawn.suptitle(f"{table.seed.nunique()} seeds, 95 % t-intervals; dotted: 0")
     return drawn
 
 
@@ -171,10 +170,10 @@ def fig_5_2_pass_at_k(facts, table) -> Figure:
             axis.set_ylabel(said if axis is row[0] else "")
     for axis, line in zip(grid[0], lines, strict=True):
         axis.set(title=line, ylim=(0, 1.02))
-        axis.legend(frameon=False, loc="lower right")
+        axis.legend(loc="lower right")
     prompts = table.groupby("line").item.nunique().max()
     said = f"{prompts} prompts, {table.checkpoint.nunique()} checkpoint(s), temperature 1"
-    drawn.suptitle(f"Fig. 5-2. {said}; bands: 95 % over prompts", fontsize=8)
+    drawn.suptitle(f"Fig. 5-2. {said}; bands: 95 % over prompts")
     return drawn
 
 
@@ -212,10 +211,8 @@ def pass_at_k_temperature(facts, table, crossings) -> Figure:
         plots.doubling(below, ks[::2], "k, completions")
         plots.label_ends(below)
         below.set_ylabel("log odds, tuned - base")
-    axes[0].legend(frameon=False)
-    sns.despine(drawn)
-    text = "Numbers at points and lines: temperatures; below, the curves cross at 0 (dotted)"
-    drawn.suptitle(text, fontsize=8)
+    axes[0].legend()
+    drawn.suptitle("Numbers: temperatures; below, the curves cross at 0 (dotted)")
     return drawn
 
 
@@ -238,7 +235,6 @@ def unified_objective(facts, runs, ends) -> Figure:
         cost.set(title=f"{family}, after training", xlabel=plots.WORDS["spent/positions"])
         cost.set(xscale="log", ylabel=plots.WORDS["eval/accuracy"])
         plots.decimals(cost.xaxis)
-        sns.despine(ax=cost)
     plots.shared_legend(drawn, axes[0])
     text = f"Fig. 5-1. {facts['updates']} updates of {facts['completions']} completions"
     plots.title(drawn, text, runs)
@@ -260,7 +256,6 @@ def reward_model(facts, runs) -> Figure:
             own = runs[runs.arm == family]
             axis.scatter(own["kl/sum"], own[column], color=shade, s=8, label=family)
         axis.set(ylabel=f"mean of {judge}", xlabel="KL from the start, nats a completion")
-        sns.despine(ax=axis)
     plots.shared_legend(drawn, axes[0])
     plots.title(drawn, "RL on a reward model, a point an update", runs)
     return drawn

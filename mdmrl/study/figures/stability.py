@@ -145,8 +145,7 @@ def kl_grid(facts, cells) -> Figure:
             axis.set_title(f"{name}: {title}", fontsize=7.5)
             axis.set_xlabel("denoising steps")
             axis.tick_params(labelsize=7)
-    text = f"Means over {cells.seed.nunique()} seeds, {facts['max_steps']} updates"
-    drawn.suptitle(text, fontsize=8)
+    drawn.suptitle(f"Means over {cells.seed.nunique()} seeds, {facts['max_steps']} updates")
     return drawn
 
 
@@ -167,12 +166,10 @@ def kl_law(facts, cells) -> Figure:
         axis.set_xscale("symlog", linthresh=0.01)
         axis.autoscale_view()
         axis.set(xlabel="log mean exp(-d), first updates, β = 0", ylabel=said)
-        sns.despine(ax=axis)
     axes[1].set_yscale("log")
     names = {name: name for name in (*cells.estimator.unique(), *cells.term.unique())}
     plots.shared_legend(drawn, *axes, columns=4, names=names)
-    text = f"One point a run, {cells.seed.nunique()} seeds, {facts['max_steps']} updates"
-    drawn.suptitle(text, fontsize=8)
+    drawn.suptitle(f"One point a run, {cells.seed.nunique()} seeds, {facts['max_steps']} updates")
     return drawn
 
 
