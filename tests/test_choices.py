@@ -13,6 +13,7 @@ from mdmrl.config import InputError
 from mdmrl.diffusion_exact import conditionals
 from mdmrl.sampling import SamplerConfig, generate
 from mdmrl.study import choices
+from mdmrl.study.chain import Chain
 from mdmrl.study.choices import arm_picker, bound_sliders, compare_runs, sampler_bench
 from mdmrl.study.widgets import Choices
 
@@ -118,7 +119,8 @@ def test_the_bounds_of_a_known_law(monkeypatch):
     joint = torch.rand(2, 2, 2, generator=generator, dtype=torch.float64)
     joint /= joint.sum()
     texts = torch.cartesian_prod(*[torch.arange(2)] * 3)
-    made = bound_sliders({"true": conditionals(joint)}, texts, joint.flatten(), 2, [1, 2, 4])
+    toy = Chain(texts, joint.flatten(), 2, 0.0, {"true": conditionals(joint)})
+    made = bound_sliders(toy, [1, 2, 4])
     assert made.options["blocks"] == [1, 3] and made.begin["T"] == 2
     entropy = -(joint * joint.log()).sum().item()
     shown = made.shown(model="true", schedule="cosine", T=1, blocks=3)

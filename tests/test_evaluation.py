@@ -13,8 +13,7 @@ import torch
 from conftest import Interrupted
 
 from mdmrl.config import InputError
-from mdmrl.evaluation.accuracy import evaluate
-from mdmrl.evaluation.completions import completion_metrics
+from mdmrl.evaluation.accuracy import completion_metrics, evaluate
 from mdmrl.evaluation.examples import (
     evaluate_examples,
     evaluation_identity,
@@ -22,7 +21,7 @@ from mdmrl.evaluation.examples import (
     summary,
 )
 from mdmrl.evaluation.stats import clustered_interval, wilson_interval
-from mdmrl.evaluation.tables import evaluation_table, print_table
+from mdmrl.evaluation.tables import print_table, samplers_of, table_row
 from mdmrl.rewards import RewardLog
 from mdmrl.rewards.text import TAGS, repetition
 from mdmrl.runs import RunFolderError, as_json, generator_for
@@ -222,8 +221,16 @@ def counting(text, row):
 TOY = Task("toy", {"test": ROWS}, [halves], counting)
 
 
+def table_of(policy, task, limit, steps=()):
+    rows = task.rows("test", limit)
+    samplers = samplers_of(policy, SHORT, steps)
+    found = [evaluate_examples(policy, task, rows, s, rewards=task.rewards) for s in samplers]
+    pairs = zip(samplers, found, strict=True)
+    return pd.DataFrame([table_row("name", policy, task, "test", *pair) for pair in pairs])
+
+
 def test_a_table_of_objects(mdm, capsys):
-    frame = evaluation_table(mdm, TOY, "test", 6, SHORT, [1, 2])
+    frame = table_of(mdm, TOY, 6, [1, 2])
     assert frame.steps.tolist() == [1, 2]
     assert frame.task.tolist() == ["toy"] * 2
     assert frame.prompts.tolist() == [6, 6]
@@ -240,37 +247,21 @@ def test_a_table_of_objects(mdm, capsys):
 
 def test_a_table_without_a_metric_or_rewards(ar, capsys):
     watched = Task("bare", {"test": lambda: ROWS}, watch=lambda texts, ids: {"spoken": 1})
-    frame = evaluation_table(ar, watched, "test", 2, SHORT)
+    frame = table_of(ar, watched, 2)
     assert len(frame) == 1
     assert not {"accuracy", "low", "reward"} & {*frame}
     print_table(frame)
     assert "spoken" in capsys.readouterr().out
     nothing = Task("none", {"test": ROWS}, [silent], lambda text, row: None)
-    print_table(evaluation_table(ar, nothing, "test", 2, SHORT))
+    print_table(table_of(ar, nothing, 2))
     assert "-" in capsys.readouterr().out
 
 
 def test_an_autoregressive_policy_has_no_steps(ar):
-    frame = evaluation_table(ar, TOY, "test", 2, SHORT)
+    frame = table_of(ar, TOY, 2)
     assert frame.steps.tolist() == [4]
     with pytest.raises(InputError, match=r"steps=\[2\]: an autoregressive policy has no denoising"):
-        evaluation_table(ar, TOY, "test", 2, SHORT, [2])
-
-
-def test_a_named_policy_is_loaded_and_ones_own_parts_are_used(monkeypatch, mdm):
-    seen = []
-
-    def drawn(policy, prompts, config, generator=None, record=False):
-        seen.append(len(prompts))
-        return generate(policy, prompts, config, generator, record)
-
-    def three(prompts, **columns):
-        return [3.0] * len(prompts)
-
-    monkeypatch.setattr("mdmrl.evaluation.tables.load_policy", lambda name: mdm)
-    frame = evaluation_table("tiny-mdm", TOY, "test", 2, SHORT, rewards=[three], draw=drawn)
-    assert frame.policy.tolist() == ["tiny-mdm"]
-    assert frame.reward.tolist() == [3.0] and seen == [2]
+        table_of(ar, TOY, 2, [2])
 
 
 # -- example by example ----------------------------------------------------------------------------

@@ -1,7 +1,5 @@
 """Judged programs a second, beside the usual way: a fresh Python a program, tests appended."""
 
-from __future__ import annotations
-
 import os
 import statistics
 import subprocess

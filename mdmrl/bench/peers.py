@@ -4,8 +4,6 @@ write it: what each takes, of seconds and of memory, for the same model, batch a
 Each runs in a process of its own, whose memory at its peak is what it took.
 """
 
-from __future__ import annotations
-
 import copy
 import json
 import statistics

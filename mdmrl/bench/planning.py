@@ -12,8 +12,6 @@ once; what autograd keeps of that pass is counted. The rest is arithmetic:
 Attention matrices are not counted: fused kernels never have them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 

@@ -6,8 +6,6 @@ computes the whole text again for each token. Ties go to the leftmost position, 
 `mdmrl.sampling`, so that exact samplers give identical tokens at temperature 0.
 """
 
-from __future__ import annotations
-
 import ctypes
 import json
 import re
@@ -24,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mdmrl.config import require, unknown
+from mdmrl.evaluation.tables import markdown_table
 from mdmrl.policies import Policy, load_policy
 from mdmrl.policies.families import FAMILIES
 from mdmrl.policies.load import DTYPES
@@ -111,21 +110,14 @@ def print_bench(numbers: dict) -> None:
 def bench_markdown(folder: Path) -> str:
     """The table of `docs/bench.md`, from the `bench_samplers*.json` that `mdmrl bench samplers`
     wrote to `folder`."""
-    lines = [
-        "| policy | sampler | batch | tokens | steps | positions computed | samples/s | speed-up "
-        "| same tokens | machine |",
-        "|---" * 10 + "|",
-    ]
-    for path in sorted(folder.glob("bench_samplers*.json")):
-        numbers = json.loads(path.read_text())
-        lines += [
-            f"| {numbers['policy']} | {row['sampler']} | {row['batch']} | {row['length']} "
-            f"| {row['steps']} | {row['token_forwards']:,} | {row['samples_per_second']:.3g} "
-            f"| {row['speedup']:.2f} | {row['agreement']:.1%} "
-            f"| {numbers['machine']}, {numbers['threads']} threads |"
-            for row in numbers["rows"]
-        ]
-    return "\n".join(lines)
+    columns = ("policy", "sampler", "batch", "tokens", "steps", "positions computed", "samples/s")
+    columns += ("speed-up", "same tokens", "machine")
+    cells = ("{policy}", "{sampler}", "{batch}", "{length}", "{steps}", "{token_forwards:,}")
+    cells += ("{samples_per_second:.3g}", "{speedup:.2f}", "{agreement:.1%}")
+    cells += ("{machine}, {threads} threads",)
+    found = [json.loads(path.read_text()) for path in sorted(folder.glob("bench_samplers*.json"))]
+    rows = [numbers | row for numbers in found for row in numbers["rows"]]
+    return markdown_table(columns, [[cell.format(**row) for cell in cells] for row in rows])
 
 
 def bench_policy(

@@ -1,7 +1,5 @@
 """Timings, on the machine at hand and with its name; never asserted in tests."""
 
-from __future__ import annotations
-
 import statistics
 import subprocess
 import sys

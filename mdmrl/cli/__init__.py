@@ -1,7 +1,5 @@
 """The `mdmrl` command. Each command imports what it needs when it runs, so that help is quick."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -70,9 +68,7 @@ def reproduce(
 
 
 @app.command()
-def html(
-    profile: Annotated[str, Option(help="A file of notebooks/profiles.")] = "cpu",
-) -> None:
+def html(profile: Annotated[str, Option(help="A file of notebooks/profiles.")] = "cpu") -> None:
     """Write the notebooks that were reproduced as pages, figures and static twins in them."""
     from mdmrl.study.notebooks import write_html
 

@@ -1,7 +1,5 @@
 """Commands that make one checkpoint of another without rewards."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

@@ -1,7 +1,5 @@
 """Options that commands share, and how their words are read."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

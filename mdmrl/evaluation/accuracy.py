@@ -1,7 +1,5 @@
 """Rewards and the true metric on held-out prompts."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections import defaultdict
@@ -11,12 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mdmrl.evaluation.completions import completion_metrics
 from mdmrl.policies import Policy
 from mdmrl.rewards import RewardLog, check_rewards, complete_rows, reward_values, total_reward
+from mdmrl.rewards.text import repetition
 from mdmrl.runs import generator_for
 from mdmrl.sampling import SamplerConfig, SamplerOutput, generate
-from mdmrl.tasks.base import verdicts
+from mdmrl.tasks.base import MASKED, verdicts
 
 
 def evaluate(
@@ -40,9 +38,8 @@ def evaluate(
         reward_weights: of the rewards in their sum; log: takes down what they report.
     Returns:
         `reward`, `rewards/<name>/mean`, `accuracy` (the share of rows `metric` accepts), what
-        rewards report and the monitors of `mdmrl.evaluation.completions`, each behind `prefix`.
-        Completions that all rewards, one reward or the metric abstain from are not in its mean,
-        and a mean of none is None.
+        rewards report and `completion_metrics`, each behind `prefix`. What all rewards, one reward
+        or the metric abstain from is not in its mean, and a mean of none is None.
     """
     log = log or RewardLog()
     judge = Judge(policy, rows, config, rewards, metric, draw, watch, reward_weights)
@@ -87,25 +84,23 @@ class Batch:
         return of_all | {k: (v.nanmean().item(), counts[k]) for k, v in self.columns.items()}
 
 
+@dataclass
 class Judge:
     """Completes a batch of `rows` and judges it; for the arguments see `evaluate`."""
 
-    def __init__(
-        self,
-        policy: Policy,
-        rows: Sequence[dict],
-        config: SamplerConfig,
-        rewards: Sequence[Callable] = (),
-        metric: Callable[[str, dict], bool | None] | None = None,
-        draw: Callable = generate,
-        watch: Callable | None = None,
-        reward_weights: Sequence[float] | None = None,
-    ):
-        self.policy, self.config, self.draw = policy, config, draw
-        self.rewards, self.metric, self.watch = rewards, metric, watch
-        self.reward_weights = reward_weights
-        self.rows = complete_rows(rows) if rewards else rows
-        self.names = check_rewards(rewards, reward_weights, self.rows) if rewards else []
+    policy: Policy
+    rows: Sequence[dict]
+    config: SamplerConfig
+    rewards: Sequence[Callable]
+    metric: Callable[[str, dict], bool | None] | None
+    draw: Callable
+    watch: Callable | None
+    reward_weights: Sequence[float] | None = None
+
+    def __post_init__(self) -> None:
+        if self.rewards:
+            self.rows = complete_rows(self.rows)
+            self.names = check_rewards(self.rewards, self.reward_weights, self.rows)
 
     def __call__(self, start: int, size: int, seed: int, log: RewardLog) -> Batch:
         """The batch of the rows from `start` on, drawn with a generator of (seed, start)."""
@@ -128,3 +123,33 @@ class Judge:
             columns["accuracy"] = torch.tensor(right, dtype=torch.float64)
         monitors = completion_metrics(self.policy, output, self.watch)
         return Batch(rows, output, seconds, columns, monitors)
+
+
+def completion_metrics(
+    policy: Policy, output: SamplerOutput, watch: Callable | None = None
+) -> dict[str, float]:
+    """Length, truncation, repetition, entropy and leftover masks of a batch, and what `watch` says.
+
+    `entropy` is the mean of -log p of the tokens when they were drawn, in nats a token: unbiased
+    for the sampler's entropy at temperature 1.
+
+    Args:
+        watch: see `Task`.
+    """
+    ids, mask = output.completion_ids, output.completion_mask
+    lengths = mask.sum(1).float()
+    ended = torch.isin(ids, ids.new_tensor(policy.end_token_ids)).any(1)
+    left = policy.tokenizer.mask_token_id
+    written = [[MASKED if i == left else i for i in row] for row in output.token_lists()]
+    watched = watch(output.completions, written) if watch is not None else {}
+    metrics = {
+        "completions/mean_length": lengths.mean().item(),
+        "completions/clipped_ratio": 1 - ended.float().mean().item(),
+        **{name: float(value) for name, value in watched.items()},
+        "repetition": sum(map(repetition, written)) / len(written),
+        "entropy": -(output.logprobs * mask).sum().item() / lengths.sum().item(),
+    }
+    if policy.denoises:
+        leftover = ((ids == policy.mask_token_id) & mask).any(1)
+        metrics["leftover_mask_rate"] = leftover.float().mean().item()
+    return metrics

@@ -1,8 +1,6 @@
 """What `mdmrl eval` does: evaluate a policy, score stored generations, or compare two
 evaluations."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,11 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 from mdmrl.config import require
-from mdmrl.evaluation.examples import (
-    evaluate_examples,
-    evaluation_identity,
-    summary,
-)
+from mdmrl.evaluation.examples import evaluate_examples, evaluation_identity, summary
 from mdmrl.evaluation.generations import compare, score_generations
 from mdmrl.evaluation.stats import Interval
 from mdmrl.evaluation.tables import append_rows, print_table, samplers_of, table_row
@@ -82,8 +76,8 @@ def evaluate_policy(
     frame = pd.DataFrame(table)
     if csv is not None:
         append_rows(frame, csv)
-    if json is not None:  # first, since printing ends where a pipe was closed
-        _write(json, reports if len(reports) > 1 else reports[0])
+    # First, since printing ends where a pipe was closed.
+    _write(json, reports if len(reports) > 1 else reports[0])
     print_table(frame)
     for report in reports:
         for k, chance in report.get("pass@k", {}).items():
@@ -103,16 +97,14 @@ def evaluate_generations(
     found = summary(examples)
     found |= {"prompts": int(examples.prompt_hash.nunique()), "task": task.name}
     found |= {"files": list(map(str, paths)), "environment": environment("cpu")}
-    if json is not None:
-        _write(json, found)
+    _write(json, found)
     print(f"{task.name}: accuracy {_said(found['accuracy'], found['interval'])}, {_counts(found)}")
 
 
 def compare_evaluations(a: Path, b: Path, json: Path | None = None) -> None:
     """Compare two evaluations; print what was found and write it to `json`."""
     found = compare(a, b)
-    if json is not None:
-        _write(json, found)
+    _write(json, found)
     one, other = found["a"]["accuracy"], found["b"]["accuracy"]
     print(f"{found['n']} items: {one:.3g} in A ({a}), {other:.3g} in B ({b})")
     print(f"B - A: {_said(found['difference'], found['interval'])}")
@@ -122,8 +114,9 @@ def compare_evaluations(a: Path, b: Path, json: Path | None = None) -> None:
     )
 
 
-def _write(path: Path, report) -> None:
-    write_atomically(path, as_json(report, indent=1) + "\n")
+def _write(path: Path | None, report) -> None:
+    if path is not None:
+        write_atomically(path, as_json(report, indent=1) + "\n")
 
 
 def _said(estimate: float | None, ends: Sequence[float] | None) -> str:

@@ -17,8 +17,6 @@ An example is a row of `examples`, in a run folder a line of `examples.jsonl`:
     nfe            forward passes of its batch, which all of its examples went through
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math
@@ -208,13 +206,7 @@ def _require_chance(sampler: SamplerConfig, seeds: Sequence[int], samples: int, 
 
 
 def _examples(
-    batch: Batch,
-    task: Task,
-    rows: Sequence[dict],
-    number: int,
-    seed: int,
-    start: int,
-    samples: int,
+    batch: Batch, task: Task, rows: Sequence[dict], number: int, seed: int, start: int, samples: int
 ) -> list[dict]:
     texts, size = batch.output.completions, len(batch.rows)
     columns = {name.removesuffix("/mean"): x.tolist() for name, x in batch.columns.items()}

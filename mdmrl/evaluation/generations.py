@@ -1,7 +1,5 @@
 """Stored completions, of whoever wrote them: scored, or two sets of them compared."""
 
-from __future__ import annotations
-
 import json
 import math
 import re
@@ -79,7 +77,6 @@ def _stored(path: Path, task: Task) -> list[tuple[str, dict]]:
 
 
 def _of_d1(entry: dict, task: Task, where: str) -> dict:
-    """An entry of d1's layout as a row."""
     fields = ("question", "generations", "ground_truth")
     require(isinstance(entry, dict), f"{where}: expected an object, got {entry!r:.80}")
     missing = [name for name in fields if name not in entry]

@@ -8,8 +8,6 @@ m being a random set of l tokens (Nie et al. 2025, LLaDA, eq. 6), and a lower bo
 blocks has the sum over blocks, each given the clean blocks before it.
 """
 
-from __future__ import annotations
-
 import math
 import zlib
 from collections.abc import Sequence

@@ -6,8 +6,6 @@
 `mdmrl.evaluation.likelihood`, exact for an autoregressive policy and the ELBO for a denoiser.
 """
 
-from __future__ import annotations
-
 import copy
 from collections import defaultdict
 

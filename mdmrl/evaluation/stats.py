@@ -11,6 +11,7 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 from scipy.optimize import brentq
 from scipy.special import ndtri, stdtrit
 from scipy.stats import binom, rankdata
@@ -95,8 +96,8 @@ def wilson_interval(successes: float, n: float, confidence: float = 0.95) -> Int
     return Interval(share, low, high)
 
 
-def clustered_interval(shares: Values, each: int, confidence: float = 0.95) -> Interval:
-    """Wilson's interval of the mean of `shares`, one an item, each a share over `each` completions.
+def clustered_interval(shares: Values, each: int) -> Interval:
+    """Wilson's 95 % interval of the mean of `shares`, one an item, over `each` completions each.
 
     Completions of one item are alike, so that they count as fewer: as the number of independent
     ones that would spread the items' shares as much (the effective sample size of Korn and Graubard
@@ -113,17 +114,17 @@ def clustered_interval(shares: Values, each: int, confidence: float = 0.95) -> I
     spread = float(((shares - share) ** 2).mean())
     chance = share * (1 - share)  # the spread of one completion an item
     times = min(max(chance / spread if spread else math.inf, 1.0), each) if chance else 1.0
-    return wilson_interval(right * times, n * times, confidence)
+    return wilson_interval(right * times, n * times)
 
 
-def paired_interval(only_a: int, only_b: int, n: int, confidence: float = 0.95) -> Interval:
-    """Tango's score interval (1998) of the difference of two shares over the same n items, of which
-    `only_a` count in the first share alone and `only_b` in the second alone.
+def paired_interval(only_a: int, only_b: int, n: int) -> Interval:
+    """Tango's 95 % score interval (1998) of the difference of two shares over the same n items, of
+    which `only_a` count in the first share alone and `only_b` in the second alone.
 
     The differences that a score test does not reject: at 0 it is McNemar's without a correction.
     """
     _require_pairs(only_a, only_b, n)
-    z = float(ndtri((1 + confidence) / 2))
+    z = float(ndtri(0.975))
 
     def excess(difference: float, side: float) -> float:
         # q is the most likely share of `only_b` if the true difference is this one.
@@ -192,10 +193,8 @@ def within_prompt_auroc(
     scores, positive = _checked(scores, at_least=1), np.asarray(positive, dtype=bool)
     _require_as_many(scores, positive)
     _require_as_many(scores, prompts)
-    rows: dict[Hashable, list[int]] = {}
-    for row, prompt in enumerate(prompts):
-        rows.setdefault(prompt, []).append(row)
-    found = np.array([auroc(scores[group], positive[group]) for group in rows.values()])
+    groups = pd.Series(range(len(scores))).groupby(list(prompts), sort=False)
+    found = np.array([auroc(scores[rows], positive[rows]) for _, rows in groups])
     return found[~np.isnan(found)]
 
 

@@ -1,8 +1,6 @@
 """Evaluation of a policy as a table, one row a number of denoising steps."""
 
-from __future__ import annotations
-
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -11,45 +9,15 @@ from rich.console import Console
 from rich.table import Table
 
 from mdmrl.config import require
-from mdmrl.evaluation.examples import Evaluation, evaluate_examples, summary
-from mdmrl.policies import Policy, load_policy
+from mdmrl.evaluation.examples import Evaluation, summary
+from mdmrl.policies import Policy
 from mdmrl.runs import write_atomically
-from mdmrl.sampling import SamplerConfig, generate
-from mdmrl.tasks import Task, load_task
+from mdmrl.sampling import SamplerConfig
+from mdmrl.tasks import Task
 
 FIRST = ("steps", "accuracy", "low", "high", "reward")
 TITLE = ("policy", "kind", "task", "split", "prompts", "sampler", "temperature")
 ASIDE = ("repetition", "leftover_mask_rate")
-
-
-def evaluation_table(
-    policy: str | Path | Policy,
-    task: str | Task | Callable,
-    split: str,
-    limit: int | None,
-    sampler: SamplerConfig,
-    steps: Sequence[int] = (),
-    rewards: Sequence[Callable] | None = None,
-    draw: Callable = generate,
-) -> pd.DataFrame:
-    """Accuracy with its 95 % interval (`low`, `high`), rewards and monitors.
-
-    One row a number of denoising `steps` (which an autoregressive policy has not), one of the
-    sampler's own where none is given, with the other settings of `sampler`; column `sampler` names
-    those that are not the defaults. For `task` see `load_task`.
-
-    Args:
-        policy: a policy, or the name of one; rewards: instead of the task's; draw: what completes.
-    """
-    named = not isinstance(policy, Policy)
-    loaded, judged = load_policy(policy) if named else policy, load_task(task)
-    rewards = judged.rewards if rewards is None else rewards
-    rows, table = judged.rows(split, limit), []
-    for config in samplers_of(loaded, sampler, steps):
-        found = evaluate_examples(loaded, judged, rows, config, rewards=rewards, draw=draw)
-        name = str(policy) if named else loaded.kind
-        table.append(table_row(name, loaded, judged, split, config, found))
-    return pd.DataFrame(table)
 
 
 def samplers_of(
@@ -66,7 +34,8 @@ def samplers_of(
 def table_row(
     name: str, policy: Policy, task: Task, split: str, sampler: SamplerConfig, found: Evaluation
 ) -> dict:
-    """One row of `evaluation_table`."""
+    """Accuracy with its 95 % interval (`low`, `high`), rewards and monitors, and what was asked:
+    `sampler` names the settings that are not the defaults."""
     count = sampler.denoising_steps if policy.denoises else sampler.max_new_tokens
     row = {"policy": name, "kind": policy.kind, "task": task.name, "split": split}
     row |= {"prompts": int(found.examples["index"].nunique())}
@@ -98,21 +67,25 @@ def append_rows(frame: pd.DataFrame, path: str | Path) -> None:
     write_atomically(path, rows.to_csv(index=False, float_format="%.6g"))
 
 
+def markdown_table(columns: Sequence[str], rows: Iterable[Iterable[str]]) -> str:
+    """A table in Markdown, without a newline at its end."""
+    lines = [columns, ["---"] * len(columns)]
+    lines += [[" ".join(cell.split()).replace("|", r"\|") for cell in row] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+MODELS = ("model", "task", "items", "sampler", "steps", "temperature", "exact answer", "reward")
+MODELS += ("all four tags",)
+
+
 def models_markdown(path: str | Path) -> str:
     """The table of the tiny models, from the CSV that `mdmrl eval --csv` appends to."""
-    frame = pd.read_csv(path)
-    lines = [
-        "| model | task | items | sampler | steps | temperature | exact answer | reward "
-        "| all four tags |",
-        "|---" * 9 + "|",
-    ]
-    for row in frame.itertuples():
+    rows = []
+    for row in pd.read_csv(path).itertuples():
         sampler = "default" if pd.isna(row.sampler) else row.sampler
-        steps = row.steps if row.kind != "ar" else "-"
+        steps = "-" if row.kind == "ar" else f"{row.steps}"
         tags = "-" if pd.isna(row.format_rate) else f"{row.format_rate:.0%}"
-        lines.append(
-            f"| {row.policy} | {row.task} | {row.prompts} | {sampler} | {steps} "
-            f"| {row.temperature:g} | {row.accuracy:.1%} [{row.low:.1%}, {row.high:.1%}] "
-            f"| {row.reward:.2f} | {tags} |"
-        )
-    return "\n".join(lines)
+        right = f"{row.accuracy:.1%} [{row.low:.1%}, {row.high:.1%}]"
+        drawn = f"{row.prompts}", sampler, steps, f"{row.temperature:g}"
+        rows.append((row.policy, row.task, *drawn, right, f"{row.reward:.2f}", tags))
+    return markdown_table(MODELS, rows)

@@ -10,20 +10,3 @@ from mdmrl.policies.load import load_policy, load_tokenizer
 from mdmrl.policies.lora import add_lora, merge_lora
 from mdmrl.policies.network import no_progress_bars
 from mdmrl.policies.text import Prompt, Prompts, as_messages, require_conversation, require_texts
-
-__all__ = [
-    "AutoregressivePolicy",
-    "BlockDiffusionPolicy",
-    "MaskedDiffusionPolicy",
-    "Policy",
-    "Prompt",
-    "Prompts",
-    "add_lora",
-    "as_messages",
-    "load_policy",
-    "load_tokenizer",
-    "merge_lora",
-    "no_progress_bars",
-    "require_conversation",
-    "require_texts",
-]

@@ -5,8 +5,6 @@ i-1. New are the attention, to both sides, and the mask token. What is made here
 `train_sft` and `mdmrl.zoo.pretrain` teach it to fill in masks.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """Policies as others load them: merged weights in a published layout, or in transformers' own."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

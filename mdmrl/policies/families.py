@@ -10,8 +10,6 @@ estimator. One of your own is a subclass:
     policy = load_policy(folder, family=Mine)
 """
 
-from __future__ import annotations
-
 import hashlib
 import inspect
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """`load_policy`: from the shipped zoo, a package, a local folder or the hub."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
@@ -86,7 +84,9 @@ def load_policy(
     )
     policy.name = name
     if adapter is not None:
-        _put_on_top(policy, str(adapter))
+        policy.model = _with_adapter(policy.model, str(adapter)).eval()
+        policy.model.peft_config["default"].base_model_name_or_path = name
+        policy.sync_reference()
     return policy
 
 
@@ -105,15 +105,7 @@ def _with_adapter(model, adapter: str):
         return peft.PeftModel.from_pretrained(model, adapter, **options)
 
 
-def _put_on_top(policy: Policy, adapter: str) -> None:
-    base = policy.name
-    policy.model = _with_adapter(policy.model, adapter)
-    policy.model.eval().peft_config["default"].base_model_name_or_path = base
-    policy.sync_reference()
-
-
 def _base_of(adapter: Path) -> str:
-    """The name of the policy that an adapter belongs on."""
     with loading(str(adapter)):
         name = json.loads((adapter / ADAPTER).read_text()).get("base_model_name_or_path")
     if (adapter / "base").is_dir():

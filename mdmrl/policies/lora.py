@@ -5,8 +5,6 @@ Qwen2.5-7B's shapes r = 48 on q_proj, v_proj, o_proj and lm_head is 32,243,712 p
 a slipped percent, and the reading that fixes the targets.
 """
 
-from __future__ import annotations
-
 import peft
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM

@@ -1,7 +1,5 @@
 """The network side of a policy: from token ids to hidden states to logits."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterator
 from functools import partial

@@ -9,8 +9,6 @@ clean blocks before it, and many can be in one forward pass, as noised copies be
     copy k > 0  the k-th noised copy of some of its columns, which no other copy sees
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

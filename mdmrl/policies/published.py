@@ -6,8 +6,6 @@ whether logits are shifted, which token ends a turn. Saved again, such a checkpo
 native one.
 """
 
-from __future__ import annotations
-
 import contextlib
 import re
 from collections.abc import Callable, Mapping
@@ -95,7 +93,6 @@ LLADA_FIELDS = {
 
 
 def _llada_names(fields: dict) -> dict:
-    """LLaDA's fields under Llama's names."""
     for name, expected in LLADA_AS_LLAMA.items():
         require(
             fields.get(name) == expected,
@@ -112,7 +109,6 @@ def _llada_names(fields: dict) -> dict:
 
 
 def _names_of_llada(fields: dict) -> dict:
-    """Llama's fields under LLaDA's names."""
     found = {theirs: fields[name] for name, theirs in LLADA_FIELDS.items()}
     found |= {"vocab_size": fields["vocab_size"], "mlp_ratio": 4}
     return LLADA_AS_LLAMA | LLADA_PLAIN | found

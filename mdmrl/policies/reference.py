@@ -1,7 +1,5 @@
 """The reference of a policy: what a KL is measured against."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import threading
@@ -59,7 +57,6 @@ class Reference:
         return hasattr(self.model, "peft_config")
 
     def sync_reference(self) -> None:
-        """Copy the policy into the reference."""
         if not self.uses_lora:
             self._reference = copy.deepcopy(self.model).requires_grad_(False)
             return

@@ -1,7 +1,5 @@
 """With which probability a sampler's step reveals just the positions that it did."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """How far a policy has moved from where it started: the exact KL of a sampler's paths."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -22,8 +22,6 @@ at many states at once:
                     block of every state, which sees itself and the clean blocks before it
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

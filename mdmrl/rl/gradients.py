@@ -1,8 +1,6 @@
 """The gradient of a loss in two parts, added up micro-batch by micro-batch, and what is logged of
 it."""
 
-from __future__ import annotations
-
 import math
 
 import torch

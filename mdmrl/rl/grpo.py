@@ -27,8 +27,6 @@ Deviations from the cited algorithm:
    is skipped and counted; several in a row end the run (`mdmrl.training.loop`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path

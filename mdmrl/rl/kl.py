@@ -10,8 +10,6 @@ V3.2; the default of TRL since 1.16). The samples are then weighed as those of p
 its gradient, too, is that of KL(pi || pi_ref), at every inner iteration.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 from torch import Tensor

@@ -20,8 +20,6 @@ noise apart; `trajectory-positions` adds the probability of the positions that w
 configurations, and so the hashes, of all other runs as they are.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace

@@ -45,8 +45,6 @@ Sources: grpo, Shao et al. 2024; dr_grpo, Liu et al. 2025; dapo, Yu et al. 2025;
    blocks but for block diffusion. A KL in the loss is of the same values, one in the reward of B_i.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import torch

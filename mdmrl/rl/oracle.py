@@ -16,8 +16,6 @@ In blocks (block diffusion) all this holds for each block given the clean ones b
 logarithms add up; S and n are those of one block.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from itertools import pairwise

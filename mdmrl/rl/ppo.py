@@ -31,8 +31,6 @@ Deviations from the cited algorithm, and what the thesis leaves open:
    gradient is not finite is skipped and counted; several in a row end the run.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from pathlib import Path
 

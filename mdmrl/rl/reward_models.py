@@ -10,8 +10,6 @@ completions the second is the first. Rankings say nothing of a constant that all
 prompt have in common.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

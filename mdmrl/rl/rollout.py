@@ -11,7 +11,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from mdmrl.config import require
-from mdmrl.evaluation.completions import completion_metrics
+from mdmrl.evaluation.accuracy import completion_metrics
 from mdmrl.policies import Policy
 from mdmrl.rewards import RewardLog, reward_name, reward_values, total_reward
 from mdmrl.sampling import SamplerConfig, SamplerOutput, generate

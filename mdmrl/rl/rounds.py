@@ -1,7 +1,5 @@
 """What GRPO and PPO share: whose turn it is, what is drawn and judged, and what is measured."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial

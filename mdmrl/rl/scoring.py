@@ -1,7 +1,5 @@
 """Scoring a rollout micro-batch by micro-batch, outside of an update's gradient."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 

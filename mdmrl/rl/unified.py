@@ -14,8 +14,6 @@ and where it is clipped, and for GRPO any form of the KL. PPO's KL is over the w
 no coefficient of the tokens that were drawn: beta is 0.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

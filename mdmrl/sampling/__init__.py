@@ -3,5 +3,3 @@
 from mdmrl.sampling.config import SamplerConfig
 from mdmrl.sampling.generate import generate, infill
 from mdmrl.sampling.output import SamplerOutput, Step
-
-__all__ = ["SamplerConfig", "SamplerOutput", "Step", "generate", "infill"]

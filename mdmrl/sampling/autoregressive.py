@@ -1,7 +1,5 @@
 """Left-to-right sampling with an exact KV cache."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

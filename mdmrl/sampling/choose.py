@@ -5,8 +5,6 @@ the head and the noise are spent on nothing else. A maximum and a logsumexp take
 softmax over the vocabulary.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -126,7 +126,6 @@ class SamplerConfig(Config):
         self._validate_order()
 
     def _validate_step_sizes(self) -> None:
-        """That they fit the block and the number of steps."""
         sizes, block = self.step_sizes, self.block_length or self.max_new_tokens
         blocks, given = self.max_new_tokens // block, f"step_sizes={self.step_sizes}"
         if isinstance(sizes, list):
@@ -156,7 +155,6 @@ class SamplerConfig(Config):
         )
 
     def _validate_order(self) -> None:
-        """Options that say which positions a step reveals, and how many."""
         threshold, rule, ordered = self.threshold, self.rule, self.order_temperature
         drawn = rule.before_drawing and rule.log_probability
         require(
@@ -189,7 +187,6 @@ class SamplerConfig(Config):
 
     @property
     def rule(self) -> Rule:
-        """The commit rule that `remasking` means."""
         return rule_of(self.remasking)
 
     @property

@@ -42,7 +42,6 @@ class Canvas(NamedTuple):
 
     @classmethod
     def behind(cls, prompts: Prompts, length: int, mask_token_id: int) -> Canvas:
-        """`length` masks behind prompts."""
         real, width = prompts.attention_mask, prompts.input_ids.shape[1]
         blank = prompts.input_ids.new_full((len(real), length), mask_token_id)
         new = torch.ones_like(blank, dtype=torch.bool)

@@ -1,7 +1,5 @@
 """The two entries to every sampler, used by training, evaluation and notebooks alike."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch.nn.functional as F

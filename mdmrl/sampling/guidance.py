@@ -85,10 +85,6 @@ class Thresholds:
         """Both, (2, blocks, 2 + checks)."""
         return torch.stack([self.low, self.high]).double()
 
-    def of_blocks(self, blocks: Sequence[int]) -> Tensor:
-        """Those of rows of one block each, (2, rows, 1, 2 + checks)."""
-        return self.bands[:, list(blocks), None]
-
     @classmethod
     def of(
         cls, values: Tensor, guide: GuideConfig, block_length: int, prompts: Sequence[Prompt] = ()
@@ -121,7 +117,6 @@ class Thresholds:
 
 
 def steps_of_blocks(config: SamplerConfig) -> list[int]:
-    """Steps of every block."""
     length = config.max_new_tokens
     return evenly(config.denoising_steps, length // (config.block_length or length))
 

@@ -200,7 +200,6 @@ class Guided:
 
 
 def judged(value: Value, states: States) -> list[float]:
-    """What V says of states."""
     values = value(states)
     require(
         values.shape == states.rows.shape and not values.isnan().any(),

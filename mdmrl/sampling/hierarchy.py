@@ -21,8 +21,6 @@ units one after the other, for comparison. Every unit pays for reading what is k
 `token_forwards` counts.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -189,13 +187,11 @@ class Draft:
         return output.completions
 
     def count(self, places: Sequence[Place], nfe: int, token_forwards: int) -> None:
-        """Add what a batch has cost."""
         self.nfe += nfe
         self.unit_nfe += nfe * len({j for _, j in places})
         self.token_forwards += token_forwards
 
     def completions(self) -> list[str]:
-        """The wholes."""
         framed = (zip(self.units, row, strict=True) for row in self.whole)
         return ["".join(c.opening + x + c.closing for c, x in row) for row in framed]
 
@@ -222,12 +218,7 @@ class Hierarchical:
     gap: int = 8
 
     def __call__(
-        self,
-        policy: Policy,
-        prompts: Sequence[Prompt],
-        config: SamplerConfig,
-        generator: Generator | None = None,
-        record: bool = False,
+        self, policy: Policy, prompts, config: SamplerConfig, generator=None, record: bool = False
     ) -> SamplerOutput:
         """Complete `prompts`; raises as `generate_hierarchy`, and for a whole that is longer than
         `config.max_new_tokens`."""

@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from mdmrl.config import require
@@ -38,7 +38,7 @@ from mdmrl.sampling.guidance import GuideConfig, Thresholds
 from mdmrl.sampling.guided import Attempts, Judgement, advance, steps_of
 from mdmrl.sampling.hierarchy import Draft, Place, Unit, canvas_of, phase_of
 from mdmrl.sampling.output import APPROXIMATE, SamplerOutput
-from mdmrl.sampling.states import States, Value
+from mdmrl.sampling.states import Value
 
 
 @dataclass(kw_only=True)
@@ -65,7 +65,6 @@ class PipelineOutput(SamplerOutput):
     whole_ids: list[list[int]]
 
     def token_lists(self) -> list[list[int]]:
-        """Token ids of the wholes."""
         return self.whole_ids
 
 
@@ -102,12 +101,7 @@ class Pipeline:
 
     @torch.no_grad()
     def __call__(
-        self,
-        policy: Policy,
-        prompts: Sequence[Prompt],
-        config: SamplerConfig,
-        generator: Generator | None = None,
-        record: bool = False,
+        self, policy: Policy, prompts, config: SamplerConfig, generator=None, record: bool = False
     ) -> PipelineOutput:
         """Complete `prompts`.
 
@@ -132,6 +126,7 @@ class Pipeline:
 
         shape = len(prompts), len(self.units), 2 + len(guide.checks)
         values = torch.full(shape, torch.nan, dtype=torch.double)
+        value = self.value or (lambda states: torch.zeros(len(states.rows)))
         written = torch.ones(shape[:2], dtype=torch.long)
         judgements: dict[Place, list[Judgement]] = defaultdict(list)
         kept: dict[Place, tuple[Tensor, ...]] = {}
@@ -140,9 +135,9 @@ class Pipeline:
         places += [(row, len(self.units) - 1) for row in sorted(done)]  # each has an episode
         for left in reversed(range(self.descriptions)):
             canvas = canvas_of(policy, *draft.begun(places), config, self.length)
-            own = bands and bands.of_blocks([j for _, j in places])
+            own = bands and bands.bands[:, [j for _, j in places], None]
             batch = Attempts(policy, canvas, config, guide, own, leave=left > 0)
-            draft.count(places, **advance(batch, self.value or _indifferent, generator))
+            draft.count(places, **advance(batch, value, generator))
             end = batch.width + config.max_new_tokens
             written_ids = batch.ids[:, batch.width : end]
             texts = policy.decode(written_ids, policy.completion_mask(written_ids))
@@ -160,10 +155,6 @@ class Pipeline:
         own = {"descriptions": draft.y, "units": draft.whole, "values": values, "written": written}
         own |= {"judgements": dict(judgements), "optimisations": optimisations, **costs}
         return _output(policy, draft.completions(), kept, generator, record, own)
-
-
-def _indifferent(states: States) -> Tensor:
-    return torch.zeros(len(states.rows))
 
 
 def _output(policy: Policy, wholes, kept, generator, record: bool, own: dict) -> PipelineOutput:

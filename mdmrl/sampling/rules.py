@@ -13,8 +13,6 @@ comes from `generator`, on the policy's device.
 function what it cannot say itself; whoever needs to know what nobody said refuses the rule.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

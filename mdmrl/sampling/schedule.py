@@ -1,7 +1,5 @@
 """How many open positions each denoising step reveals."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -13,8 +13,6 @@ The last three take V's place in `generate_guided`; the last two need thresholds
 `calibrate`. Rows of one prompt are adjacent, n of them.
 """
 
-from __future__ import annotations
-
 from collections import Counter, deque
 from collections.abc import Hashable, Sequence
 from math import comb

@@ -7,8 +7,6 @@ were drawn. Log-probabilities are the server's: vLLM's are of temperature 1 unle
 with `--logprobs-mode processed_logprobs`.
 """
 
-from __future__ import annotations
-
 import http.client
 import json
 import os

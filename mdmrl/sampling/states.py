@@ -5,8 +5,6 @@ cache (a cache would have one window for all rows), of a block-causal policy onl
 the furthest active block; the pass that predicts a step's tokens is the one that V sees too.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

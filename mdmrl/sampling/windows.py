@@ -16,8 +16,6 @@ so the cache is exact, and a block's first step stores the clean keys of the blo
 extra pass. A policy that shifts its logits needs one column more to the left.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -16,8 +16,6 @@ The step is AdamW's first, whatever the moments of a run that is under way: all 
 learning rate. Spearman's correlation with the gains that RL then had says which of them predicts.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -101,7 +99,6 @@ def _rollout(
     sampler: SamplerConfig,
     batch: int,
 ) -> Rollout:
-    """Completions of one update's prompts, with their trajectory."""
     asked = config.prompts_per_process, batch, 0, 1, config.seed
     prompts = rows_of_step(rows, *asked)
     random = generator_for(config.seed, "candidates", batch, device=policy.device)

@@ -41,7 +41,6 @@ class Chain:
 
     @classmethod
     def drawn(cls, letters: int, length: int, seed: int) -> Chain:
-        """A random one."""
         draw = generator_for(seed, "toy")
         moves = (2 * torch.randn(letters, letters, generator=draw)).double().softmax(-1)
         texts = torch.cartesian_prod(*[torch.arange(letters)] * length)

@@ -2,28 +2,26 @@
 arms of the KL study, and the bounds of masked diffusion. Each is a `mdmrl.study.widgets.Choices`,
 whose static twin shows what is chosen first."""
 
-from __future__ import annotations
-
 import html
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
 from pandas import DataFrame
-from torch import Tensor
 
 from mdmrl.config import require
 from mdmrl.diffusion import SCHEDULES, discrete_terms, limit_loss
-from mdmrl.diffusion_exact import Denoiser, chain_log_likelihood, exact_masked_nll
+from mdmrl.diffusion_exact import chain_log_likelihood
 from mdmrl.policies import Policy, Prompt
 from mdmrl.runs import read_rows
 from mdmrl.sampling import SamplerConfig, generate
 from mdmrl.sampling.rules import RULES
 from mdmrl.study import colours, plots
+from mdmrl.study.chain import Chain
 from mdmrl.study.live import completions
 from mdmrl.study.outputs import project_root
 from mdmrl.study.pieces import pieces_folder, read_table
@@ -103,8 +101,7 @@ def compare_runs(containing: str = "", begin: Sequence[str] = ()) -> Choices:
     return Choices(show, begin, runs=names, column=list(COLUMNS), percent=list(range(0, 101, 10)))
 
 
-def _read_run(path: Path) -> tuple[DataFrame, list[dict], dict]:
-    """The log of a run, its samples and its settings."""
+def _read_run(path: Path) -> tuple[DataFrame, list[dict], dict]:  # log, samples, settings
     if path.suffix == ".csv":
         known = json.loads(path.with_suffix(".json").read_text())
         samples, settings = [known] if "completions" in known else [], known["identity"]["settings"]
@@ -140,23 +137,17 @@ def arm_picker(logs: DataFrame, grid: DataFrame) -> Choices:
     return Choices(show, arm=arms, β=weights, column=["kl/max", *(c for c in COLUMNS if c in logs)])
 
 
-def bound_sliders(
-    denoisers: Mapping[str, Denoiser], texts: Tensor, law: Tensor, mask: int, T: Sequence[int]
-) -> Choices:
-    """The bound of T steps on a toy, whose every text is known: `texts` (N, L), their probabilities
-    `law` (N,). Schedule, T and the number of blocks can be chosen."""
-    length = texts.shape[1]
-
-    @cache
-    def masked_nll(model: str, size: int):
-        return exact_masked_nll(denoisers[model], texts, mask, block_length=size)
+def bound_sliders(toy: Chain, T: Sequence[int]) -> Choices:
+    """The bound of T steps on a toy; schedule, T and the number of blocks can be chosen."""
+    length, masked_nll = toy.texts.shape[1], cache(toy.masked_nll)
 
     def show(model: str, schedule: str, T: int, blocks: int) -> str:
         size, chosen, figure = length // blocks, SCHEDULES[schedule], Figure(**SIZE)
-        nll, (left, right) = masked_nll(model, size), figure.subplots(1, 2)
-        bounds = {n: (law @ discrete_terms(nll, chosen, n).sum(-1)).item() for n in options["T"]}
-        exact = -(law @ chain_log_likelihood(denoisers[model], texts, mask, chosen, T, size))
-        limit, times = (law @ limit_loss(nll, chosen)).item(), torch.linspace(0, 1, 200)
+        nll, (left, right) = masked_nll(toy.denoisers[model], size), figure.subplots(1, 2)
+        bounds = {n: discrete_terms(nll, chosen, n).sum().item() for n in options["T"]}
+        asked = toy.denoisers[model], toy.texts, toy.mask, chosen, T, size
+        exact = -(toy.law @ chain_log_likelihood(*asked))
+        limit, times = limit_loss(nll, chosen).item(), torch.linspace(0, 1, 200)
         left.plot(times, chosen.alpha(times), color="0.6", linewidth=1)
         steps = torch.linspace(0, 1, T + 1)
         left.plot(steps, chosen.alpha(steps), ".", color=colours.MDM)
@@ -170,5 +161,6 @@ def bound_sliders(
         return f"{picture(figure)}<br>{said}{exact.item():.4f}, the bound's limit {limit:.4f}"
 
     parts = [n for n in range(1, length + 1) if length % n == 0]
-    options = {"model": list(denoisers), "schedule": list(SCHEDULES), "T": list(T), "blocks": parts}
+    options = {"model": list(toy.denoisers), "schedule": list(SCHEDULES)}
+    options |= {"T": list(T), "blocks": parts}
     return Choices(show, {"T": options["T"][len(T) // 2]}, **options)

@@ -5,8 +5,6 @@ What appears in one figure can be told apart by anyone: colours differ in lightn
 and green look alike.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable
 

@@ -1,7 +1,5 @@
 """What this machine has of what the study needs, and which profiles it runs, for how long."""
 
-from __future__ import annotations
-
 import platform
 import shutil
 import urllib.request

@@ -11,8 +11,6 @@ of one thread, whose piece (`mdmrl.study.pieces`) is kept when it ends:
     python -m mdmrl.study.experiment --arm trajectory --checkpoint 2 --candidates
 """
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Iterable, Sequence
 
@@ -268,7 +266,6 @@ def piloted(estimator: str) -> float | None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
     parser = argparse.ArgumentParser(prog="mdmrl.study.experiment", description=__doc__)
     parser.add_argument("--profile", default="full")
     parser.add_argument("--arm", choices=ARMS)

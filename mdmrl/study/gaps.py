@@ -2,8 +2,6 @@
 a whole body with a hole in it, and the prompt is the head, as in training. The hole has as many
 tokens as the span that was cut out, which is told to nobody else."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from mdmrl.policies import Policy

@@ -5,8 +5,6 @@ function gives one piece (`mdmrl.study.pieces`) of one seed, that of its `PPOCon
 hold nothing but settings of sampler and V.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -254,7 +252,6 @@ def _half(sampler: SamplerConfig) -> int:
 def _table(
     arm: str, task: Task, output: GuidedOutput, rows: Sequence[dict], said: dict[str, Tensor]
 ) -> pd.DataFrame:
-    """A row a completion; as many of each of `rows`."""
     prompt = torch.arange(len(rows)).repeat_interleave(len(output.completions) // len(rows))
     whose = [rows[i] for i in prompt]
     right = map(task.metric, output.completions, whose)

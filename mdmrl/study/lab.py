@@ -92,14 +92,11 @@ class Lab:
     def exact(self) -> dict[str, Tensor]:
         """The target of each estimator, (B,), with a gradient."""
         ids, policy = self.rollout.completion_ids, self.policy
-        oracle, allowing = (
-            Oracle(
-                denoiser_of(policy, self.prompt, ids.shape[1], suppress_mask=banned),
-                ids,
-                policy.mask_token_id,
-            )
+        denoisers = (
+            denoiser_of(policy, self.prompt, ids.shape[1], suppress_mask=banned)
             for banned in (True, False)
         )
+        oracle, allowing = (Oracle(one, ids, policy.mask_token_id) for one in denoisers)
         # one_step leaves [MASK] in the softmax, as in the runs of the study.
         of = {name: f(allowing if name == "one_step" else oracle) for name, f in TARGETS.items()}
         return of | {"trajectory": oracle.trajectory(self.rollout.revealed_at)}

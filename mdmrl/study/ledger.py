@@ -4,8 +4,6 @@ The lines of `mdmrl.study.verdicts.ROWS` are judged; what else is measured has n
 are a list of their own.
 """
 
-from __future__ import annotations
-
 import html
 import json
 import math
@@ -19,6 +17,7 @@ from filelock import FileLock
 
 from mdmrl.config import Config, InputError, require, unknown
 from mdmrl.evaluation.stats import holm
+from mdmrl.evaluation.tables import markdown_table
 from mdmrl.runs import write_atomically
 from mdmrl.study.verdicts import ROWS, Row, row_of
 from mdmrl.study.verdicts.rules import LEVEL
@@ -178,12 +177,15 @@ def render(
     parts = {}
     lines = [_judged(row, claims, pictures or {}, whole) for row in ROWS]
     if any(lines):
-        parts["### Judged"] = _table(JUDGED_COLUMNS, filter(None, lines))
+        parts["### Judged"] = markdown_table(JUDGED_COLUMNS, filter(None, lines))
     for verdict, heading in {"erratum": "### Errata", "measured": "### Measured"}.items():
         own = [claim for claim in claims if claim.verdict == verdict]
-        cells = [_plain(claim) for claim in sorted(own, key=lambda claim: claim.notebook)]
+        cells = [
+            (one.says, one.where, sentence(one), str(one.seeds or "-"), link(one.notebook))
+            for one in sorted(own, key=lambda claim: claim.notebook)
+        ]
         if cells or whole:
-            parts[heading] = _table(COLUMNS, cells) if cells else "None yet."
+            parts[heading] = markdown_table(COLUMNS, cells) if cells else "None yet."
     return "\n\n".join(f"{heading}\n\n{body}" for heading, body in parts.items())
 
 
@@ -204,7 +206,7 @@ def _judged(
         facts = [f"p {ps}"] * bool(ps) + ["conditional on these checkpoints"] * claim.conditional
         text = f"**{claim.line}: {claim.verdict}.** {sentence(claim)}"
         said.append(f"{text} ({', '.join(facts)})" if facts else text)
-    said += [_link(name) for name in dict.fromkeys(claim.notebook for claim in of.values())]
+    said += [link(name) for name in dict.fromkeys(claim.notebook for claim in of.values())]
     missing = [line for line in row.lines if line not in of]
     if missing and whole:
         said.append(f"Not judged yet: {'; '.join(missing)}")
@@ -214,20 +216,9 @@ def _judged(
     return shown, claim, verdict or "not judged yet", "<br>".join(said)
 
 
-def _plain(claim: Claim) -> tuple[str, ...]:
-    measured = sentence(claim)
-    return claim.says, claim.where, measured, str(claim.seeds or "-"), _link(claim.notebook)
-
-
-def _link(notebook: str) -> str:
+def link(notebook: str) -> str:
+    """A link to a notebook from a page in `docs/` or `figures/`."""
     return f"[{notebook}](../notebooks/{notebook}.ipynb)"
-
-
-def _table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    columns = list(columns)
-    lines = [columns, ["---"] * len(columns)]
-    lines += [[" ".join(cell.split()).replace("|", r"\|") for cell in row] for row in rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def fill_claims(

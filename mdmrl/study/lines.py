@@ -1,8 +1,6 @@
 """The lines of rows 1 to 5 of the table of claims, from runs of `mdmrl.study.experiment`: does RL
 train either family, and is it the KL term that decides?"""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 

@@ -1,8 +1,6 @@
 """What held-out items say of a policy before and after training, item by item: verdicts on learning
 are paired by prompt."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 

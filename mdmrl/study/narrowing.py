@@ -6,8 +6,6 @@ were chosen would look worse when they are counted, so that `chosen_items` looks
 completions than those that `solutions` counts.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path

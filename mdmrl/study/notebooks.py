@@ -1,7 +1,5 @@
 """Notebooks with the parameters of a profile, and their execution through papermill."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

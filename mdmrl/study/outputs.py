@@ -1,7 +1,5 @@
 """Where a notebook's figures, tables and claims go, and the provenance beside each figure."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

@@ -7,8 +7,6 @@ exactly; and how probable tokens are that were drawn side by side, before and af
 seen.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 
@@ -36,7 +34,8 @@ def right_solutions(policy: Policy, rows: Sequence[dict], sampler: SamplerConfig
     All right expressions count (`solutions`). Positions are revealed as `state_confidence` does,
     whatever the sampler's rule, since a text's probability is then known.
     """
-    known = [(i, text) for i, row in enumerate(rows) for text in solutions(**_item(row))]
+    asked = [(row["nums"], row["target"]) for row in rows]
+    known = [(i, text) for i, item in enumerate(asked) for text in solutions(*item)]
     items, texts = zip(*known, strict=True)
     prompts = [rows[i]["prompt"] for i in items]
     parts = [slice(start, start + ROWS) for start in range(0, len(texts), ROWS)]
@@ -45,10 +44,6 @@ def right_solutions(policy: Policy, rows: Sequence[dict], sampler: SamplerConfig
     p = np.exp(logp - logp.groupby(of).transform("max"))  # of a collapsed policy all may underflow
     entropy = pd.Series(entr(p / p.groupby(of).transform("sum"))).groupby(of).sum()
     return pd.DataFrame({"right": np.exp(logp).groupby(of).sum(), "entropy": entropy})
-
-
-def _item(row: dict) -> dict:
-    return {"nums": row["nums"], "target": row["target"]}
 
 
 @torch.no_grad()

@@ -1,8 +1,6 @@
 """The parameters of a notebook: names, types and values of its one cell of literals, and what does
 not fit them."""
 
-from __future__ import annotations
-
 import ast
 import sys
 from collections.abc import Mapping

@@ -9,8 +9,6 @@ piece whose identity lies there is not computed again. Its name, a readable slug
 name only, so that a setting that is added later orphans nothing.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Mapping
 from functools import lru_cache
@@ -67,7 +65,6 @@ def _identity(path: Path) -> dict:
 
 
 def read_table(path: Path) -> pd.DataFrame:
-    """The table of a piece's CSV."""
     table = pd.read_csv(path, keep_default_na=False, na_values=[""])
     return table.assign(run=path.stem)
 
@@ -78,7 +75,6 @@ def facts(profile: str, run: str) -> dict:
 
 
 def pieces_folder(profile: str) -> Path:
-    """Where pieces lie."""
     if profile == "full":
         return figures_folder(profile) / "data" / "runs"
     return runs_folder(profile) / "runs"

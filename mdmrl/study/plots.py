@@ -1,7 +1,5 @@
 """Figures: a data frame in, a matplotlib figure out."""
 
-from __future__ import annotations
-
 import math
 import textwrap
 from collections.abc import Iterable, Sequence
@@ -17,7 +15,7 @@ from matplotlib.ticker import LogLocator, NullLocator
 from pandas import DataFrame, Series
 
 from mdmrl.evaluation.stats import t_interval
-from mdmrl.study.colours import colour, line_styles, palette, tinted
+from mdmrl.study.colours import LINES, colour, line_styles, palette, tinted
 
 TEXT_WIDTH = 6.3  # inches, a page of A4 with the thesis's margins
 # What columns of a log are called on an axis, with their units.
@@ -47,7 +45,9 @@ UNITS = {"spent/positions": 1e6, "spent/seconds": 60}
 
 def use_style() -> None:
     """Fonts and lines of every figure; call it once in a notebook."""
-    sns.set_theme(context="paper", style="ticks", font_scale=0.9, rc={"axes.titlesize": "medium"})
+    own = {"axes.titlesize": "medium", "figure.titlesize": 8, "legend.frameon": False}
+    own |= {"axes.spines.top": False, "axes.spines.right": False}
+    sns.set_theme(context="paper", style="ticks", font_scale=0.9, rc=own)
 
 
 def curves(
@@ -95,7 +95,27 @@ def curves(
     if log and axes.has_data():
         axes.set_yscale("log")
     axes.set(xlabel=WORDS[against], ylabel=WORDS.get(column, column))
-    sns.despine(ax=axes)
+
+
+def of_runs(runs: DataFrame, drawn: Sequence[str], said: str, **form) -> tuple[Figure, np.ndarray]:
+    """`panels`, one for each column of the log that is `drawn` over the updates: smoothed, but for
+    what is looked at (`eval/`)."""
+    figure, axes = panels(len(drawn), **form)
+    for axis, column in zip(axes, drawn, strict=True):
+        smooth = 1 if column.startswith("eval/") else smoothed(runs)
+        curves(axis, runs, column, runs.arm.unique(), smooth)
+    title(figure, said, runs, smoothed(runs))
+    return figure, axes
+
+
+def of_seeds(axes: Axes, runs: DataFrame, column: str, shade: str) -> None:
+    """A line a seed over the positions computed, in one colour; arms differ by their dashes."""
+    for arm, line in zip(runs.arm.unique(), LINES, strict=False):
+        own = runs[runs.arm == arm].dropna(subset=[column])
+        for place, (_, run) in enumerate(own.groupby("seed")):
+            at, label = run["spent/positions"] / UNITS["spent/positions"], "_" * bool(place) + arm
+            axes.plot(at, run[column], line, color=shade, linewidth=0.9, label=label)
+    axes.set(xlabel=WORDS["spent/positions"], ylabel=WORDS[column])
 
 
 def interval(values: Series) -> tuple[float, float]:
@@ -110,7 +130,6 @@ def trend(axes: Axes, table: DataFrame, x: str, y: str, shade: str, label: str, 
     mean, ends = groups.mean(), np.array([interval(values) for _, values in groups])
     axes.plot(mean.index, mean, color=shade, label=label, **line)
     axes.fill_between(mean.index, *ends.T, color=shade, alpha=0.15, linewidth=0)
-    sns.despine(ax=axes)
 
 
 def panels(count: int, height: float = 2.4, columns: int = 2) -> tuple[Figure, np.ndarray]:
@@ -133,7 +152,7 @@ def title(figure: Figure, text: str, runs: DataFrame, smooth: int = 1, log: bool
     shown += [f"{arm}: {n} seed{'s' * (n > 1)}" for arm, n in fewer.items()]
     if smooth > 1:
         shown.append(f"running mean of {smooth} updates")
-    figure.suptitle(textwrap.fill(f"{text}. {'; '.join(shown)}", 100), fontsize=8)
+    figure.suptitle(textwrap.fill(f"{text}. {'; '.join(shown)}", 100))
 
 
 def shared_legend(
@@ -148,8 +167,7 @@ def shared_legend(
             axis.get_legend().remove()
     said = names or {label: label for label in of}
     shown = {said[label]: of[label] for label in of if label in said}
-    place = {"loc": "outside lower center", "ncols": columns, "frameon": False}
-    figure.legend(shown.values(), shown, **place)
+    figure.legend(shown.values(), shown, loc="outside lower center", ncols=columns)
 
 
 def smoothed(runs: DataFrame) -> int:
@@ -204,12 +222,11 @@ def dots(
     rows(axes, arms)
 
 
-def rows(axes: Axes, names: Iterable[str]) -> None:
+def rows(axes: Axes, names: Iterable[str], **text) -> None:
     """Names from top to bottom, one a line."""
     names = list(names)
-    axes.set_yticks(range(len(names)), names)
+    axes.set_yticks(range(len(names)), names, **text)
     axes.set_ylim(len(names) - 0.5, -0.5)
-    sns.despine(ax=axes)
 
 
 def decimals(axis: Axis) -> None:
@@ -241,7 +258,6 @@ def doubling(axes: Axes, ticks: Iterable[float], label: str = "denoising steps")
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
     axes.set_xlabel(label)
-    sns.despine(ax=axes)
 
 
 def label_ends(axes: Axes, names: dict[str, str] | None = None, size: float = 7) -> None:
@@ -274,6 +290,7 @@ def label_ends(axes: Axes, names: dict[str, str] | None = None, size: float = 7)
 def moved(axes: Axes, values: Series, arms: Iterable[str]) -> None:
     """An arm a line, from top to bottom: from its value before training, hollow, to that after, the
     means over seeds; each seed small. `values` have the index (end, arm, seed)."""
+    rows(axes, arms, fontsize=6)
     for place, arm in enumerate(arms):
         ends = values.xs(arm, level="arm").unstack("seed").loc[["before", "after"]]
         axes.plot(ends, [place, place], ".", color=colour(arm), markersize=2, alpha=0.5)
@@ -281,6 +298,3 @@ def moved(axes: Axes, values: Series, arms: Iterable[str]) -> None:
         axes.plot([before, after], [place, place], color=colour(arm), linewidth=1)
         for value, filled in ((before, "white"), (after, colour(arm))):
             axes.plot(value, place, "o", color=colour(arm), markerfacecolor=filled, markersize=4)
-    axes.set_yticks(range(len(arms)), arms, fontsize=6)
-    axes.set_ylim(len(arms) - 0.5, -0.5)
-    sns.despine(ax=axes)

@@ -108,8 +108,8 @@ class Progress:
 def expected_seconds(profile: str, cells: dict[str, int]) -> dict[str, list[float]]:
     """Seconds of each code cell of each notebook, of which `cells` has the numbers: as they were
     when the profile last ran here, else as committed in `notebooks/profiles/seconds.json`."""
-    committed = _read(project_root() / "notebooks" / "profiles" / "seconds.json").get(profile, {})
-    known = committed | _read(recorded(profile))
+    committed = read_json(project_root() / "notebooks" / "profiles" / "seconds.json")
+    known = committed.get(profile, {}) | read_json(recorded(profile))
     found = {}
     for name, count in cells.items():
         timed = known.get(name, [UNKNOWN])
@@ -120,7 +120,7 @@ def expected_seconds(profile: str, cells: dict[str, int]) -> dict[str, list[floa
 
 def record_seconds(profile: str, name: str, taken: list[float]) -> None:
     """Keep the seconds of a notebook's cells for the next run's estimate."""
-    known = _read(recorded(profile)) | {name: [round(seconds, 1) for seconds in taken]}
+    known = read_json(recorded(profile)) | {name: [round(seconds, 1) for seconds in taken]}
     lines = ",\n".join(f" {json.dumps(key)}: {json.dumps(known[key])}" for key in sorted(known))
     write_atomically(recorded(profile), f"{{\n{lines}\n}}\n")
 
@@ -139,5 +139,6 @@ def recorded(profile: str) -> Path:
     return project_root() / "runs" / profile / "seconds.json"
 
 
-def _read(path: Path) -> dict:
+def read_json(path: Path) -> dict:
+    """What a file holds; nothing where there is none."""
     return json.loads(path.read_text()) if path.exists() else {}

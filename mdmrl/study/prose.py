@@ -1,7 +1,5 @@
 """Training on prose, MedCoT: the arms of Fig. 4-1 to 4-3, and the real model beside them."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import product
 

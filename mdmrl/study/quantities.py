@@ -4,8 +4,6 @@
 rest on `held_out_gain` and `held_out_share`.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

@@ -2,8 +2,6 @@
 and the positions saved draw another text. What is kept is then no sample of the policy, and its
 gradient is that of another law: `selected_gradients` says how far off it points."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path

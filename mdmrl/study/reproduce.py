@@ -1,7 +1,5 @@
 """Headless reproduction: every notebook at one profile's scale."""
 
-from __future__ import annotations
-
 import json
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,24 +15,15 @@ from mdmrl.progress import duration
 from mdmrl.runs import write_atomically
 from mdmrl.study import ledger
 from mdmrl.study.notebooks import code_cells, fingerprint, package_digest, plan, run_notebook
-from mdmrl.study.outputs import (
-    figures_folder,
-    figures_of,
-    profile_of,
-    project_root,
-    runs_folder,
-)
-from mdmrl.study.progress import Progress, expected_seconds, record_seconds
+from mdmrl.study.outputs import figures_folder, figures_of, profile_of, project_root, runs_folder
+from mdmrl.study.progress import Progress, expected_seconds, read_json, record_seconds
 
 
 def reproduce(profile: str = "cpu", only: Iterable[str] = (), force: bool = False) -> int:
-    """Run the notebooks at one profile's scale and print what came out.
+    """Run the notebooks whose names begin with one of `only` ("03"), or all, at one profile's scale
+    and print what came out; with `force` those too whose code, parameters and package have not
+    changed since they last succeeded.
 
-    Args:
-        profile: a file of `notebooks/profiles/`.
-        only: beginnings of notebook names ("03"); all notebooks if empty.
-        force: run those again whose code, parameters and package have not changed since they
-            last succeeded.
     Returns:
         the exit code: 1 if a notebook failed (its traceback is printed, the others still run), 130
         if Ctrl-C stopped it. An unknown profile, notebook or parameter is refused before any work.
@@ -79,7 +68,7 @@ def _run(profile: str, only: Sequence[str], force: bool, changes: Mapping) -> in
     here, package = project_root() / "runs" / place, package_digest()
     prints = {path.stem: fingerprint(path, parameters, package) for path, parameters in jobs}
     outputs = {path.stem: here / "notebooks" / path.name for path, _ in jobs}
-    done = {} if force else _read(here / "done.json")
+    done = {} if force else read_json(here / "done.json")
     unchanged = {
         name
         for name, output in outputs.items()
@@ -165,13 +154,9 @@ def _count(notebook: str, folder: Path) -> tuple[int, int]:
     return len(figures_of(notebook, folder)), sum(c.notebook == notebook for c in claims)
 
 
-def _read(state: Path) -> dict[str, list]:
-    return json.loads(state.read_text()) if state.exists() else {}
-
-
 def _note(state: Path, name: str, entry: list | None) -> None:
     """Keep what is known of a notebook; another process may have noted others meanwhile."""
-    others = {key: value for key, value in _read(state).items() if key != name}
+    others = {key: value for key, value in read_json(state).items() if key != name}
     others |= {name: entry} if entry else {}
     write_atomically(state, json.dumps(others, indent=1) + "\n")
 

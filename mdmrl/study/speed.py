@@ -1,7 +1,5 @@
 """How fast a sampler is, and how good what it gives: the same prompts, taken batch by batch."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Sequence
 
@@ -110,10 +108,10 @@ def summary(frame: pd.DataFrame) -> pd.DataFrame:
     return table
 
 
-def log_speed_ratio(ours: pd.DataFrame, other: pd.DataFrame, sampler: str = WHOLE) -> pd.DataFrame:
-    """log(instances a second of `ours` / of `other`), one row a batch, one column a setting; the
-    same prompts are compared with each other."""
-    chosen = ours[ours.sampler == sampler]
+def log_speed_ratio(ours: pd.DataFrame, other: pd.DataFrame) -> pd.DataFrame:
+    """log(instances a second of `ours`, completed whole, / of `other`), a row a batch, a column a
+    setting; the same prompts are compared with each other."""
+    chosen = ours[ours.sampler == WHOLE]
     seconds = chosen.groupby(["batch", "setting"]).seconds.first().unstack()
     reference = other.groupby("batch").seconds.first()
     return -np.log(seconds.div(reference, axis=0))

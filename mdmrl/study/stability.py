@@ -1,7 +1,5 @@
 """How steady training was: one row a run, and what goes along with what."""
 
-from __future__ import annotations
-
 import numpy as np
 import pandas as pd
 from scipy.stats import spearmanr

@@ -1,7 +1,5 @@
 """A completion in a terminal: which step wrote what, in colour."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator
 

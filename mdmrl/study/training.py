@@ -6,8 +6,6 @@ option that is added leaves old runs as they are; who changes a default raises t
 takes the card where there is one, which draws other random numbers than a processor.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -310,7 +308,6 @@ def final_looks(runs: pd.DataFrame, arms: dict[str, Arm], measures: Sequence[str
 
 
 def last_sample(runs: pd.DataFrame, arm: str, profile: str) -> str:
-    """The first completion of the last update of an arm's first run."""
     run = runs[runs.arm == arm].run.iloc[0]
     sample = facts(profile, run)
     return f"{sample['prompt']}\n{sample['completions'][0]}\nreward {sample['rewards'][0]:.2f}"

@@ -1,8 +1,6 @@
 """The six methods of `mdmrl.rl.unified` on one model and Countdown (notebook 15), and RL on a
 reward model. A run is a piece (`mdmrl.study.pieces`) whose table is its log."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path

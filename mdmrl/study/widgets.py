@@ -1,7 +1,5 @@
 """What JupyterLab makes interactive, each with a static twin for headless runs."""
 
-from __future__ import annotations
-
 import base64
 import html
 import io
@@ -75,7 +73,6 @@ class Choices(Interactive):
             return f"<i>{html.escape(str(error))}</i>"
 
     def widget(self):
-        """A control an option, and what is shown."""
         import ipywidgets
 
         view, controls = ipywidgets.HTML(self._repr_html_()), {}
@@ -104,7 +101,6 @@ class Choices(Interactive):
 
 
 def picture(figure: Figure) -> str:
-    """A figure as HTML."""
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=120)
     data = base64.b64encode(file.getvalue()).decode()

@@ -1,7 +1,5 @@
 """Tasks: `load_task` gives one by name, `load_rows` reads a user's own JSONL."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable
 from dataclasses import replace

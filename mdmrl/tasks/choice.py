@@ -8,8 +8,6 @@ pre-training, beside other findings. Guessing is right in `CHANCE` of them. The 
 (Rein et al. 2023).
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Sequence
 from fractions import Fraction

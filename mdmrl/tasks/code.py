@@ -11,8 +11,6 @@ document (Bavarian et al. 2022); `prefix` and `suffix` are for those who see bot
 pre-training stream `INFILLING` is such documents.
 """
 
-from __future__ import annotations
-
 import csv
 import itertools
 import random
@@ -193,7 +191,6 @@ def metric(completion: str, row: dict) -> bool | None:
 
 
 def _of_batch(completions: Sequence[str], rows: Sequence[dict]) -> list[bool | None]:
-    """`metric` of many, judged side by side."""
     tested = [i for i, row in enumerate(rows) if row["held_out_tests"]]
     columns = ([rows[i].get(name) for i in tested] for name in ("signature", "prefix", "suffix"))
     programs = programs_of([completions[i] for i in tested], *columns)

@@ -7,8 +7,6 @@ split. Doctests with literal results become tests where the reference passes the
 does; a function without any has no tests, and its reward is for syntax.
 """
 
-from __future__ import annotations
-
 import ast
 import doctest
 import itertools

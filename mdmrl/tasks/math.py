@@ -5,8 +5,6 @@ answer in LaTeX, "\\boxed{5}" or "\\boxed{\\frac{3}{4}}". An item is its equatio
 splits are made of these. The original is MATH-500 (Hendrycks et al. 2021; Lightman et al. 2023).
 """
 
-from __future__ import annotations
-
 import random
 from fractions import Fraction
 from math import gcd
@@ -20,7 +18,6 @@ LARGEST_SHARED = 24
 
 
 def draw(rng: random.Random) -> tuple[str, dict]:
-    """An item of one of the kinds."""
     kind = rng.choices((equation, fractions, remainder), (0.4, 0.25, 0.35))[0]
     key, question, work, answer = kind(rng)
     completion = f"{work}\n\\boxed{{{answer}}}"
@@ -46,7 +43,6 @@ def equation(rng: random.Random) -> tuple[str, str, str, str]:
 
 
 def fractions(rng: random.Random) -> tuple[str, str, str, str]:
-    """A sum, a difference or a product of two fractions."""
     while True:
         below = [rng.randint(2, LARGEST_DENOMINATOR) for _ in range(2)]
         a, b = (Fraction(rng.randint(1, 2 * n), n) for n in below)

@@ -9,8 +9,6 @@ Splits are made by the combination of a condition and three of its findings: eve
 about a held-out combination is held out with it, and so are the prompts of RL.
 """
 
-from __future__ import annotations
-
 import csv
 import itertools
 import random
@@ -97,7 +95,6 @@ class Combination:
 
 @lru_cache(maxsize=1)
 def conditions() -> tuple[Condition, ...]:
-    """The table of facts that ships with the package."""
     text = resources.files("mdmrl.tasks").joinpath("conditions.tsv").read_text("utf-8")
     facts = csv.DictReader(text.splitlines(), delimiter="\t")
     return tuple(Condition(**f | {"findings": tuple(f["findings"].split("; "))}) for f in facts)

@@ -1,18 +1,14 @@
 """MedCoT in sections, for the hierarchy: the same rows, rewards and metric, and units to write.
 
-The units are the parts that the generator of `mdmrl.tasks.medcot` puts a text together from: the
-findings, the mechanism, further signs, the test, the answer. Their classes give the four tags, the
-paragraph breaks and the first words of every part, which are one of its two wordings each: the tiny
-models have learnt whole texts alone, and know a part by its first words. So the format and depth of
-the reward are the hierarchy's gift, and only its accuracy and the true metric can be compared with
-texts that were written whole. Both are taken of the assembled whole.
+The units are the parts that the generator of `mdmrl.tasks.medcot` puts a text together from. Their
+classes give the four tags, the paragraph breaks and the first words of every part, by which the
+tiny models, who have learnt whole texts alone, know it. So the format and depth of the reward are
+the hierarchy's gift, and only its accuracy and the true metric, both of the assembled whole, can be
+compared with texts that were written whole.
 
-Descriptions of 8 tokens reach the condition, which the later sections need. Without first words
-of its own a section goes on where the one before breaks off, and without the masks that stand for
-the rest of earlier sections tiny-mdm answers far fewer questions right.
+Descriptions of 8 tokens reach the condition, which the later sections need. Without the masks that
+stand for the rest of earlier sections tiny-mdm answers far fewer questions right.
 """
-
-from __future__ import annotations
 
 from dataclasses import replace
 from functools import wraps

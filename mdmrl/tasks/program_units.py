@@ -6,8 +6,6 @@ description in plain words (phase 1), and the code of the unit follows (phase 2)
 first empty line, or where the next comment begins.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from mdmrl.sampling.hierarchy import Unit

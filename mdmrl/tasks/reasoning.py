@@ -4,8 +4,6 @@ Item i of the stream is item i of one of the tasks, drawn by `SHARES`; a split i
 rows of theirs. A row says its `task`, and its `canvas`, the tokens that the task is completed with.
 """
 
-from __future__ import annotations
-
 import itertools
 import random
 from collections.abc import Iterator, Sequence

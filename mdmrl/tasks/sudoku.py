@@ -5,8 +5,6 @@ has 6 to 10 blanks and one solution. An item is its puzzle, and splits are made 
 are only 288 solved grids, and most are met in every split.
 """
 
-from __future__ import annotations
-
 import random
 import re
 from functools import cache
@@ -45,12 +43,10 @@ def solutions(puzzle: str) -> int:
 
 
 def lines(cells: str) -> str:
-    """16 cells as four lines."""
     return "\n".join(cells[start : start + 4] for start in range(0, 16, 4))
 
 
 def draw(rng: random.Random) -> tuple[str, dict]:
-    """An item."""
     while True:
         solution = rng.choice(grids())
         blanks = rng.sample(range(16), rng.randint(*BLANKS))

@@ -10,8 +10,6 @@ The budget counts the tokens of documents, not the positions computed: the canva
 tokens are the masked diffusion model's own expense.
 """
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import json

@@ -4,8 +4,6 @@ The tokenizer is trained once and shipped, so it must already know the words of 
 later: medicine, Python functions, Dafny, arithmetic and word problems.
 """
 
-from __future__ import annotations
-
 import ast
 import inspect
 import itertools

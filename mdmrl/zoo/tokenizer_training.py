@@ -1,7 +1,5 @@
 """The tiny models' tokenizer: byte-level BPE with digits split and a two-token chat format."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers

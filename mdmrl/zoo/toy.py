@@ -1,7 +1,5 @@
 """A random policy small enough that all its texts can be enumerated."""
 
-from __future__ import annotations
-
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast

@@ -1,8 +1,6 @@
 """The tuned columns of Table 4-1: GRPO on the training items of its four tasks together, both
 families alike, with the thesis's LoRA; they ship as adapters."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

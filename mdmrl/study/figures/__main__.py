@@ -5,8 +5,6 @@ them:
     python -m mdmrl.study.figures block_rl kl_law   these
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 from collections.abc import Sequence
@@ -45,7 +43,6 @@ def parameters(notebook: str, profile: str) -> dict:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
     parser = argparse.ArgumentParser(prog="mdmrl.study.figures", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="name", help="of figures; all of them if none")
     matplotlib.use("agg")

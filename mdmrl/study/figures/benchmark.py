@@ -1,7 +1,5 @@
 """Table 4-1, the planning gap and forgetting: notebook 06."""
 
-from __future__ import annotations
-
 from matplotlib.figure import Figure
 
 from mdmrl.study import plots
@@ -47,7 +45,7 @@ def table_4_1(facts, table, contrasts) -> Figure:
     items = f"{table.n.max()} items a task"
     few = f", {table.n.min()} of them few-shot" if table.n.nunique() > 1 else ""
     said = "Filled: tuned by RL. Bars: 95 % intervals"
-    drawn.suptitle(f"Table 4-1. {items}{few}. {said}", fontsize=8)
+    drawn.suptitle(f"Table 4-1. {items}{few}. {said}")
     return drawn
 
 
@@ -76,7 +74,7 @@ def planning_gap(facts, shares, leads) -> Figure:
         lead.axvline(0, color="0.3", linestyle=":", linewidth=1)
         lead.set(xlabel="MDM minus AR, points", title=f"lead ({line})")
     items = " and ".join(f"{part.n.max()} items of {row}" for row, part in shares.groupby("row"))
-    drawn.suptitle(f"{items}; as many steps as tokens; bars: 95 % intervals", fontsize=8)
+    drawn.suptitle(f"{items}; as many steps as tokens; bars: 95 % intervals")
     return drawn
 
 
@@ -106,7 +104,6 @@ def forgetting(facts, changes) -> Figure:
     image = plots.cells(axis, grid, said, (-most, most), "vlag_r")
     drawn.colorbar(image, label="points")
     axis.set(xlabel="scored on", ylabel="tuned on")
-    said = f"{facts['items']} items a task, 95 % intervals"
-    text = f"Right answers after RL minus before, {said}; updates on one task: {facts['max_steps']}"
-    drawn.suptitle(text, fontsize=8)
+    said = f"{facts['items']} items a task, 95 % intervals; updates on one task"
+    drawn.suptitle(f"Right answers after RL minus before, {said}: {facts['max_steps']}")
     return drawn

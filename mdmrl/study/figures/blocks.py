@@ -1,10 +1,7 @@
 """Block-level RL: notebook 08."""
 
-from __future__ import annotations
-
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib.figure import Figure
 
 from mdmrl.study import plots
@@ -38,7 +35,6 @@ def block_rl(facts, runs, table, ratios) -> Figure:
             axis.plot(at, mean, line, color=colour(name), label=name)
         axis.axvline(masked.equal.iloc[0], color="0.6", linewidth=0.6)
         axis.set(xlabel=plots.WORDS["spent/positions"], ylabel=said)
-        sns.despine(ax=axis)
         plots.label_ends(axis)
     axes[1].set_yscale("log")
     axes[1].set_ylim(bottom=0.3)
@@ -53,10 +49,10 @@ def block_rl(facts, runs, table, ratios) -> Figure:
         axis.set_xlabel(said)
         axis.locator_params(axis="x", nbins=5)
     text = (
-        "Above: means over seeds; grey: equal cost. Middle: 95 % t-intervals. Below: less `whole`"
+        "Above: means over seeds; grey: equal cost. Middle: 95 % t-intervals. Below: less `whole`;"
     )
     said = "cured is left of 0, and right of -0.05 (dotted)"
-    drawn.suptitle(f"{text};\n{said}. β = {facts['beta']:g}", fontsize=8)
+    drawn.suptitle(f"{text}\n{said}. β = {facts['beta']:g}")
     return drawn
 
 
@@ -103,8 +99,7 @@ def block_values(facts, known, ceilings) -> Figure:
     axes.annotate("what half of a text decides", (half, one.decided.mean()), (9, 0), **at)
     axes.annotate("one ending, as V", (half, one.explained.mean()), (9, 0), **at)
     axes.set(xlabel="denoising steps made", ylabel="explained share of variance")
-    sns.despine(ax=axes)
-    drawn.suptitle("V, by the completions that it was fitted to; thin: a seed each", fontsize=8)
+    drawn.suptitle("V, by the completions that it was fitted to; thin: a seed each")
     return drawn
 
 
@@ -116,15 +111,8 @@ def block_values(facts, known, ceilings) -> Figure:
 )
 def intermediate_rewards(facts, runs) -> Figure:
     drawn, axes = plots.panels(2)
-    names = runs.arm.unique()
     for axis, column in zip(axes, ("eval/sampled/accuracy", "eval/accuracy"), strict=True):
-        for name, line in zip(names, ("-", "--", ":"), strict=True):
-            for place, (_, run) in enumerate(runs[runs.arm == name].groupby("seed")):
-                label = "_" * bool(place) + name
-                at, style = run["spent/positions"] / 1e6, {"linewidth": 0.9, "linestyle": line}
-                axis.plot(at, run[column], color=colour("ppo"), alpha=0.7, label=label, **style)
-        axis.set(xlabel=plots.WORDS["spent/positions"], ylabel=plots.WORDS[column])
-        sns.despine(ax=axis)
+        plots.of_seeds(axis, runs, column, colour("ppo"))
     plots.shared_legend(drawn, axes[0])
-    drawn.suptitle("Countdown, 4 steps, block-level PPO; one line a seed", fontsize=8)
+    drawn.suptitle("Countdown, 4 steps, block-level PPO; one line a seed")
     return drawn

@@ -1,7 +1,5 @@
 """The main experiment on Countdown, and training on MedCoT: notebooks 03 and 16."""
 
-from __future__ import annotations
-
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
@@ -17,7 +15,7 @@ WEAK = ", β = 0.05"
 FORM = ("failure_rate", "leftover_mask_rate", "repetition")
 
 
-def pair(runs: DataFrame, variant: str, columns: dict[str, bool], words: str) -> Figure:
+def pair(runs: DataFrame, variant: str, columns: dict[str, bool], words: tuple[str, str]) -> Figure:
     """A column of panels for each arm that has a `variant` too, whose name ends so; a row for each
     of the log's `columns`, on a log axis where it has True. `words` call the two lines."""
     names = [name.removesuffix(variant) for name in runs.arm.unique() if name.endswith(variant)]
@@ -32,9 +30,8 @@ def pair(runs: DataFrame, variant: str, columns: dict[str, bool], words: str) ->
         plots.same_heights(row)
     for axis, name in zip(grid[0], names, strict=True):
         axis.set_title(name, color=tinted(colour(name), 0.25))
-    handles = [line for line in grid[0, 0].get_lines() if not line.get_label().startswith("_")]
-    place = {"loc": "outside lower center", "ncols": 2, "frameon": False}
-    drawn.legend(handles, words.split(" | "), **place)
+    both = dict(zip((names[0], names[0] + variant), words, strict=True))
+    plots.shared_legend(drawn, grid[0, 0], columns=2, names=both)
     plots.title(drawn, "MedCoT, β = 1, k3", runs, smooth)
     return drawn
 
@@ -101,7 +98,7 @@ def countdown_descent(facts, looks) -> Figure:
             names[line.get_label()]: line for line in axis.get_lines() if line.get_label() in names
         }
         if handles:
-            axis.legend(handles.values(), handles, frameon=False, fontsize=6.5)
+            axis.legend(handles.values(), handles, fontsize=6.5)
     shown = looks[looks.arm.str.contains("MDM (?:trajectory|one_step), ")]
     plots.title(drawn, "Countdown, held out: RL in ever fewer denoising steps", shown)
     return drawn
@@ -128,7 +125,7 @@ def countdown_mechanism(facts, ends) -> Figure:
         axis.set_xlabel(title, fontsize=7)
         axis.tick_params(labelleft=axis is axes[0])
     seeds = f"checkpoints: {ends.seed.nunique()}"
-    drawn.suptitle(f"Before (hollow) and after RL, each arm at its own steps; {seeds}", fontsize=8)
+    drawn.suptitle(f"Before (hollow) and after RL, each arm at its own steps; {seeds}")
     return drawn
 
 
@@ -148,7 +145,6 @@ def gain_predictors(facts, found) -> Figure:
         rho = candidates.correlation(found.set_index(["arm", "seed"]), column, "gain")
         axis.set_title(f"{when}\nρ = {rho}", fontsize=7)
         axis.set(xlabel=name, ylabel="gain of accuracy" if name == "cosine" else "")
-        sns.despine(ax=axis)
     plots.shared_legend(drawn, axes[0])
     return drawn
 
@@ -184,14 +180,10 @@ def medcot_held_out(facts, looks) -> Figure:
     "headroom, with `one_step` {fig_4_1_mdm_one_step_16_steps}.",
 )
 def fig_4_1_reward_curves(facts, runs) -> Figure:
-    smooth, arms = plots.smoothed(runs), [*runs.arm.unique()]
-    drawn, axes = plots.panels(4, height=2.6)
-    for axis, column in zip(
-        axes, ("reward", "eval/reward", "eval/accuracy", "format_rate"), strict=True
-    ):
-        plots.curves(axis, runs, column, arms, 1 if column.startswith("eval/") else smooth)
+    columns = ("reward", "eval/reward", "eval/accuracy", "format_rate")
+    said = "Fig. 4-1. MedCoT, β = 1, k3; darker: more steps"
+    drawn, axes = plots.of_runs(runs, columns, said, height=2.6)
     plots.shared_legend(drawn, axes[0])
-    plots.title(drawn, "Fig. 4-1. MedCoT, β = 1, k3; darker: more steps", runs, smooth)
     return drawn
 
 
@@ -206,7 +198,7 @@ def fig_4_1_reward_curves(facts, runs) -> Figure:
     },
 )
 def lora_beside_full(facts, runs) -> Figure:
-    words = "every weight is trained | LoRA"
+    words = "every weight is trained", "LoRA"
     return pair(runs, ", LoRA", {"reward": False, "kl": True}, words)
 
 
@@ -219,7 +211,7 @@ def lora_beside_full(facts, runs) -> Figure:
     rows=(17,),
 )
 def cold_start(facts, runs) -> Figure:
-    words = "RL from the start as it is | after fine-tuning (SFT)"
+    words = "RL from the start as it is", "after fine-tuning (SFT)"
     return pair(runs, ", SFT", {"reward": False, "eval/accuracy": False}, words)
 
 
@@ -230,14 +222,11 @@ def cold_start(facts, runs) -> Figure:
     rows=(6,),
 )
 def fig_4_3_ar_lengths(facts, runs) -> Figure:
-    drawn, axes = plots.panels(3, columns=3)
-    smooth = plots.smoothed(runs)
-    for axis, column in zip(axes, ("reward", "loss", "kl/sum"), strict=True):
-        plots.curves(axis, runs, column, runs.arm.unique(), smooth)
+    said = "Fig. 4-3. The autoregressive model at two lengths"
+    drawn, axes = plots.of_runs(runs, ("reward", "loss", "kl/sum"), said, columns=3)
     long, short = f"{facts['max_completion_length']} tokens", f"{facts['short_length']} tokens"
     names = {"AR": long, f"AR, {short}": short}
     plots.shared_legend(drawn, axes[0], names=names)
-    plots.title(drawn, "Fig. 4-3. The autoregressive model at two lengths", runs, smooth)
     return drawn
 
 
@@ -273,7 +262,7 @@ def app_c_completions(facts, looks) -> Figure:
         axis.set_xlim(-0.01, max(0.05, axis.get_xlim()[1]))
     few, many = sorted(looks["count"].dropna().unique())
     text = f"Hollow: in {few:g} denoising steps, filled: in {many:g}; blue: AR; temperature 1"
-    drawn.suptitle(f"{text}.\nDotted: 0.2 above filled, which decides. 95 % over seeds", fontsize=8)
+    drawn.suptitle(f"{text}.\nDotted: 0.2 above filled, which decides. 95 % over seeds")
     return drawn
 
 
@@ -288,10 +277,6 @@ def app_c_completions(facts, looks) -> Figure:
     },
 )
 def real_model(facts, runs) -> Figure:
-    drawn, axes = plots.panels(2)
-    smooth, names = plots.smoothed(runs), runs.arm.unique()
-    for axis, column in zip(axes, ("reward", "format_rate"), strict=True):
-        plots.curves(axis, runs, column, names, smooth)
+    drawn, axes = plots.of_runs(runs, ("reward", "format_rate"), " ".join(runs.arm.unique()))
     axes[1].set_ylim(-0.02, 1.02)
-    plots.title(drawn, " ".join(names), runs, smooth)
     return drawn

@@ -1,12 +1,9 @@
 """The tour, masked diffusion on a toy, and what the rewards pay: notebooks 00, 01 and 02."""
 
-from __future__ import annotations
-
 from itertools import pairwise
 
 import numpy as np
 import pandas as pd
-import seaborn as sns
 import torch
 from matplotlib.figure import Figure
 
@@ -33,10 +30,9 @@ def tour_order_of_reveal(facts, reveals) -> Figure:
     points = axes.scatter(reveals.position, reveals.step, s=9, **shade)
     axes.axvline(reveals.counts.sum() - 0.5, color="0.6", linewidth=0.8, linestyle=":")
     axes.set(xlabel="position in the completion (dotted: its end)", ylabel="step of reveal")
-    sns.despine(ax=axes)
     drawn.colorbar(points, label="probability when revealed")
-    said = f"{facts['steps']} steps, temperature {facts['temperature']:g}"
-    drawn.suptitle(f"Order of reveal: {facts['policy']}, {said}", fontsize=8)
+    said = "Order of reveal: {policy}, {steps} steps, temperature {temperature:g}"
+    drawn.suptitle(said.format(**facts))
     return drawn
 
 
@@ -60,7 +56,6 @@ def diffusion_schedules(facts, table) -> Figure:
             own = table[table.schedule == name]
             axis.plot(own.t, own[column], color=shade, label=name)
         axis.set(title=title, ylabel=words, xlabel="time t")
-        sns.despine(ax=axis)
     axes[1].set(yscale="log", ylim=(0.05, 500))
     axes[2].set_ylim(-12, 12)
     plots.shared_legend(drawn, axes[0], columns=4)
@@ -104,6 +99,7 @@ def diffusion_paths(facts, paths) -> Figure:
         axis.fill_between(*edges, 1, step="post", color=MDM, linewidth=0)
         axis.set(title=title, xlabel="position (coloured: masked)", ylabel="time t", ylim=(0, 1))
         axis.margins(x=0)
+        axis.spines[:].set_visible(True)
     return drawn
 
 
@@ -145,7 +141,6 @@ def diffusion_blocks(facts, blocks) -> Figure:
         axis.axhline(level, color=colour("AR"), linestyle=":", label="autoregressive")
         axis.set(title=name, xlabel="number of blocks", ylabel="$L_{BD}$, nats a text")
         axis.set_xticks(part.blocks)
-        sns.despine(ax=axis)
     plots.shared_legend(drawn, axes[0], columns=6)
     return drawn
 
@@ -173,8 +168,7 @@ def diffusion_training(facts, training, bounds) -> Figure:
     plots.doubling(right, bounds["T"], "steps T of the reverse process")
     for axis in (left, right):
         axis.axhline(bounds.entropy[0], color=GREY, linestyle=":", label="entropy of the data")
-        axis.legend(frameon=False)
-        sns.despine(ax=axis)
+        axis.legend()
     return drawn
 
 

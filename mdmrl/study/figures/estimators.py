@@ -1,6 +1,6 @@
 """The estimator lab: notebook 05."""
 
-from __future__ import annotations
+from itertools import product
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -32,9 +32,18 @@ def against_passes(axes, table, column: str, marks: bool, lowest: float = -1.0) 
     plots.doubling(axes, table.passes[table.passes.map(lambda n: n & (n - 1) == 0)], "")
 
 
-def titles(facts) -> dict[str, str]:
-    toy = "toy: arbitrary conditionals"
-    return {"toy": toy, "real": f"{facts['policy']}: {facts['real_length']} tokens"}
+def both_models(facts, table, columns: tuple[str, str], height: float, lowest: float = -1.0):
+    """Rows of panels: what is measured against each estimator's own target, and against the
+    sampler's log p; a column a model."""
+    shown = {"toy": "toy: arbitrary conditionals"}
+    shown["real"] = f"{facts['policy']}: {facts['real_length']} tokens"
+    drawn, axes = plots.panels(4, height=height)
+    for axis, (column, model) in zip(axes, product(columns, shown), strict=True):
+        own = column == columns[0]
+        against_passes(axis, table[table.model == model], column, not own, lowest)
+        axis.set(title=shown[model] if own else "", xlabel="" if own else "forward passes")
+    plots.shared_legend(drawn, axes[2], columns=5)
+    return drawn, axes
 
 
 @figure(
@@ -51,8 +60,8 @@ def estimator_targets(facts, gaps) -> Figure:
     axis.axhline(gap.shape[1] - 0.5, color="white", linewidth=3)
     axis.set(xlabel="the sampler that writes the texts", ylabel="scored by  (mass)")
     axis.set_xticks(range(gap.shape[1]), gap.columns, rotation=25, ha="right")
-    said = f"mean over its texts of {facts['length']} tokens, in nats"
-    drawn.suptitle(f"log p of the sampler minus score: {said}", fontsize=8)
+    said = "log p of the sampler minus score: mean over its texts of {length} tokens, in nats"
+    drawn.suptitle(said.format(**facts))
     return drawn
 
 
@@ -67,22 +76,16 @@ def estimator_targets(facts, gaps) -> Figure:
     },
 )
 def estimator_error(facts, table) -> Figure:
-    drawn, axes = plots.panels(4, height=2.3)
-    shown = titles(facts)
-    panels = [(model, column) for column in ("error", "from sampler") for model in shown]
-    for axis, (model, column) in zip(axes, panels, strict=True):
-        own = column == "error"
-        against_passes(axis, table[table.model == model], column, not own, LOWEST)
+    drawn, axes = both_models(facts, table, ("error", "from sampler"), 2.3, LOWEST)
+    for axis in axes:
         axis.set_yscale("log")
         plots.decimals(axis.yaxis)
-        axis.set(title=shown[model] if own else "", xlabel="" if own else "forward passes")
-        if not own:
-            axis.set_ylim(bottom=LOWEST)
+    for axis in axes[2:]:
+        axis.set_ylim(bottom=LOWEST)
     axes[0].set_ylabel("from its own target")
     axes[2].set_ylabel("from the sampler's log p")
-    plots.shared_legend(drawn, axes[2], columns=5)
     draws = f"{facts['draws']} and {facts['real_draws']} draws; on the axis: exact"
-    drawn.suptitle(f"Root mean square error, nats a text ({draws})", fontsize=8)
+    drawn.suptitle(f"Root mean square error, nats a text ({draws})")
     return drawn
 
 
@@ -98,20 +101,14 @@ def estimator_error(facts, table) -> Figure:
     },
 )
 def estimator_gradients(facts, table) -> Figure:
-    drawn, axes = plots.panels(4, height=2.1)
-    shown = titles(facts)
+    drawn, axes = both_models(facts, table, ("own", "sampler"), 2.1)
     lowest = table[["own", "sampler"]].min().min() - 0.1
-    panels = [(model, column) for column in ("own", "sampler") for model in shown]
-    for axis, (model, column) in zip(axes, panels, strict=True):
-        own = column == "own"
-        against_passes(axis, table[table.model == model], column, not own)
-        axis.set(title=shown[model] if own else "", xlabel="" if own else "forward passes")
+    for axis in axes:
         axis.set_ylim(lowest, 1.05)
     axes[0].set_ylabel("to its own target")
     axes[2].set_ylabel("to the sampler's log p")
-    plots.shared_legend(drawn, axes[2], columns=5)
     draws = f"{facts['gradient_draws']} and {facts['real_gradient_draws']} draws"
-    drawn.suptitle(f"Cosine of gradients, mean of {draws}", fontsize=8)
+    drawn.suptitle(f"Cosine of gradients, mean of {draws}")
     return drawn
 
 
@@ -137,5 +134,5 @@ def estimator_candidates(facts, table) -> Figure:
         axis.tick_params(axis="x", labelsize=6)
         axis.tick_params(labelleft=axis is axes[0])
     seeds = f"checkpoints: {table.index.unique('seed').size}"
-    drawn.suptitle(f"Before (hollow) and along the first updates; {seeds}", fontsize=8)
+    drawn.suptitle(f"Before (hollow) and along the first updates; {seeds}")
     return drawn

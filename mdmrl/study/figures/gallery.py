@@ -1,7 +1,5 @@
 """The page of all figures, `figures/README.md`."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from mdmrl.study import ledger
@@ -25,10 +23,10 @@ def gallery(folder: Path) -> str:
     parts, missing = [HEAD], []
     for notebook, names in sorted(by_notebook.items()):
         drawn = [name for name in names if (folder / f"{name}.png").exists()]
-        missing += [f"`{name}` ({_link(notebook)})" for name in names if name not in drawn]
+        missing += [f"`{name}` ({ledger.link(notebook)})" for name in names if name not in drawn]
         if drawn:
             command = f"mdmrl reproduce --profile full --only {notebook}"
-            parts.append(f"## {notebook}\n\n{_link(notebook)}; data: `{command}`")
+            parts.append(f"## {notebook}\n\n{ledger.link(notebook)}; data: `{command}`")
         for name in drawn:
             of = FIGURES[name]
             tables = [f"[{table}](data/{table}.csv)" for table in of.tables]
@@ -46,7 +44,3 @@ def pictures(folder: Path) -> dict[int, str]:
     """Of each row of claims that is judged the figure of `folder` that shows its evidence."""
     drawn = [name for name in FIGURES if (folder / f"{name}.png").exists()]
     return {row: name for name in reversed(drawn) for row in FIGURES[name].rows}
-
-
-def _link(notebook: str) -> str:
-    return f"[{notebook}](../notebooks/{notebook}.ipynb)"

@@ -1,8 +1,5 @@
 """Hierarchy, rewards, code, Dafny, pass@k and one objective: notebooks 10 to 15."""
 
-from __future__ import annotations
-
-import seaborn as sns
 from matplotlib.figure import Figure
 
 from mdmrl.study import plots, unified
@@ -38,8 +35,8 @@ def hierarchy(facts, table) -> Figure:
         axis.set_xlabel(said)
         axis.set_xlim(left=0)
     prompts = f"{facts['prompts']} prompts in a batch, {table.machine.iloc[0]}"
-    text = f"{prompts}; {table.seed.nunique()} seeds, 95 % intervals; dotted: half of flat"
-    drawn.suptitle(text, fontsize=8)
+    seeds = f"{table.seed.nunique()} seeds, 95 % intervals"
+    drawn.suptitle(f"{prompts}; {seeds}; dotted: half of flat")
     return drawn
 
 
@@ -73,13 +70,10 @@ def hierarchy_rl(facts, runs) -> Figure:
     "{pipeline_reward_v_at_random} above that of a V that knows nothing.",
 )
 def hierarchy_pipeline(facts, runs) -> Figure:
-    drawn, axes = plots.panels(4)
     runs = runs.assign(arm=runs.arm.str.replace("PPO, V", "PPO, with V"))
-    for axis, column in zip(axes, ("reward", "kl", "eval/reward", "token_forwards"), strict=True):
-        smooth = 1 if "/" in column else plots.smoothed(runs)
-        plots.curves(axis, runs, column, runs.arm.unique(), smooth)
+    columns = ("reward", "kl", "eval/reward", "token_forwards")
+    drawn, axes = plots.of_runs(runs, columns, "Block-level PPO through the pipeline")
     plots.shared_legend(drawn, axes[0])
-    plots.title(drawn, "Block-level PPO through the pipeline", runs, plots.smoothed(runs))
     return drawn
 
 
@@ -99,7 +93,7 @@ def reward_ablation(facts, table) -> Figure:
         plots.dots(axis, part.rename("MDM, {}".format, level="arm"), "MDM, " + names, bound=0.0)
         axis.set_yticks(axis.get_yticks(), [name.partition(": ")[2] for name in names])
         axis.set(title=title, xlabel="gain on held-out items, greedy")
-    drawn.suptitle(f"{table.seed.nunique()} seeds, 95 % t-intervals; dotted: 0", fontsize=8)
+    drawn.suptitle(f"{table.seed.nunique()} seeds, 95 % t-intervals; dotted: 0")
     return drawn
 
 
@@ -111,16 +105,13 @@ def reward_ablation(facts, table) -> Figure:
     rows=(1,),
 )
 def code_completion(facts, runs) -> Figure:
-    drawn, axes = plots.panels(4)
     columns = ("reward", "eval/accuracy", "eval/sampled/accuracy", "eval/code/R_a")
-    words = {"eval/accuracy": "held-out tests pass, greedy"}
-    words["eval/sampled/accuracy"] = "held-out tests pass, sampled"
-    for axis, column in zip(axes, columns, strict=True):
-        smooth = plots.smoothed(runs) if column == "reward" else 1
-        plots.curves(axis, runs, column, runs.arm.unique(), smooth)
-        axis.set_ylabel(words.get(column, plots.WORDS[column]))
+    said = "Code: combinations that no training item has"
+    drawn, axes = plots.of_runs(runs, columns, said)
+    for axis, decoded in zip(axes[1:3], ("greedy", "sampled"), strict=True):
+        axis.set_ylabel(f"held-out tests pass, {decoded}")
+    for axis in axes:
         plots.label_ends(axis)
-    plots.title(drawn, "Code: combinations that no training item has", runs, plots.smoothed(runs))
     return drawn
 
 
@@ -148,12 +139,8 @@ def code_infilling(facts, table) -> Figure:
     rows=(21,),
 )
 def dafny_rl(facts, runs) -> Figure:
-    drawn, axes = plots.panels(2)
-    smooth, names = plots.smoothed(runs), runs.arm.unique()
-    plots.curves(axes[0], runs, "reward", names, smooth)
-    plots.curves(axes[1], runs, "eval/accuracy", names)
+    drawn, axes = plots.of_runs(runs, ("reward", "eval/accuracy"), "GRPO on the verifier's word")
     axes[1].set_ylabel("held-out specifications verified")
-    plots.title(drawn, "GRPO on the verifier's word", runs, smooth)
     return drawn
 
 
@@ -183,10 +170,10 @@ def fig_5_2_pass_at_k(facts, table) -> Figure:
             axis.set_ylabel(said if axis is row[0] else "")
     for axis, line in zip(grid[0], lines, strict=True):
         axis.set(title=line, ylim=(0, 1.02))
-        axis.legend(frameon=False, loc="lower right")
+        axis.legend(loc="lower right")
     prompts = table.groupby("line").item.nunique().max()
     said = f"{prompts} prompts, {table.checkpoint.nunique()} checkpoint(s), temperature 1"
-    drawn.suptitle(f"Fig. 5-2. {said}; bands: 95 % over prompts", fontsize=8)
+    drawn.suptitle(f"Fig. 5-2. {said}; bands: 95 % over prompts")
     return drawn
 
 
@@ -224,10 +211,8 @@ def pass_at_k_temperature(facts, table, crossings) -> Figure:
         plots.doubling(below, ks[::2], "k, completions")
         plots.label_ends(below)
         below.set_ylabel("log odds, tuned - base")
-    axes[0].legend(frameon=False)
-    sns.despine(drawn)
-    text = "Numbers at points and lines: temperatures; below, the curves cross at 0 (dotted)"
-    drawn.suptitle(text, fontsize=8)
+    axes[0].legend()
+    drawn.suptitle("Numbers: temperatures; below, the curves cross at 0 (dotted)")
     return drawn
 
 
@@ -250,7 +235,6 @@ def unified_objective(facts, runs, ends) -> Figure:
         cost.set(title=f"{family}, after training", xlabel=plots.WORDS["spent/positions"])
         cost.set(xscale="log", ylabel=plots.WORDS["eval/accuracy"])
         plots.decimals(cost.xaxis)
-        sns.despine(ax=cost)
     plots.shared_legend(drawn, axes[0])
     text = f"Fig. 5-1. {facts['updates']} updates of {facts['completions']} completions"
     plots.title(drawn, text, runs)
@@ -272,7 +256,6 @@ def reward_model(facts, runs) -> Figure:
             own = runs[runs.arm == family]
             axis.scatter(own["kl/sum"], own[column], color=shade, s=8, label=family)
         axis.set(ylabel=f"mean of {judge}", xlabel="KL from the start, nats a completion")
-        sns.despine(ax=axis)
     plots.shared_legend(drawn, axes[0])
     plots.title(drawn, "RL on a reward model, a point an update", runs)
     return drawn

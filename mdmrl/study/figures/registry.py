@@ -4,8 +4,6 @@ A figure is drawn from what lies in `data/` beside it and from facts of its run,
 notebook, and again by `make figures`.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

@@ -1,9 +1,6 @@
 """Speed against denoising steps, and what RL moves of it: notebook 07."""
 
-from __future__ import annotations
-
 import numpy as np
-import seaborn as sns
 from matplotlib.figure import Figure
 from pandas import DataFrame, Series
 
@@ -51,7 +48,7 @@ def against_steps(facts, table: DataFrame, ratios: DataFrame, thesis: int | None
         axis.annotate("MDM", (1, last), (4, 0), color=MDM, fontsize=8, **at)
     prompts = f"{reference.prompts:.0f} items, {reference.setting:g} new tokens"
     said = f"{prompts}, batches of {facts['batch_size']}; {facts['machine']}"
-    drawn.suptitle(f"{said}.\nBars and band: 95 % Wilson intervals", fontsize=8)
+    drawn.suptitle(f"{said}.\nBars and band: 95 % Wilson intervals")
     return drawn
 
 
@@ -112,12 +109,11 @@ def speed_frontier(facts, table) -> Figure:
         axis.set(xscale="log", xlabel="instances per second", title=titles[by_threshold])
         axis.set_ylim(-0.03, 1.05)
         plots.decimals(axis.xaxis)
-        axis.legend(frameon=False, fontsize=6.5, loc="lower left")
-        sns.despine(ax=axis)
+        axis.legend(fontsize=6.5, loc="lower left")
     axes[0].set_ylabel("exact answers, greedy")
     axes[1].sharex(axes[0])
-    text = f"{reference.prompts:.0f} questions, {facts['machine']}; up and to the right is better"
-    drawn.suptitle(text, fontsize=8)
+    said = f"{reference.prompts:.0f} questions, {facts['machine']}"
+    drawn.suptitle(f"{said}; up and to the right is better")
     return drawn
 
 
@@ -141,7 +137,7 @@ def cost_of_a_right_completion(facts, costs) -> Figure:
         plots.doubling(axis, table.setting)
         plots.label_ends(axis, size=8)
     text = f"Temperature 1, {single.prompts:.0f} completions a point, {facts['machine']}"
-    drawn.suptitle(f"{text}; no point where none was right", fontsize=8)
+    drawn.suptitle(f"{text}; no point where none was right")
     return drawn
 
 
@@ -170,7 +166,6 @@ def moved(facts, table: DataFrame, speeds: DataFrame, peers: DataFrame, what: st
     plots.doubling(against, table.steps)
     for axis in (against, fast):
         axis.set_ylim(bottom=0)
-        sns.despine(ax=axis)
     plots.shared_legend(drawn, against)
     text = f"{what}; speeds: {facts['machine']}"
     plots.title(drawn, text, table.rename(columns={"curve": "arm"}))
@@ -185,37 +180,17 @@ def gained(table: DataFrame, speeds: DataFrame, peers: DataFrame) -> dict[str, s
     return {name: f"{x:.2f}" for name, x in ends.items()} | {"steps": f"{table.steps.min():g}"}
 
 
-@figure(
-    "07_speed_vs_steps",
-    "trade_off_moved",
-    "speed_countdown",
-    "trade_off_peers",
-    says="With as few as {steps} steps right answers go from {before} before RL to {after} after.",
-    known=gained,
-)
-def trade_off_moved(facts, table, speeds, peers) -> Figure:
-    return moved(facts, table, speeds, peers[peers.measure == "countdown"], "Countdown, held out")
+def trade_off(name: str, speeds: str, measure: str, task: str, said: str) -> None:
+    """Registers `moved` of what is measured as the figure of that name."""
+
+    def draw(facts, table, speeds, peers) -> Figure:
+        return moved(facts, table, speeds, peers[peers.measure == measure], f"{task}, held out")
+
+    draw.__name__ = name
+    says = f"With as few as {{steps}} steps {said} from {{before}} before RL to {{after}} after."
+    figure("07_speed_vs_steps", name, speeds, "trade_off_peers", says=says, known=gained)(draw)
 
 
-@figure(
-    "07_speed_vs_steps",
-    "trade_off_medcot_accuracy",
-    "speed_frontier",
-    "trade_off_peers",
-    says="With as few as {steps} steps exact answers go from {before} before RL to {after} after.",
-    known=gained,
-)
-def trade_off_medcot_accuracy(facts, table, speeds, peers) -> Figure:
-    return moved(facts, table, speeds, peers[peers.measure == "accuracy"], "MedCoT, held out")
-
-
-@figure(
-    "07_speed_vs_steps",
-    "trade_off_medcot_reward",
-    "speed_frontier",
-    "trade_off_peers",
-    says="With as few as {steps} steps the reward goes from {before} before RL to {after} after.",
-    known=gained,
-)
-def trade_off_medcot_reward(facts, table, speeds, peers) -> Figure:
-    return moved(facts, table, speeds, peers[peers.measure == "reward"], "MedCoT, held out")
+trade_off("trade_off_moved", "speed_countdown", "countdown", "Countdown", "right answers go")
+trade_off("trade_off_medcot_accuracy", "speed_frontier", "accuracy", "MedCoT", "exact answers go")
+trade_off("trade_off_medcot_reward", "speed_frontier", "reward", "MedCoT", "the reward goes")

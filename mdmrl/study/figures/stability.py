@@ -1,7 +1,5 @@
 """The KL instability: notebook 04."""
 
-from __future__ import annotations
-
 import numpy as np
 import pandas as pd
 import seaborn as sns
@@ -91,9 +89,8 @@ def fig_4_2_without_kl(facts, runs) -> Figure:
     if width > 1:
         spare = drawn.add_subplot(grid[0, 1].get_gridspec()[0, 1:])
         _restored(spare, runs, [name for names in steps for name in names])
-    handles = [line for line in grid[0, 0].get_lines() if not line.get_label().startswith("_")]
-    place = {"loc": "outside lower center", "ncols": 2, "frameon": False}
-    drawn.legend(handles, [f"β = {facts['beta']:g}, k3", "β = 0"], **place)
+    both = {"AR": f"β = {facts['beta']:g}, k3", "AR" + FREE: "β = 0"}
+    plots.shared_legend(drawn, grid[0, 0], columns=2, names=both)
     plots.title(drawn, "Reward of training batches with and without the KL term", runs, smooth)
     return drawn
 
@@ -117,6 +114,12 @@ def _restored(axes, runs: pd.DataFrame, arms: list[str]) -> None:
     axes.set_xlabel("share of the lost gain restored (dotted: half)", fontsize=7)
 
 
+def with_terms(cells: pd.DataFrame) -> pd.DataFrame:
+    """What `kl_grid` has, with the estimator and the KL term of each run in words."""
+    term = cells.form + ", β = " + cells["β"].map("{:g}".format)
+    return cells.assign(estimator=cells.main.str.extract(r"MDM (.*),")[0], term=term)
+
+
 @figure(
     "04_kl_instability",
     "kl_grid",
@@ -125,11 +128,7 @@ def _restored(axes, runs: pd.DataFrame, arms: list[str]) -> None:
     rows=(15,),
 )
 def kl_grid(facts, cells) -> Figure:
-    cells = cells.assign(
-        estimator=cells.main.str.extract(r"MDM (.*),")[0],
-        spread=np.log10(cells["kl/std"]),
-        term=cells.form + ", β = " + cells["β"].map("{:g}".format),
-    )
+    cells = with_terms(cells).assign(spread=np.log10(cells["kl/std"]))
     found = cells.estimator.unique()
     said = {"spread": ("log10 of the KL's standard deviation", "viridis")}
     said["closed"] = ("share of the headroom closed", "vlag_r")
@@ -146,8 +145,7 @@ def kl_grid(facts, cells) -> Figure:
             axis.set_title(f"{name}: {title}", fontsize=7.5)
             axis.set_xlabel("denoising steps")
             axis.tick_params(labelsize=7)
-    text = f"Means over {cells.seed.nunique()} seeds, {facts['max_steps']} updates"
-    drawn.suptitle(text, fontsize=8)
+    drawn.suptitle(f"Means over {cells.seed.nunique()} seeds, {facts['max_steps']} updates")
     return drawn
 
 
@@ -159,10 +157,7 @@ def kl_grid(facts, cells) -> Figure:
     "{kl_law_ar_style}.",
 )
 def kl_law(facts, cells) -> Figure:
-    cells = cells.assign(
-        estimator=cells.main.str.extract(r"MDM (.*),")[0],
-        term=cells.form + ", β = " + cells["β"].map("{:g}".format),
-    )
+    cells = with_terms(cells)
     words = {"closed": "headroom closed", "kl/std": "deviation of the KL, nats"}
     drawn, axes = plots.panels(2, height=2.8)
     style = {"hue": "estimator", "palette": palette(cells.estimator.unique()), "style": "term"}
@@ -171,12 +166,10 @@ def kl_law(facts, cells) -> Figure:
         axis.set_xscale("symlog", linthresh=0.01)
         axis.autoscale_view()
         axis.set(xlabel="log mean exp(-d), first updates, β = 0", ylabel=said)
-        sns.despine(ax=axis)
     axes[1].set_yscale("log")
     names = {name: name for name in (*cells.estimator.unique(), *cells.term.unique())}
     plots.shared_legend(drawn, *axes, columns=4, names=names)
-    text = f"One point a run, {cells.seed.nunique()} seeds, {facts['max_steps']} updates"
-    drawn.suptitle(text, fontsize=8)
+    drawn.suptitle(f"One point a run, {cells.seed.nunique()} seeds, {facts['max_steps']} updates")
     return drawn
 
 

@@ -1,8 +1,5 @@
 """Value-guided inference: notebooks 09 and 17."""
 
-from __future__ import annotations
-
-import seaborn as sns
 from matplotlib.figure import Figure
 
 from mdmrl.study import plots
@@ -33,9 +30,8 @@ def value_calibration(facts, fifths, known) -> Figure:
     right.set(xlabel="look (four a block)", ylabel="AUROC within prompts")
     right.set_xticks(range(0, int(known.look.max()) + 1, 4))
     plots.label_ends(right)
-    sns.despine(drawn)
     prompts = f"{facts['prompts']} prompts, {known.seed.nunique()} seeds"
-    drawn.suptitle(f"{prompts}; band: 95 % t-interval; dotted: what a judge needs", fontsize=8)
+    drawn.suptitle(f"{prompts}; band: 95 % t-interval; dotted: what a judge needs")
     return drawn
 
 
@@ -61,11 +57,8 @@ def value_guided(facts, curves, compared) -> Figure:
     gains = shown.groupby(["arm", "prompt"], sort=False).gain.mean()
     plots.dots(right, gains, shades, bound=0.0, each=False)
     right.set(xlabel="reward above best of n by V", title="at equal cost")
-    sns.despine(drawn)
-    text = (
-        f"95 % over {curves.seed.nunique()} seeds (left), over {facts['prompts']} prompts (right)"
-    )
-    drawn.suptitle(text, fontsize=8)
+    seeds = f"95 % over {curves.seed.nunique()} seeds (left)"
+    drawn.suptitle(f"{seeds}, over {facts['prompts']} prompts (right)")
     return drawn
 
 
@@ -93,7 +86,7 @@ def few_steps(facts, ends) -> Figure:
     text = "Hollow: {} denoising steps at inference, filled: {}. Dotted: the base at {}; the"
     said = f"Temperature 1, {ends.seed.nunique()} seeds, 95 % intervals"
     text = f"{text.format(*counts, counts[-1])}\nceiling by the thesis's count. {said}"
-    drawn.suptitle(text, fontsize=8)
+    drawn.suptitle(text)
     return drawn
 
 
@@ -114,22 +107,15 @@ def value_countdown(facts, areas, best, compared, runs) -> Figure:
     for level, style in ((0.5, "-"), (ABOVE, ":")):
         axes[0].axhline(level, color="0.5", linewidth=0.8, linestyle=style)
     axes[0].set(xlabel="denoising steps S", ylabel="AUROC of the answer at S/2")
-    axes[0].legend(frameon=False, fontsize=6)
+    axes[0].legend(fontsize=6)
     axes[1].plot(best.n, best.accuracy, color="0.4", label="best of n by V")
     for row in compared.itertuples():
         shade = colour("trajectory" if row.arm == "GRPO" else row.arm)
         mark = {"marker": "*" if row.arm == "GRPO" else ".", "markersize": 9, "linestyle": ""}
         axes[1].plot(row.texts, row.accuracy, color=shade, label=row.arm, **mark)
     axes[1].set(xlabel="cost, in plain completions", ylabel="right answers")
-    axes[1].legend(frameon=False, fontsize=5)
-    for name, line in zip(runs.arm.unique(), ("-", "--"), strict=True):
-        for place, (_, run) in enumerate(runs[runs.arm == name].groupby("seed")):
-            run = run.dropna(subset=["eval/sampled/accuracy"])
-            at, label = run["spent/positions"] / 1e6, "_" * bool(place) + name
-            style = {"color": colour("trajectory"), "linewidth": 0.9, "linestyle": line}
-            axes[2].plot(at, run["eval/sampled/accuracy"], label=label, **style)
-    axes[2].set(xlabel=plots.WORDS["spent/positions"], ylabel="right answers, sampled")
-    axes[2].legend(frameon=False, fontsize=6)
-    sns.despine(drawn)
-    drawn.suptitle("What V knows; guidance or RL; V inside RL's rollouts", fontsize=8)
+    axes[1].legend(fontsize=5)
+    plots.of_seeds(axes[2], runs, "eval/sampled/accuracy", colour("trajectory"))
+    axes[2].legend(fontsize=6)
+    drawn.suptitle("What V knows; guidance or RL; V inside RL's rollouts")
     return drawn

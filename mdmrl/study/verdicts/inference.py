@@ -1,7 +1,5 @@
 """The rules of what a policy does as it is: rows 7 to 12, 14, 19 and 21 of the table."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import replace

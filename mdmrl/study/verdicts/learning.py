@@ -4,8 +4,6 @@
 minus start: `quantities.held_out_gain` and `quantities.held_out_share`, greedy or sampled.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from functools import reduce

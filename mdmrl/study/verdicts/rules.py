@@ -6,8 +6,6 @@ data at least so far on the claimed side, and at most 1: it is below 0.05 if and
 interval is clear of the bound on that side.
 """
 
-from __future__ import annotations
-
 import inspect
 import math
 from collections.abc import Callable, Hashable, Sequence
@@ -160,7 +158,6 @@ def rule(unit: str = "seed", least: int = MINIMUM_SEEDS, prompts: int = 0) -> Ca
 
 
 def _columns(columns: dict[str, Values]) -> list[np.ndarray]:
-    """The columns as arrays, each with one value a seed."""
     arrays = {name: np.asarray(values, dtype=float) for name, values in columns.items()}
     counts = {name: array.size for name, array in arrays.items()}
     fit = min(counts.values()) > 0 and len(set(counts.values())) == 1

@@ -4,8 +4,6 @@ This list is what the ledger corrects for: Holm's correction is over all lines o
 `trained`, of which one that nobody has recorded has p = 1. Edit it before a run, never after.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
