@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import re
@@ -27,6 +28,7 @@ FORMATS = {
     "png": {"Software": None},
     "pdf": {"Creator": None, "Producer": None, "CreationDate": None},
 }
+logging.getLogger("fontTools").setLevel(logging.ERROR)  # it warns of the dates in fonts
 
 
 def project_root() -> Path:
