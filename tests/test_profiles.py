@@ -18,6 +18,7 @@ from mdmrl.study.notebooks import plan
 MAKES = ("load_policy(", "Arm(", "arm(", "_arms(", "shared = {", "settings = ", "others = ")
 WORKS = (  # what works on the weights of a policy
     "mdmrl.sampling.generate",
+    "mdmrl.rl.values.fit_to_base",
     "mdmrl.study.training.trained_policy",
     "mdmrl.study.benchmark.scores",
     "mdmrl.study.speed.passes",
