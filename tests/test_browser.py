@@ -1,7 +1,7 @@
 """Notebooks in a real browser: Debian's Chromium, driven by Playwright, on a JupyterLab of its own.
 
-`pip install playwright` and `apt-get install chromium`; elsewhere a skip says what is missing. With
-`MDMRL_SCREENSHOTS` naming a folder, pictures are left there.
+`pip install -e '.[browser]'` and `apt-get install chromium`; elsewhere a skip says what is missing.
+With `MDMRL_SCREENSHOTS` naming a folder, pictures are left there.
 """
 
 import importlib.util

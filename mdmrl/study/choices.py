@@ -136,7 +136,8 @@ def arm_picker(logs: DataFrame, grid: DataFrame) -> Choices:
         table = grid[grid.main == arm].groupby(["form", "β"])[measures].mean()
         return picture(figure) + (table.round(3).to_html(border=0) if len(table) else "")
 
-    arms, weights = [*dict.fromkeys(logs.arm)], [*dict.fromkeys(logs["β"])]
+    arms = [arm for arm in dict.fromkeys(logs.arm) if arm != "AR"]
+    weights = [*dict.fromkeys(logs["β"])]
     return Choices(show, arm=arms, β=weights, column=["kl/max", *(c for c in COLUMNS if c in logs)])
 
 
