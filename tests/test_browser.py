@@ -155,10 +155,9 @@ def write_notebook(root, name, source):
 def all_run(page):
     """Run all cells, and wait until the last has run without an error in any."""
     command(page, "notebook:run-all-cells")
-    deadline, prompts = (
-        time.monotonic() + 3 * PATIENCE,
-        page.locator(".jp-CodeCell .jp-InputPrompt"),
-    )
+    folded = ":not(.jp-Placeholder-prompt)"  # whose prompt stays empty
+    prompts = page.locator(f".jp-CodeCell .jp-InputPrompt{folded}")
+    deadline = time.monotonic() + 3 * PATIENCE
     while any(not re.match(r"\[\d+\]", said) for said in prompts.all_inner_texts()):
         assert not page.locator("[data-mime-type='application/vnd.jupyter.error']").count()
         assert time.monotonic() < deadline, prompts.all_inner_texts()
