@@ -7,6 +7,8 @@ a slipped percent, and the reading that fixes the targets.
 
 from __future__ import annotations
 
+import warnings
+
 import peft
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -15,6 +17,8 @@ from mdmrl.config import require
 from mdmrl.policies.families import Policy
 from mdmrl.runs import kept_random_state
 
+# peft asks a model by a name that transformers is about to drop.
+warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
 THESIS_TARGETS = ["q_proj", "v_proj", "o_proj", "lm_head"]
 
 
