@@ -186,7 +186,11 @@ class Outputs:
         from mdmrl.study.figures.gallery import pictures
 
         own = [c for c in ledger.load(self.folder / "claims.json") if c.notebook == self.notebook]
-        return Markdown(ledger.render(own, pictures(self.folder), whole=False))
+        text = ledger.render(own, pictures(self.folder), whole=False)
+        if "MDMRL_NOTEBOOK" not in os.environ:  # else beside the figures, in runs/PROFILE/notebooks
+            figures = os.path.relpath(self.folder, project_root() / "notebooks")
+            text = text.replace('"../figures/', f'"{Path(figures).as_posix()}/')
+        return Markdown(text)
 
     @staticmethod
     def _path(folder: Path, name: str, ending: str) -> Path:
