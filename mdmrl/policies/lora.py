@@ -5,6 +5,8 @@ Qwen2.5-7B's shapes r = 48 on q_proj, v_proj, o_proj and lm_head is 32,243,712 p
 a slipped percent, and the reading that fixes the targets.
 """
 
+import warnings
+
 import peft
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -13,6 +15,8 @@ from mdmrl.config import require
 from mdmrl.policies.families import Policy
 from mdmrl.runs import kept_random_state
 
+# peft asks a model by a name that transformers is about to drop.
+warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
 THESIS_TARGETS = ["q_proj", "v_proj", "o_proj", "lm_head"]
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
-from pandas import DataFrame
+from pandas import DataFrame, json_normalize
 
 from mdmrl.config import require
 from mdmrl.diffusion import SCHEDULES, discrete_terms, limit_loss
@@ -91,8 +91,8 @@ def compare_runs(containing: str = "", begin: Sequence[str] = ()) -> Choices:
                 head = f"<b style='color:{colour}'>{html.escape(name)}</b>, update {sample['step']}"
                 texts += [head, completions(sample)]
         axes.set(xlabel="update", ylabel=column)
-        table = DataFrame(settings).astype(str)
-        differ = table[table.nunique(axis=1) > 1].to_html() if len(runs) > 1 else ""
+        table = json_normalize([*settings.values()]).set_axis([*settings]).T.astype(str)
+        differ = table[table.nunique(axis=1) > 1].to_html(border=0) if len(runs) > 1 else ""
         if runs:
             figure.legend(loc="outside lower center", fontsize=7, frameon=False)
         return f"{picture(figure)}{differ}{''.join(texts)}"
@@ -131,9 +131,10 @@ def arm_picker(logs: DataFrame, grid: DataFrame) -> Choices:
         axes.set(title=f"{arm} and AR, β = {β}, k3", ylabel=column)
         axes.legend(frameon=False, fontsize=7)
         table = grid[grid.main == arm].groupby(["form", "β"])[measures].mean()
-        return picture(figure) + (table.round(3).to_html() if len(table) else "")
+        return picture(figure) + (table.round(3).to_html(border=0) if len(table) else "")
 
-    arms, weights = [*dict.fromkeys(logs.arm)], [*dict.fromkeys(logs["β"])]
+    arms = [arm for arm in dict.fromkeys(logs.arm) if arm != "AR"]
+    weights = [*dict.fromkeys(logs["β"])]
     return Choices(show, arm=arms, β=weights, column=["kl/max", *(c for c in COLUMNS if c in logs)])
 
 
@@ -157,7 +158,7 @@ def bound_sliders(toy: Chain, T: Sequence[int]) -> Choices:
         right.axhline(limit, color="0.4", linestyle=":")
         right.set_xscale("log", base=2)
         right.set(xlabel="steps T (dotted: the limit)", ylabel="bound, nats a text", title=model)
-        said = f"{blocks} blocks of {size}: the bound is {bounds[T]:.4f} nats a text, minus log p "
+        said = f"In blocks of {size}: the bound is {bounds[T]:.4f} nats a text, minus log p "
         return f"{picture(figure)}<br>{said}{exact.item():.4f}, the bound's limit {limit:.4f}"
 
     parts = [n for n in range(1, length + 1) if length % n == 0]

@@ -184,12 +184,13 @@ def runs(
     names: Iterable[str], checkpoints: Sequence[int], profile: str, train: bool = True, **changes
 ) -> tuple[pd.DataFrame, list[str]]:
     """The logs of those arms on those of the checkpoints that the arm is meant for, with columns
-    `name`, `arm` (its label) and `seed` (its checkpoint), and what is missing, in words.
+    `name`, `arm` (its label) and `seed` (its checkpoint), and what each arm lacks, in words.
 
     Without `train` only what is kept is read; with it, checkpoints alone can be missing.
     """
     found, missing = [], []
     for name in names:
+        lacks = []
         for checkpoint in sorted({*ARMS[name][3]} & {*checkpoints}):
             asked, run = arm(name, checkpoint, **changes), None
             shipped = asked.policy in ZOO
@@ -199,7 +200,8 @@ def runs(
                 run.insert(0, "name", name)
                 found.append(run)
             else:
-                missing.append(f"{name} on {of(name)} {checkpoint}" + ", unshipped" * (not shipped))
+                lacks.append(f"{checkpoint}{'' if shipped else ' (unshipped)'}")
+        missing += [f"{name} on {of(name)} {', '.join(lacks)}"] if lacks else []
     return pd.concat(
         found or [pd.DataFrame(columns=COLUMNS, dtype=float)], ignore_index=True
     ), missing

@@ -99,7 +99,7 @@ class Explorer(Interactive):
         import ipywidgets
 
         text = ipywidgets.Textarea(self.text, rows=8, continuous_update=False)
-        text.layout.width = "100%"
+        text.layout.width = "98%"
         view = ipywidgets.HTML(self.shown(self.text))
         text.observe(lambda change: setattr(view, "value", self.shown(change["new"])), "value")
         return ipywidgets.VBox([text, view])

@@ -1,6 +1,7 @@
 """Where a notebook's figures, tables and claims go, and the provenance beside each figure."""
 
 import json
+import logging
 import math
 import os
 import re
@@ -25,6 +26,7 @@ FORMATS = {
     "png": {"Software": None},
     "pdf": {"Creator": None, "Producer": None, "CreationDate": None},
 }
+logging.getLogger("fontTools").setLevel(logging.ERROR)  # it warns of the dates in fonts
 
 
 def project_root() -> Path:
@@ -182,7 +184,11 @@ class Outputs:
         from mdmrl.study.figures.gallery import pictures
 
         own = [c for c in ledger.load(self.folder / "claims.json") if c.notebook == self.notebook]
-        return Markdown(ledger.render(own, pictures(self.folder), whole=False))
+        text = ledger.render(own, pictures(self.folder), whole=False)
+        if "MDMRL_NOTEBOOK" not in os.environ:  # else beside the figures, in runs/PROFILE/notebooks
+            figures = os.path.relpath(self.folder, project_root() / "notebooks")
+            text = text.replace('"../figures/', f'"{Path(figures).as_posix()}/')
+        return Markdown(text)
 
     @staticmethod
     def _path(folder: Path, name: str, ending: str) -> Path:

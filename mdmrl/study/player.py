@@ -23,7 +23,7 @@ from mdmrl.study.widgets import MASK_SHOWN, Interactive, shown_canvas
 
 SHADES = colormaps["viridis"]
 LEGEND = "shade: early (dark) to late (light); faint: unsure; framed: this step's"
-BOX = "font-family:monospace;white-space:pre-wrap;line-height:1.5"
+BOX = "font-family:monospace;white-space:pre-wrap;overflow-wrap:anywhere;line-height:1.5"
 STILLS = 5
 
 

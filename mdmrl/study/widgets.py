@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 
 import pandas as pd
+import seaborn as sns
 from matplotlib.figure import Figure
 
 from mdmrl.config import InputError
@@ -102,6 +103,7 @@ class Choices(Interactive):
 
 def picture(figure: Figure) -> str:
     file = io.BytesIO()
+    sns.despine(figure)
     figure.savefig(file, format="png", dpi=120)
     data = base64.b64encode(file.getvalue()).decode()
     return f"<img style='max-width:100%' src='data:image/png;base64,{data}'>"
