@@ -16,9 +16,9 @@ import sys
 
 from mdmrl import GRPOConfig, PPOConfig, SFTConfig, load_policy, train_grpo, train_ppo, train_sft
 
-folder, output, accumulated = sys.argv[1:]
+folder, output, accumulated, steps = sys.argv[1:]
 rows = [{"prompt": f"What is {i}?" * (1 + i % 3), "completion": "7" * (i % 5)} for i in range(8)]
-shape = {"max_steps": 2, "max_completion_length": 6, "per_device_train_batch_size": 4}
+shape = {"max_steps": int(steps), "max_completion_length": 6, "per_device_train_batch_size": 4}
 shape |= {"gradient_accumulation_steps": int(accumulated), "learning_rate": 1e-3}
 drawn = shape | {"num_generations": 2, "sampler": {"steps": 3}}
 ways = {
@@ -69,6 +69,7 @@ config = GRPOConfig(
 )
 train_grpo(load_policy(folder), [failing], [{"prompt": f"{i}?"} for i in range(8)], config)
 """
+STATE = "checkpoints/step-000002/optimizer.safetensors"
 # What `accelerate launch` uses for several cards; its own launcher for the processor wants mpirun.
 TWO = ["-m", "torch.distributed.run", "--nproc_per_node", "2"]
 
@@ -88,9 +89,9 @@ def run(tmp_path, script, processes, *arguments):
 def test_two_processes_give_the_weights_of_one(mdm, tmp_path):
     mdm.save_pretrained(tmp_path / "policy")
     start = dict(mdm.model.named_parameters())
-    for processes in (1, 2):
-        (tmp_path / str(processes)).mkdir()
-        done = run(tmp_path, WAYS, processes, tmp_path / str(processes), 2 // processes)
+    for processes, steps in ((1, 2), (2, 1), (2, 2)):  # the two are cut off, and go on
+        (tmp_path / str(processes)).mkdir(exist_ok=True)
+        done = run(tmp_path, WAYS, processes, tmp_path / str(processes), 2 // processes, steps)
         assert done.returncode == 0, done.stderr
     ways = sorted(path.name for path in (tmp_path / "1").iterdir())
     assert ways == ["dapo", "dr_grpo", "grpo", "ppo", "sft", "spg", "wd1"]
@@ -102,6 +103,10 @@ def test_two_processes_give_the_weights_of_one(mdm, tmp_path):
         moved = torch.cat([(one[name] - start[name].detach()).flatten() for name in one])
         apart = torch.cat([(one[name] - two[name]).flatten() for name in one])
         assert moved.norm() > 0
+        kept = (tmp_path / which / way / STATE for which in ("1", "2"))
+        one, two = (load_file(path) for path in kept)
+        assert one.keys() == two.keys()
+        assert all(torch.allclose(one[name], two[name], atol=1e-3) for name in one)
         off[way] = (apart.norm() / moved.norm()).item()
     assert max(off.values()) < 0.01, off
 

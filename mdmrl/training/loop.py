@@ -46,8 +46,9 @@ def accelerator_for(policy: Policy) -> Accelerator:
     for way in SHARDED:
         require(
             os.environ.get(f"ACCELERATE_USE_{way}", "").lower() != "true",
-            f"accelerate is to use {way}: each process holds all weights here; launch without it, "
-            "and train an adapter (add_lora, --lora-r) where a card cannot hold the optimizer",
+            f"accelerate is to use {way}: each process holds all weights here, and its part of "
+            "AdamW's state; launch without it, and train an adapter (add_lora, --lora-r) where a "
+            "card cannot hold that",
         )
     return Accelerator(cpu=policy.device.type == "cpu" and not is_initialized())
 
@@ -97,7 +98,9 @@ def require_full_precision(policy: Policy) -> None:
 
 class Optimizer:
     """AdamW that takes no step where a gradient is not finite, and gives up after `most_skipped`
-    such updates in a row. Each of the `groups`, which are torch's, is clipped by itself."""
+    such updates in a row. Each of the `groups`, which are torch's, is clipped by itself. Several
+    processes share its state out: each steps its part of the weights and sends them to the others
+    (ZeRO's first stage, Rajbhandari et al. 2020)."""
 
     def __init__(
         self,
@@ -106,7 +109,13 @@ class Optimizer:
         max_grad_norm: float,
         most_skipped: int = MAX_SKIPPED,
     ):
-        self.adamw = torch.optim.AdamW(groups, weight_decay=0.0)
+        self.shared = accelerator.num_processes > 1
+        if self.shared:
+            from torch.distributed.optim import ZeroRedundancyOptimizer  # takes a second, and warns
+
+            self.adamw = ZeroRedundancyOptimizer(groups, torch.optim.AdamW, weight_decay=0.0)
+        else:
+            self.adamw = torch.optim.AdamW(groups, weight_decay=0.0)
         self.accelerator, self.max_grad_norm = accelerator, max_grad_norm
         self.most_skipped, self.skipped = most_skipped, 0
 
@@ -130,6 +139,11 @@ class Optimizer:
                 f"last at {batch}: lower learning_rate (or beta)"
             )
         return {"grad_norm": norms[0], "skipped_updates": self.skipped}
+
+    def gather(self) -> None:
+        """Bring the parts of the state together on the main process, for a checkpoint."""
+        if self.shared:
+            self.adamw.consolidate_state_dict(to=0)
 
     def _finished(self, parameters: Sequence[Tensor]) -> float:
         for parameter in parameters:
@@ -173,8 +187,13 @@ def train(
     if writes:
         run.rewind(first)
 
+    gathered = first
+
     def keep(step: int) -> None:
-        nonlocal saved
+        nonlocal saved, gathered
+        if step != gathered:
+            optimizer.gather()
+            gathered = step
         if not writes or step == saved:
             return
         try:

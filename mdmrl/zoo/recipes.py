@@ -1,16 +1,16 @@
 """Recipes of the shipped tiny models: what `mdmrl pretrain NAME` trains, beside the tokenizer.
 
 Within a task all families have the same parameters, tokenizer and stream of documents. An
-autoregressive model is at its plateau after a fraction of the tokens; `tiny-mdm-equal` and
-`tiny-mdm-countdown-equal` are the masked diffusion models at that budget, and do not ship. Nor does
-`tiny-mdm-adapted`, made of `tiny-ar` by `mdmrl.policies.adapt`, at a tenth of tiny-mdm's. Those of
-reasoning and code begin with the weights of their autoregressive twin, as Dream did with Qwen's:
-from scratch they learn too slowly for two cores. A start's tokens come on top of those named.
+autoregressive model needs a fraction of the tokens; `tiny-mdm-equal` and `tiny-mdm-countdown-equal`
+are the masked diffusion models at that budget, and do not ship. Nor does `tiny-mdm-adapted`, made
+of `tiny-ar` by `mdmrl.policies.adapt`, at a tenth of tiny-mdm's. Those of reasoning and code begin
+with the weights of their autoregressive twin, as Dream did with Qwen's: from scratch they learn too
+slowly for two cores. A start's tokens come on top of those named.
 
 Of Countdown there are six pairs, one a seed: the masked diffusion model, and an autoregressive twin
 trained, decay included, just so long that its greedy accuracy on the test items is within three
 points of its partner's at full steps, so that RL starts equal. `tiny-ar-countdown` is the first
-pair's at its plateau.
+pair's, trained for longer.
 """
 
 from __future__ import annotations
