@@ -113,7 +113,13 @@ class FakeCard(TorchFunctionMode):
         def load_to(*args, map_location=None, **options):
             if map_location is None:
                 raise RuntimeError("torch.load without map_location: onto the card of who saved it")
-            return load(*args, map_location=map_location, **options)
+            if not card.means(map_location):
+                return load(*args, map_location=map_location, **options)
+            found = load(*args, map_location="cpu", **options)
+            for leaf in tree_leaves(found):
+                if isinstance(leaf, Tensor):
+                    card.put(leaf)
+            return found
 
         begin, reduce = accelerate.Accelerator.__init__, accelerate.Accelerator.reduce
 
