@@ -19,6 +19,7 @@ from mdmrl.study import benchmark, judging, narrowing, pieces, rejecting, traini
 from mdmrl.study.notebooks import plan
 from mdmrl.study.outputs import Outputs
 from mdmrl.tasks import Task
+from mdmrl.zoo import budgets
 
 COMMITTED = pieces.pieces_folder("full")
 AWAITED = {"11_reward_ablation", "12_code_completion", "13_dafny"}  # none of their runs is made yet
@@ -93,6 +94,7 @@ def asked():
         for room in (training, judging, narrowing, rejecting, benchmark):
             patch.setattr(room, "cached_table", recorded)
             patch.setattr(room, "load_policy", fresh)
+        patch.setattr(budgets, "cached_table", recorded)
         patch.setattr(training, "kept_table", kept)
         patch.setattr(rejecting, "pipeline_draw", awaited)
         patch.setattr(Task, "rows", rows_of)
