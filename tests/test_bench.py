@@ -7,6 +7,7 @@ from test_sampling import double
 
 from mdmrl.bench import peers
 from mdmrl.bench import samplers as bench
+from mdmrl.bench.tables import bench_tables
 from mdmrl.bench.updates import bench_estimators
 from mdmrl.config import InputError
 
@@ -76,17 +77,30 @@ def test_shapes_are_published_ones_with_random_weights(monkeypatch):
         bench.bench_policy("random-mdm:smol", 8)
 
 
-def test_the_readme_shows_what_was_measured(mdm, monkeypatch, tmp_path):
+def test_the_page_shows_what_was_measured(mdm, monkeypatch, tmp_path):
     numbers = {"policy": "x", "machine": "M", "threads": 2}
     row = rows_of(mdm, monkeypatch)["dual cache"] | {"speedup": 2.345, "agreement": 0.5}
-    for name in ("bench_samplers_b", "bench_samplers_a", "bench_update"):
-        (tmp_path / f"{name}.json").write_text(
-            json.dumps(numbers | {"policy": name, "rows": [row]})
-        )
-    table = bench.bench_markdown(tmp_path).splitlines()
-    assert len(table) == 4
-    assert table[2].startswith("| bench_samplers_a | dual cache | 3 | 12 | 6 | 414 |")
-    assert table[3].endswith("| 2.35 | 50.0% | M, 2 threads |")
+    update = {"seconds": 1.5, "seconds_ratio": 1.25, "memory": 2.5e9, "memory_ratio": 0.5}
+    written = {
+        "samplers_b": {"rows": [row]},
+        "samplers_a": {"rows": [row]},
+        "update_x_trl": {"length": 128, "rows": {"trl": update}},
+        "judge": {"programs": 200, "rows": [{"way": "monty", "per_second": 106.2}]},
+        "update": {},  # without rows to set side by side
+    }
+    for name, found in written.items():
+        (tmp_path / f"bench_{name}.json").write_text(json.dumps(numbers | {"policy": name} | found))
+    tables = {section: table.splitlines() for section, table in bench_tables(tmp_path).items()}
+    assert {section: len(table) for section, table in tables.items()} == {
+        "bench": 4,
+        "updates": 3,
+        "judge": 3,
+    }
+    assert tables["bench"][2].startswith("| samplers_a | dual cache | 3 | 12 | 6 | 414 |")
+    assert tables["bench"][3].endswith("| 2.35 | 50.0% | M, 2 threads |")
+    shown = "| update_x_trl | trl | 128 | 1.5 | 1.25 | 2.5 | 0.50 | M, 2 threads |"
+    assert tables["updates"][2] == shown
+    assert tables["judge"][2] == "| monty | 106 | 200 | M, 2 threads |"
 
 
 def test_estimators_are_timed_against_the_twin():

@@ -7,7 +7,6 @@ computes the whole text again for each token. Ties go to the leftmost position, 
 """
 
 import ctypes
-import json
 import re
 import statistics
 import time
@@ -22,7 +21,6 @@ from rich.console import Console
 from rich.table import Table
 
 from mdmrl.config import require, unknown
-from mdmrl.evaluation.tables import markdown_table
 from mdmrl.policies import Policy, load_policy
 from mdmrl.policies.families import FAMILIES
 from mdmrl.policies.load import DTYPES
@@ -105,19 +103,6 @@ def print_bench(numbers: dict) -> None:
     for row in numbers["rows"]:
         table.add_row(*(f"{c:,.3g}" if isinstance(c, float) else f"{c}" for c in row.values()))
     Console(width=150).print(table)
-
-
-def bench_markdown(folder: Path) -> str:
-    """The table of `docs/bench.md`, from the `bench_samplers*.json` that `mdmrl bench samplers`
-    wrote to `folder`."""
-    columns = ("policy", "sampler", "batch", "tokens", "steps", "positions computed", "samples/s")
-    columns += ("speed-up", "same tokens", "machine")
-    cells = ("{policy}", "{sampler}", "{batch}", "{length}", "{steps}", "{token_forwards:,}")
-    cells += ("{samples_per_second:.3g}", "{speedup:.2f}", "{agreement:.1%}")
-    cells += ("{machine}, {threads} threads",)
-    found = [json.loads(path.read_text()) for path in sorted(folder.glob("bench_samplers*.json"))]
-    rows = [numbers | row for numbers in found for row in numbers["rows"]]
-    return markdown_table(columns, [[cell.format(**row) for cell in cells] for row in rows])
 
 
 def bench_policy(

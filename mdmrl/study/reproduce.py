@@ -143,9 +143,8 @@ def write_docs(folder: Path) -> None:
     write_atomically(project_root() / "figures" / "README.md", gallery(folder))
     if models.exists():
         ledger.fill_section(docs / "results.md", "models", models_markdown(models))
-    if list((folder / "data").glob("bench_samplers*.json")):
-        bench_markdown = resolve("mdmrl.bench.samplers:bench_markdown")
-        ledger.fill_section(docs / "bench.md", "bench", bench_markdown(folder / "data"))
+    for section, table in resolve("mdmrl.bench.tables:bench_tables")(folder / "data").items():
+        ledger.fill_section(docs / "bench.md", section, table)
 
 
 def _count(notebook: str, folder: Path) -> tuple[int, int]:
