@@ -191,6 +191,8 @@ def fig_5_2_pass_at_k(facts, table) -> Figure:
 )
 def pass_at_k_temperature(facts, table, crossings) -> Figure:
     lines, ks = table.line.unique(), sorted(table.k.unique())
+    first = table.checkpoint.iloc[0]  # the only one that is asked at all temperatures
+    table, crossings = (x[x.checkpoint == first] for x in (table, crossings))
     drawn, axes = plots.panels(2 * len(lines), columns=len(lines))
     means = table.groupby(["line", "model", "temperature", "k"])["pass@k"].mean().unstack()
     longs = crossings.melt(["line", "temperature"], [f"log odds at {k}" for k in ks], "k", "more")
