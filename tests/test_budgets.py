@@ -5,6 +5,7 @@ import math
 
 import pandas as pd
 import pytest
+import torch
 
 from mdmrl.config import InputError
 from mdmrl.evaluation.stats import paired_interval
@@ -52,6 +53,30 @@ def test_a_model_that_ships_is_not_trained(monkeypatch):
     for name in ("tiny-ar-countdown", "smollm2-135m"):
         budgets.scores(name, "task", "rows", "quick")
         assert seen.pop() == (name, "task", "rows", "quick", budgets.BATCH)
+
+
+def test_bounds_are_of_the_whole_canvas_and_a_token(monkeypatch):
+    rows = [{"prompt": "1,2,3:6", "completion": text} for text in ("1+2+3", "1*2*3*1")]
+    (exact, other) = budgets.bounds(["tiny-ar-countdown"], rows, "quick", canvas=12).nats
+    policy = load_policy("tiny-ar-countdown")
+    prompt, text = policy.token_lists(["1,2,3:6"])[0], policy.tokenizer("1+2+3").input_ids
+    ids = torch.tensor([[*prompt, *text, policy.tokenizer.eos_token_id]])
+    labels = ids.clone()
+    labels[0, : len(prompt)] = -100
+    with torch.no_grad():
+        assert exact == pytest.approx(policy.model(input_ids=ids, labels=labels).loss.item(), 1e-4)
+    assert exact != other
+
+    asked = []
+    monkeypatch.setattr(
+        budgets,
+        "log_likelihoods",
+        lambda _, pairs, *__, **___: asked.extend(pairs) or [(-12.0, 1)] * 2,
+    )
+    found = budgets.bounds(["tiny-toy"], rows, "quick", canvas=12)
+    end = load_policy("tiny-mdm-countdown").tokenizer.eos_token_id
+    assert [(len(text), text.count(end)) for _, text in asked] == [(12, 7), (12, 5)]
+    assert found.nats.tolist() == [2.0, 1.5]  # of 6 and 8 tokens, with the end
 
 
 @pytest.mark.parametrize("gained, there", [(99, True), (100, False)])

@@ -373,33 +373,31 @@ def test_time_left_is_what_was_measured_times_the_pace_so_far(monkeypatch):
 
 
 @pytest.mark.parametrize("machine", [0.4, 1.0, 3.0])
-@pytest.mark.parametrize("seed", range(5))
-def test_time_left_is_right_within_a_factor_of_two_from_a_quarter_on(
-    results_elsewhere, machine, seed
-):
-    """By a clock on which every notebook takes its committed seconds, times what is the machine's,
-    times what is its own, spread over its cells otherwise than expected."""
-    now, draw = 0.0, random.Random(seed)
+def test_time_left_is_right_within_a_factor_of_two_from_a_quarter_on(results_elsewhere, machine):
+    """In 19 of 20 runs, by a clock on which every notebook takes its committed seconds, times what
+    is the machine's, times what is its own, spread over its cells otherwise than expected."""
     expected = expected_seconds("cpu", {path.stem: code_cells(path) for path in NOTEBOOKS})
-    taken = {}
-    for name, cells in expected.items():
-        shares = [draw.expovariate(1) for _ in cells]
-        whole = sum(cells) * machine * draw.lognormvariate(0, 0.4)
-        taken[name] = [whole * share / sum(shares) for share in shares]
-    whole, looks = sum(map(sum, taken.values())), {}
-    asked = [whole * share for share in (0.25, 0.4, 0.5, 0.75)]
-    said = Progress(expected, clock=lambda: now)
-    for name, cells in taken.items():
-        said.begin(name, name)
-        for cell in cells:
-            ends = now + cell
-            while asked and asked[0] < ends:
-                now = asked.pop(0)
-                looks[now / whole] = said.left()[1] / (whole - now)
-            now = ends
-            said.cell_ends()
-        said.end()
-    assert len(looks) == 4 and all(0.5 < ratio < 2 for ratio in looks.values()), looks
+    right = {share: 0 for share in (0.25, 0.4, 0.5, 0.75)}
+    for seed in range(20):
+        now, draw, taken = 0.0, random.Random(seed), {}
+        for name, cells in expected.items():
+            shares = [draw.expovariate(1) for _ in cells]
+            whole = sum(cells) * machine * draw.lognormvariate(0, 0.4)
+            taken[name] = [whole * share / sum(shares) for share in shares]
+        whole, asked = sum(map(sum, taken.values())), [*right]
+        said = Progress({**expected}, clock=lambda: now)  # noqa: B023
+        for name, cells in taken.items():
+            said.begin(name, name)
+            for cell in cells:
+                ends = now + cell
+                while asked and whole * asked[0] < ends:
+                    share = asked.pop(0)
+                    now = whole * share
+                    right[share] += 0.5 < said.left()[1] / (whole - now) < 2
+                now = ends
+                said.cell_ends()
+            said.end()
+    assert min(right.values()) >= 19, right
 
 
 def test_estimates_are_the_last_runs_then_the_committed_ones(study):
