@@ -98,6 +98,18 @@ def test_a_plateau_is_a_gain_of_under_two_points(monkeypatch, gained, there):
     assert bool(line.at_plateau) is there
 
 
+def test_a_model_named_again_goes_on_from_where_it_was(monkeypatch):
+    right = {None: 10, 21333333.0: 16, 28444444.0: 19}  # of 20 items; 16 million, and 4/3 of it
+
+    def scores(name, task, rows, profile, tokens=None):
+        return pd.DataFrame({"index": range(20), "score": [i < right[tokens] for i in range(20)]})
+
+    monkeypatch.setattr(budgets, "scores", scores)
+    found = budgets.longer(["tiny-mdm-countdown"] * 2, 20, "q")
+    assert found.tokens.tolist() == [16e6, 21333333.0]
+    assert found.change.tolist() == pytest.approx([30, 15])
+
+
 def test_unseen_items_are_distinct_and_none_of_pre_training():
     items = countdown.generator().unseen(5000)
     assert len({(*row["nums"], row["target"]) for row in items}) == 5000

@@ -106,22 +106,27 @@ def _policy(name: str, tokens: float | None, profile: str) -> tuple[dict, Callab
 
 def longer(names: Sequence[str], items: int, profile: str) -> pd.DataFrame:
     """Whether tiny models of Countdown are at their plateau (`quantities.at_plateau`): each beside
-    one that saw 4/3 of its document tokens, decay included, on the same items, which neither saw.
+    one that saw 4/3 of its document tokens, decay included, on the same items, which neither saw;
+    one that is named again: that longer one beside one of 4/3 of its own, and so on.
 
     Columns `policy`, `tokens`, the right answers `right` and `right_longer` in percent, `change`
     with Tango's interval `low`, `high` in points, `n` and `at_plateau`.
     """
     task, rows, found = load_task("countdown"), countdown.generator().unseen(items), []
+    reached: dict[str, tuple[float, pd.DataFrame]] = {}
     for name in names:
-        tokens = RECIPES[name].tokens
-        own = scores(name, task, rows, profile)
-        more = scores(name, task, rows, profile, float(round(LONGER * tokens)))
+        if name not in reached:
+            reached[name] = RECIPES[name].tokens, scores(name, task, rows, profile)
+        tokens, own = reached[name]
+        grown = float(round(LONGER * tokens))
+        more = scores(name, task, rows, profile, grown)
         both = pd.concat([own.assign(row=name, column="own"), more.assign(row=name, column="more")])
         (line,) = benchmark.contrasts(both, [("more", "own")]).itertuples()
         right = own.score.sum(), more.score.sum()
         shares = [100 * count / len(rows) for count in right]
         change = line.change, line.low, line.high
         found.append((name, tokens, *shares, *change, len(rows), at_plateau(*right, len(rows))))
+        reached[name] = grown, more
     names = ["policy", "tokens", "right", "right_longer", "change", "low", "high", "n"]
     return pd.DataFrame(found, columns=[*names, "at_plateau"])
 
