@@ -38,6 +38,7 @@ SETTINGS = {
     "03_reward_curves": {"0.1"},
     "04_kl_instability": {"1.5"},
     "05_estimator_lab": {"1.5"},
+    "06_benchmark_tables": {"8 M", "10.7 M"},
     "08_block_rl": {"5 %"},
     "10_hierarchy": {"5 %", "135 M"},
     "11_reward_ablation": set(),
