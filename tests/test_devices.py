@@ -489,9 +489,20 @@ def test_each_of_two_processes_stays_on_its_own_card(mdm, tmp_path):
     assert len(found) == 6 and len(set(found)) == 3
 
 
-@pytest.mark.parametrize("way", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])
+@pytest.mark.parametrize("way", ["DEEPSPEED", "MEGATRON_LM"])
 def test_weights_are_not_shared_out_in_silence(ar, monkeypatch, way):
-    """What `accelerate launch --use_fsdp` and its like set."""
+    """What `accelerate launch --use_deepspeed` and its like set."""
     monkeypatch.setenv(f"ACCELERATE_USE_{way}", "True")
-    with pytest.raises(InputError, match=rf"{way}: each process holds all weights.*add_lora"):
+    with pytest.raises(InputError, match=rf"{way}: .*--use_fsdp --fsdp_version 2"):
         accelerator_for(ar)
+
+
+def test_fsdp_is_of_version_2_and_for_every_weight(ar, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(InputError, match=r"FSDP_VERSION=1: expected 2"):
+        accelerator_for(ar)
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    accelerator_for(ar)
+    assert ar.sharding is None  # one process has nothing to share out
+    with pytest.raises(InputError, match=r"FSDP with an adapter"):
+        accelerator_for(add_lora(ar, r=2))

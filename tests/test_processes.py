@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 pytestmark = pytest.mark.slow
 
 WAYS = """
-import sys
+import os, sys
 
 from mdmrl import GRPOConfig, PPOConfig, SFTConfig, load_policy, train_grpo, train_ppo, train_sft
 
@@ -23,11 +23,14 @@ shape |= {"gradient_accumulation_steps": int(accumulated), "learning_rate": 1e-3
 drawn = shape | {"num_generations": 2, "sampler": {"steps": 3}}
 ways = {
     "grpo": {},
-    "dr_grpo": {"loss_type": "dr_grpo", "scale_rewards": "batch", "num_iterations": 2},
+    "dr_grpo": {"loss_type": "dr_grpo", "scale_rewards": "batch", "num_iterations": 2,
+                "ref_model_sync_steps": 1},
     "dapo": {"loss_type": "dapo", "kl_in_reward": True, "kl_estimator": "k1"},
     "wd1": {"loss_type": "wd1", "beta": 0, "logp_estimator": "one_step", "p_mask_prompt": 0.2},
     "spg": {"loss_type": "spg", "beta": 0, "logp_estimator": "complementary"},
 }
+if "ACCELERATE_USE_FSDP" in os.environ:
+    ways = {name: ways[name] for name in ("dr_grpo", "dapo")}
 
 
 def odd(prompts, completions, completion_ids, **columns):
@@ -40,7 +43,64 @@ for name, changes in ways.items():
     train_grpo(load_policy(folder), [odd], rows, config)
 config = PPOConfig(output_dir=f"{output}/ppo", value_batches=3, **drawn)
 train_ppo(load_policy(folder), [odd], rows, config)
-train_sft(load_policy(folder), rows, SFTConfig(output_dir=f"{output}/sft", **shape))
+policy = load_policy(folder)
+train_sft(policy, rows, SFTConfig(output_dir=f"{output}/sft", **shape))
+sys.stdout.write(f"{policy.sharding is not None}\\n")  # in one write
+"""
+
+SHARDS = """
+import sys
+
+import torch
+
+from mdmrl import load_policy
+from mdmrl.training.loop import accelerator_for
+
+policy, plain = load_policy(sys.argv[1]), load_policy(sys.argv[1])
+rank = accelerator_for(policy).process_index
+policy.sync_reference()
+texts = torch.arange(9, 45).view(6, 1, 6)
+steps = [[(0, 1, 2), (3,)], [(4,)]]  # texts of each micro-batch of each process, one a pass
+
+
+def value(policy, text):
+    return policy.logits(text)[:, ::2].log_softmax(-1).square().mean()
+
+
+def learn(policy, asked):
+    loss = torch.zeros(())
+    for text in texts[list(asked)]:
+        loss = loss + value(policy, text)
+    policy.backward(loss)
+
+
+for again in (False, True):
+    with policy.computing(False, again), policy.together():
+        if rank:
+            with policy.reference():
+                there = value(policy, texts[5])
+            with torch.no_grad():
+                here = value(policy, texts[5])
+        for asked in steps[rank]:
+            learn(policy, asked)
+    for asked in (*steps[0], *steps[1]):
+        learn(plain, asked)
+    weights = dict(plain.model.named_parameters())
+    assert policy.trainable_parameters().keys() == weights.keys()
+    for name, shard in policy.trainable_parameters().items():
+        assert shard.to_local().shape != shard.shape
+        assert torch.allclose(2 * shard.grad.full_tensor(), weights[name].grad, atol=1e-6), name
+        shard.grad = weights[name].grad = None
+    assert policy.fingerprint() == plain.fingerprint()
+    if rank:
+        assert there == here == value(plain, texts[5])
+try:
+    with policy.reference():
+        policy.logits(texts[0])
+except ValueError as error:
+    assert "outside of policy.together()" in str(error)
+else:
+    raise AssertionError("a pass that nobody answers")
 """
 
 FAILS = """
@@ -69,12 +129,13 @@ config = GRPOConfig(
 )
 train_grpo(load_policy(folder), [failing], [{"prompt": f"{i}?"} for i in range(8)], config)
 """
-STATE = "checkpoints/step-000002/optimizer.safetensors"
+# What `accelerate launch --use_fsdp --fsdp_version 2` sets.
+FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 # What `accelerate launch` uses for several cards; its own launcher for the processor wants mpirun.
 TWO = ["-m", "torch.distributed.run", "--nproc_per_node", "2"]
 
 
-def run(tmp_path, script, processes, *arguments):
+def run(tmp_path, script, processes, *arguments, **environment):
     (tmp_path / "script.py").write_text(script)
     command = [sys.executable, *(TWO if processes == 2 else ()), tmp_path / "script.py"]
     where = tmp_path / "policy", *arguments
@@ -82,33 +143,46 @@ def run(tmp_path, script, processes, *arguments):
         [*command, *map(str, where)],
         capture_output=True,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
     )
 
 
 def test_two_processes_give_the_weights_of_one(mdm, tmp_path):
+    """Each holds all weights, or shards of them; both times the two are cut off, and go on."""
     mdm.save_pretrained(tmp_path / "policy")
     start = dict(mdm.model.named_parameters())
-    for processes, steps in ((1, 2), (2, 1), (2, 2)):  # the two are cut off, and go on
-        (tmp_path / str(processes)).mkdir(exist_ok=True)
-        done = run(tmp_path, WAYS, processes, tmp_path / str(processes), 2 // processes, steps)
+    made = ("one", 1, 2, {}), ("whole", 2, 1, {}), ("whole", 2, 2, {})
+    for name, processes, steps, how in (*made, ("shards", 2, 1, FSDP), ("shards", 2, 2, FSDP)):
+        (tmp_path / name).mkdir(exist_ok=True)
+        done = run(tmp_path, WAYS, processes, tmp_path / name, 2 // processes, steps, **how)
         assert done.returncode == 0, done.stderr
-    ways = sorted(path.name for path in (tmp_path / "1").iterdir())
-    assert ways == ["dapo", "dr_grpo", "grpo", "ppo", "sft", "spg", "wd1"]
+        assert done.stdout.split() == [str(bool(how))] * processes
+    ways = {name: {path.name for path in (tmp_path / name).iterdir()} for name in ("one", "shards")}
+    assert ways["one"] == {"dapo", "dr_grpo", "grpo", "ppo", "sft", "spg", "wd1"}
+    assert ways["shards"] == {"dapo", "dr_grpo", "ppo", "sft"}
     off = {}
-    for way in ways:
-        last = f"{way}/checkpoints/step-000002/policy.safetensors"
-        one, two = (load_file(tmp_path / which / last) for which in ("1", "2"))
-        assert one.keys() == two.keys() == start.keys()
-        moved = torch.cat([(one[name] - start[name].detach()).flatten() for name in one])
-        apart = torch.cat([(one[name] - two[name]).flatten() for name in one])
-        assert moved.norm() > 0
-        kept = (tmp_path / which / way / STATE for which in ("1", "2"))
-        one, two = (load_file(path) for path in kept)
-        assert one.keys() == two.keys()
-        assert all(torch.allclose(one[name], two[name], atol=1e-3) for name in one)
-        off[way] = (apart.norm() / moved.norm()).item()
+    for path in [*tmp_path.glob("whole/*"), *tmp_path.glob("shards/*")]:
+        folders = (tmp_path / "one" / path.name, path)
+        for file in ("policy", "reference", "optimizer", "pretrained/model"):
+            last = f"checkpoints/step-000002/{file}.safetensors"
+            one, two = (load_file(folder / last) for folder in folders)
+            assert one.keys() == two.keys()
+            assert all(torch.allclose(one[name], two[name], atol=1e-3) for name in one), file
+            if file == "policy":
+                assert one.keys() == start.keys()
+                moved = torch.cat([(one[name] - start[name].detach()).flatten() for name in one])
+                apart = torch.cat([(one[name] - two[name]).flatten() for name in one])
+                assert moved.norm() > 0
+                off[str(path)] = (apart.norm() / moved.norm()).item()
     assert max(off.values()) < 0.01, off
+
+
+def test_passes_of_shards_are_one_number_on_all_processes(mdm, tmp_path):
+    """Two micro-batches here, of three passes and one, and one there, beside passes that nothing is
+    learnt from: the mean gradient is that of all texts on whole weights."""
+    mdm.save_pretrained(tmp_path / "policy")
+    done = run(tmp_path, SHARDS, 2, **FSDP)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("how", ["raise", "kill"])

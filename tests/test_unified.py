@@ -247,7 +247,7 @@ def test_ppo(toy):
         moved(toy, 0.03)
         logp = scorer(toy, rollout, noise)
         tokens = (x[mask] for x in (logp, logp_old, torch.zeros_like(logp), advantages, mask))
-        gradients = Gradients(parameters, apart=False)
+        gradients = Gradients(toy, parameters, apart=False)
         surrogate, charged, _ = ppo.ppo_loss(*tokens, 0.0, config)
         gradients.add(surrogate / len(mask), charged)
         logp = scorer(toy, rollout, noise)

@@ -138,4 +138,7 @@ class Network:
         return self.head(self.forward(input_ids, attention_mask, pattern))
 
     def trainable_parameters(self) -> dict[str, Tensor]:
+        """Those that are trained, by name; this process's shards of them where it has some."""
+        if self.sharding is not None:
+            return self.sharding.parameters
         return {n: p for n, p in self.model.named_parameters() if p.requires_grad}

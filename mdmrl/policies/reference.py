@@ -3,12 +3,14 @@
 import contextlib
 import copy
 import threading
+from collections.abc import Sequence
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from mdmrl.config import require
+from mdmrl.policies.sharding import Sharding, cut, gathered
 from mdmrl.runs import kept_random_state
 
 _locks: WeakKeyDictionary = WeakKeyDictionary()  # apart: a policy that has one cannot be copied
@@ -22,6 +24,8 @@ class Reference:
     `merge_lora`) has no reference yet, whatever the one before it had.
     """
 
+    sharding: Sharding | None = None  # see `share_out`
+
     @property
     def model(self):
         return self._model
@@ -29,6 +33,7 @@ class Reference:
     @model.setter
     def model(self, model) -> None:
         self._model, self._reference, self._name = model, None, (None, 0)
+        self.sharding = None
 
     @property
     def lock(self) -> threading.RLock:
@@ -58,7 +63,10 @@ class Reference:
 
     def sync_reference(self) -> None:
         if not self.uses_lora:
-            self._reference = copy.deepcopy(self.model).requires_grad_(False)
+            if self.sharding is not None:
+                self._reference = self.sharding.shared_out(self.model, frozen=True)
+            else:
+                self._reference = copy.deepcopy(self.model).requires_grad_(False)
             return
         if self._reference is None:
             with kept_random_state(self.device):
@@ -95,6 +103,32 @@ class Reference:
                 if self.uses_lora:
                     self._activate("default")
 
+    def share_out(self) -> None:
+        """Let all processes share out the weights (`mdmrl.policies.sharding`)."""
+        self._reference, self.sharding = None, Sharding(self._model)
+
+    @contextlib.contextmanager
+    def together(self):
+        """Inside, the policy is the shards of it, where processes share them out: all of them have
+        to come here, make passes of it or of its reference, and exchange nothing else."""
+        if self.sharding is None:
+            yield
+            return
+        whole, self._model = self._model, self.sharding.twin
+        try:
+            with self.sharding.together(self._reference):
+                yield
+        finally:
+            self._model = whole
+
+    def backward(self, loss: Tensor, parameters: Sequence[Tensor] | None = None) -> None:
+        """Add up the gradient of `loss` in the `grad` of trained parameters, or of some alone; of
+        what is no function of them it is 0."""
+        if self.sharding is not None:
+            self.sharding.backward(loss)
+        elif loss.requires_grad:
+            loss.backward(inputs=parameters)
+
     def _activate(self, adapter: str) -> None:
         """Switch adapters; peft turns the active one's gradients on, so set them right again."""
         self.model.base_model.set_adapter(adapter)
@@ -102,13 +136,15 @@ class Reference:
             weight.requires_grad_("lora_" in name and ".default." in name)
 
     def reference_state(self) -> dict[str, Tensor]:
-        """Weights of the reference that a checkpoint must keep; empty while it is the base."""
+        """Weights of the reference that a checkpoint must keep; empty while it is the base. Where
+        they are shared out, all processes have to ask, and the first one gets them."""
         if self._reference is None:
             return {}
         if self.uses_lora:
             weights = self.model.named_parameters()
             return {n: w.detach() for n, w in weights if ".reference." in n}
-        return {n: w.detach() for n, w in self._reference.named_parameters()}
+        state = {n: w.detach() for n, w in self._reference.named_parameters()}
+        return gathered(state) if self.sharding else state
 
     def load_reference_state(self, state: dict[str, Tensor]) -> None:
         """Restore what `reference_state` returned."""
@@ -118,4 +154,4 @@ class Reference:
             weights = dict(model.named_parameters())
             with torch.no_grad():
                 for name, value in state.items():
-                    weights[name].copy_(value)
+                    weights[name].copy_(cut(value, weights[name]))

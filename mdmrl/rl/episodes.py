@@ -126,22 +126,23 @@ def score_episodes(
         for step in range(0, steps, states_per_forward)
     ]
     logps, references, features, kls, off = [], [], [], [], 0.0
-    for chosen, now in parts:
-        part = rollout.select(chosen)
-        states = score_states(policy, part, now)
-        at = states.revealed
-        logp = log_probabilities(policy, states.block[at])
-        drawn = states.drawn(logp)
-        kl = torch.zeros(at.shape, device=drawn.device)
-        if reference:
-            with policy.reference():
-                references.append(score_states(policy, part, now).block[at])
-                ref = log_probabilities(policy, references[-1])
-            kl = kl.masked_scatter(at, kl_divergence(logp, ref))
-        logps.append(drawn)
-        features.append(states.features(length).flatten(0, 1))
-        kls.append(kl.sum(-1).flatten())
-        off = max(off, (drawn - states.logprobs[at]).abs().max().item())
+    with policy.together():
+        for chosen, now in parts:
+            part = rollout.select(chosen)
+            states = score_states(policy, part, now)
+            at = states.revealed
+            logp = log_probabilities(policy, states.block[at])
+            drawn = states.drawn(logp)
+            kl = torch.zeros(at.shape, device=drawn.device)
+            if reference:
+                with policy.reference():
+                    references.append(score_states(policy, part, now).block[at])
+                    ref = log_probabilities(policy, references[-1])
+                kl = kl.masked_scatter(at, kl_divergence(logp, ref))
+            logps.append(drawn)
+            features.append(states.features(length).flatten(0, 1))
+            kls.append(kl.sum(-1).flatten())
+            off = max(off, (drawn - states.logprobs[at]).abs().max().item())
     seen, kl = torch.cat(features).view(batch, steps, -1), torch.cat(kls).view(batch, steps)
     return OldPolicyScores(rollout, parts, logps, references, seen, kl, off)
 

@@ -7,6 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
+from mdmrl.config import require
+from mdmrl.policies import Policy
+
 PARTS = ("surrogate", "kl")
 
 
@@ -15,8 +18,14 @@ class Gradients:
     kept `apart` until `finish`, so that their norms are known, at the price of a second backward
     pass and of twice the memory."""
 
-    def __init__(self, parameters: dict[str, Tensor], apart: bool):
-        self.parameters, self.losses = [*parameters.values()], dict.fromkeys(PARTS, 0.0)
+    def __init__(self, policy: Policy, parameters: dict[str, Tensor], apart: bool):
+        self.policy, self.parameters = policy, [*parameters.values()]
+        self.losses = dict.fromkeys(PARTS, 0.0)
+        require(
+            not apart or policy.sharding is None,
+            "log_gradients=True: expected False where weights are shared out (FSDP), whose "
+            "gradients are summed as they come",
+        )
         names = PARTS if apart else ()
         self.sums = {name: [torch.zeros_like(p) for p in self.parameters] for name in names}
         for parameter in self.parameters:
@@ -28,8 +37,8 @@ class Gradients:
         for name, value in parts.items():
             self.losses[name] += value.item()
         learnt = {name: value for name, value in parts.items() if value.requires_grad}
-        if not self.sums and learnt:
-            sum(learnt.values()).backward(inputs=self.parameters)
+        if not self.sums:
+            self.policy.backward(surrogate + kl, self.parameters)
         for name in learnt if self.sums else ():
             more = {"retain_graph": name != [*learnt][-1], "allow_unused": True}
             slopes = torch.autograd.grad(learnt[name], self.parameters, **more)

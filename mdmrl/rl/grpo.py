@@ -149,7 +149,8 @@ def update(
 ) -> dict[str, float]:
     """Set the gradient of the loss, micro-batch by micro-batch; returns the update's metrics. `old`
     is None at the first inner step, where the old policy is the new one, and without a ratio."""
-    gradients, whole = Gradients(parameters, config.log_gradients), divisor(rollout, config)
+    gradients = Gradients(policy, parameters, config.log_gradients)
+    whole = divisor(rollout, config)
     tokens: dict[str, list[Tensor]] = {}
 
     def learn_from(chosen: slice) -> None:
@@ -165,7 +166,8 @@ def update(
             values = value[:, 0] if value.shape[1] == 1 else value[part.completion_mask]
             tokens.setdefault(name, []).append(values)
 
-    for chosen in config.micro_batches(len(rollout)):
-        learn_from(chosen)  # a function of its own, so that its graph is freed before the next
+    with policy.together():
+        for chosen in config.micro_batches(len(rollout)):
+            learn_from(chosen)  # a function of its own, so that its graph is freed before the next
     seen = {name: torch.cat(values) for name, values in tokens.items()}
     return gradients.finish() | token_metrics(seen, len(rollout))

@@ -194,7 +194,7 @@ def update(
 ) -> dict[str, float]:
     """Set the gradient of the policy's loss, micro-batch by micro-batch; returns its metrics. The
     `advantages` are those of every step, (B, T), and `beta` is the KL's weight in the loss."""
-    gradients = Gradients(parameters, config.log_gradients)
+    gradients = Gradients(policy, parameters, config.log_gradients)
     completions = mean_count(int(old.rollout.counted.sum()))
     tokens: dict[str, list[Tensor]] = {}
 
@@ -219,8 +219,9 @@ def update(
         for name, value in found.items():
             tokens.setdefault(name, []).append(value.flatten())
 
-    for index in range(len(old.parts)):
-        learn_from(index)  # a function of its own, so that its graph is freed before the next
+    with policy.together():
+        for index in range(len(old.parts)):
+            learn_from(index)  # a function of its own, so that its graph is freed before the next
     found = {name: torch.cat(values) for name, values in tokens.items()}
     drift = {"selection_drift": found["drift"].float().mean().item()}
     return gradients.finish() | token_metrics(found, len(old.rollout)) | drift

@@ -132,7 +132,7 @@ def train_dpo(
         noise = generator_for(config.seed, "noise", step, share[0], policy.device)
         before, seen = policy.positions_computed, []
         for part in losses(policy, drawn, scorer, noise, config):
-            (part["loss"].sum() / len(drawn)).backward(inputs=parameters)
+            policy.backward(part["loss"].sum() / len(drawn), parameters)
             seen.append({name: value.detach() for name, value in part.items()})
         metrics = means(seen)
         metrics |= optimizer.step(metrics["loss"], f"step {step}")
@@ -143,7 +143,7 @@ def train_dpo(
         if not policy.uses_lora:
             policy.sync_reference()
         groups = [{"params": parameters, "lr": config.learning_rate}]
-        optimizer = Optimizer(groups, accelerator, config.max_grad_norm)
+        optimizer = Optimizer(policy, groups, accelerator, config.max_grad_norm)
         train(policy, run, config, optimizer, make_update, held_out if eval_rows else None)
         return run.folder
 
@@ -168,13 +168,14 @@ def losses(
     """What `dpo_loss` says of `pairs`, micro-batch by micro-batch."""
     rollout = rollout_of(policy, list(chain(*pairs)), config.max_completion_length)
     noise = draw_noise(rollout, 0.0, generator, scorer.samples, scorer.shared)
-    for part in config.micro_batches(len(pairs)):
-        both = slice(2 * part.start, 2 * part.stop)
-        shown, shared = rollout.select(both), noise.select(both)
-        logp = of_texts(scorer(policy, shown, shared))
-        with policy.reference():
-            ref = of_texts(scorer(policy, shown, shared.reference or shared))
-        yield dpo_loss(logp, ref, config)
+    with policy.together():
+        for part in config.micro_batches(len(pairs)):
+            both = slice(2 * part.start, 2 * part.stop)
+            shown, shared = rollout.select(both), noise.select(both)
+            logp = of_texts(scorer(policy, shown, shared))
+            with policy.reference():
+                ref = of_texts(scorer(policy, shown, shared.reference or shared))
+            yield dpo_loss(logp, ref, config)
 
 
 def dpo_loss(logp: Tensor, ref: Tensor, config: DPOConfig) -> dict[str, Tensor]:

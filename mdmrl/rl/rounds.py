@@ -130,7 +130,7 @@ class Rounds:
                 policy.sync_reference()
             return found
 
-        self.optimizer = Optimizer(groups, self.accelerator, config.max_grad_norm)
+        self.optimizer = Optimizer(policy, groups, self.accelerator, config.max_grad_norm)
         with open_run(policy, self.rows, config, algorithm, self.accelerator, **self.parts) as run:
             if config.needs_reference and not policy.uses_lora:
                 policy.sync_reference()

@@ -29,9 +29,10 @@ def charged(
     policy: Policy, rollout: Rollout, scorer: Callable, noise: Noise, config: GRPOConfig
 ) -> tuple[Rollout, float]:
     """The rollout with advantages of r_i less its KL's charge, and the mean charge."""
-    logp = score_in_parts(policy, rollout, scorer, noise, config)
-    with policy.reference():
-        ref = score_in_parts(policy, rollout, scorer, noise.reference or noise, config)
+    with policy.together():
+        logp = score_in_parts(policy, rollout, scorer, noise, config)
+        with policy.reference():
+            ref = score_in_parts(policy, rollout, scorer, noise.reference or noise, config)
     cost = charge(logp, ref, rollout, config)
     left = rollout.rewards.cpu() - cost.cpu()
     advantages, _ = group_advantages(left, config.num_generations, config.scale_rewards)

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
 
@@ -18,7 +19,14 @@ from mdmrl.runs import Run, RunFolderError
 OPTIMIZER = "optimizer.safetensors"
 
 
-def save(run: Run, policy: Policy, optimizer: Optimizer, values: Module | None, step: int) -> None:
+def save(
+    run: Run,
+    policy: Policy,
+    optimizer: Optimizer,
+    values: Module | None,
+    reference: dict[str, Tensor],
+    step: int,
+) -> None:
     """Write trained weights, reference and optimizer; random numbers derive from the step.
 
     `pretrained/` inside is an ordinary folder for `load_policy` (or, with LoRA, its adapter), and
@@ -26,15 +34,20 @@ def save(run: Run, policy: Policy, optimizer: Optimizer, values: Module | None, 
     """
 
     def write(folder: Path) -> None:
-        trained = {n: p.detach().contiguous() for n, p in policy.trainable_parameters().items()}
+        trained = {n: p.detach().contiguous() for n, p in weights_of(policy).items()}
         save_file(trained, folder / "policy.safetensors")
-        save_file(policy.reference_state(), folder / "reference.safetensors")
+        save_file(reference, folder / "reference.safetensors")
         save_optimizer(optimizer, folder / OPTIMIZER)
         policy.save_pretrained(folder / "pretrained")
         if values is not None:
             values.save_pretrained(folder / "values")
 
     run.save_checkpoint(step, write)
+
+
+def weights_of(policy: Policy) -> dict[str, Tensor]:
+    """Those that are trained, whole."""
+    return {n: p for n, p in policy.model.named_parameters() if p.requires_grad}
 
 
 def restore(
@@ -46,7 +59,7 @@ def restore(
     if latest is None:
         return 0
     step, folder = latest
-    parameters = policy.trainable_parameters()
+    parameters = weights_of(policy)
     with torch.no_grad():
         for name, value in load_file(folder / "policy.safetensors").items():
             parameters[name].copy_(value)

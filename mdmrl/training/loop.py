@@ -18,10 +18,12 @@ from accelerate import Accelerator
 from accelerate.state import is_initialized
 from accelerate.utils import gather_object
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from mdmrl.config import require
 from mdmrl.identity import known, named
 from mdmrl.policies import Policy
+from mdmrl.policies.sharding import ShardedAdamW
 from mdmrl.progress import Progress
 from mdmrl.runs import NotWritten, Run, Stopped, flushed_denormals
 from mdmrl.training.checkpoints import restore, save
@@ -29,28 +31,43 @@ from mdmrl.training.config import TrainingConfig
 from mdmrl.training.tracking import reporting
 
 MAX_SKIPPED = 5
-SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
+OTHERS = ("DEEPSPEED", "MEGATRON_LM")
 TURN = 1e-3  # seconds between updates, in which a thread that waits for the policy gets it
 Metrics = dict[str, float | None]
 
 
 def accelerator_for(policy: Policy) -> Accelerator:
     """Accelerate's view of the processes that train, each `policy` being on its own device, which
-    it can be told once in a process.
+    it can be told once in a process. Where it is to use FSDP, they share out the policy's weights.
 
     Raises:
-        InputError: weights are to be shared out. A process that gathers them for each pass waits
-            for the others, and here they make different numbers of passes: they draw, and score
-            the steps of, texts of their own.
+        InputError: another way to share them out, or FSDP of an adapter or of version 1.
     """
-    for way in SHARDED:
+    for way in OTHERS:
         require(
-            os.environ.get(f"ACCELERATE_USE_{way}", "").lower() != "true",
-            f"accelerate is to use {way}: each process holds all weights here, and its part of "
-            "AdamW's state; launch without it, and train an adapter (add_lora, --lora-r) where a "
-            "card cannot hold that",
+            not asked(way),
+            f"accelerate is to use {way}: each process holds all weights here, or its shards of "
+            "them (--use_fsdp --fsdp_version 2); launch without it",
         )
-    return Accelerator(cpu=policy.device.type == "cpu" and not is_initialized())
+    version = os.environ.get("FSDP_VERSION", "1")
+    require(
+        not asked("FSDP") or version == "2",
+        f"FSDP_VERSION={version}: expected 2 (--fsdp_version 2), whose `fully_shard` is used",
+    )
+    require(
+        not (asked("FSDP") and policy.uses_lora),
+        "accelerate is to use FSDP with an adapter, whose gradients and moments are small: launch "
+        "without it, and load_policy(..., dtype='bfloat16') where a card cannot hold the weights",
+    )
+    accelerator = Accelerator(cpu=policy.device.type == "cpu" and not is_initialized())
+    if asked("FSDP") and accelerator.num_processes > 1:
+        policy.share_out()
+    return accelerator
+
+
+def asked(way: str) -> bool:
+    """Whether accelerate is to share out weights that way."""
+    return os.environ.get(f"ACCELERATE_USE_{way}", "").lower() == "true"
 
 
 @atexit.register
@@ -100,17 +117,20 @@ class Optimizer:
     """AdamW that takes no step where a gradient is not finite, and gives up after `most_skipped`
     such updates in a row. Each of the `groups`, which are torch's, is clipped by itself. Several
     processes share its state out: each steps its part of the weights and sends them to the others
-    (ZeRO's first stage, Rajbhandari et al. 2020)."""
+    (ZeRO's first stage, Rajbhandari et al. 2020), or has only shards of them (FSDP)."""
 
     def __init__(
         self,
+        policy: Policy,
         groups: Sequence[dict],
         accelerator: Accelerator,
         max_grad_norm: float,
         most_skipped: int = MAX_SKIPPED,
     ):
         self.shared = accelerator.num_processes > 1
-        if self.shared:
+        if policy.sharding is not None:
+            self.adamw = ShardedAdamW(groups, policy.sharding, weight_decay=0.0)
+        elif self.shared:
             from torch.distributed.optim import ZeroRedundancyOptimizer  # takes a second, and warns
 
             self.adamw = ZeroRedundancyOptimizer(groups, torch.optim.AdamW, weight_decay=0.0)
@@ -147,8 +167,10 @@ class Optimizer:
 
     def _finished(self, parameters: Sequence[Tensor]) -> float:
         for parameter in parameters:
-            parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
-        return torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm).item()
+            if not isinstance(parameter, DTensor):  # of shards they are summed as they come
+                parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
+        return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
 
 
 @flushed_denormals()
@@ -194,10 +216,11 @@ def train(
         if step != gathered:
             optimizer.gather()
             gathered = step
+        reference = policy.reference_state()
         if not writes or step == saved:
             return
         try:
-            save(*kept, step)
+            save(*kept, reference, step)
             saved = step
         except NotWritten as error:
             if step == last or run.stop_requested():

@@ -81,7 +81,7 @@ def train_sft(
 
     parts = {"eval_rows": eval_rows, "metric": metric, "watch": watch}
     with open_run(policy, rows, config, ALGORITHM, accelerator, **parts) as run:
-        optimizer = Optimizer(groups, accelerator, config.max_grad_norm, most_skipped=1)
+        optimizer = Optimizer(policy, groups, accelerator, config.max_grad_norm, most_skipped=1)
         train(policy, run, config, optimizer, make_update, held_out if eval_rows else None)
         if policy.uses_lora:
             merge_lora(policy)
@@ -127,16 +127,17 @@ def backward(
     """Add up the gradient of the summed loss by micro-batches; returns it and how many positions it
     is a sum over."""
     total, count = 0.0, 0
-    policy.model.train()
-    for i, pairs in enumerate(parts_of(drawn, config)):
-        index = rank * config.gradient_accumulation_steps + i
-        noise = generator_for(config.seed, "noise", step, index, policy.device)
-        with kept_random_state(policy.device):
-            torch.manual_seed(derived_seed(config.seed, "dropout", step, index))
-            loss, positions = summed_loss(policy, pairs, config, noise)
-        loss.backward()
-        total, count = total + loss.item(), count + positions
-    policy.model.eval()
+    with policy.together():
+        policy.model.train()
+        for i, pairs in enumerate(parts_of(drawn, config)):
+            index = rank * config.gradient_accumulation_steps + i
+            noise = generator_for(config.seed, "noise", step, index, policy.device)
+            with kept_random_state(policy.device):
+                torch.manual_seed(derived_seed(config.seed, "dropout", step, index))
+                loss, positions = summed_loss(policy, pairs, config, noise)
+            policy.backward(loss)
+            total, count = total + loss.item(), count + positions
+        policy.model.eval()
     return total, count
 
 
