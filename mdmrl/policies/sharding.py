@@ -1,18 +1,19 @@
-"""Weights that several processes share out: FSDP2 (`fully_shard`), to train every weight of models
+"""Weights that several processes share out (FSDP2, `fully_shard`), to train all those of a model
 whose gradients and moments no card holds (Rajbhandari et al. 2020; Zhao et al. 2023).
 
 Whole weights draw, are measured and saved, and wait for nobody. What learns is a twin of them, cut
-into shards: a pass gathers one layer at a time, its way back does so again and leaves each process
-its part of the mean gradient, and AdamW moves shards, of which whole weights are made again. While
-the twin is at work there are no others.
+into shards: a pass gathers one layer at a time, so does its way back, which leaves each process its
+part of the mean gradient; AdamW moves shards, and whole weights are made of them again. While the
+twin is at work there are none.
 
 A pass of shards waits for those of the other processes, and these make other numbers of them, over
-texts of their own. So each first says what comes next. What stands first in the order of a
-micro-batch is everybody's turn, and whoever is not at it makes an empty pass, of one token and no
-weight (as `torch.distributed.algorithms.join` does for DDP).
+texts of their own. So each says what it is about to do, what comes first in the order of a
+micro-batch is everybody's turn, and whoever is beyond it makes an empty pass, of one token and no
+weight, as `torch.distributed.algorithms.Join` does for passes of other kinds of sharing.
 
-`Accelerator.prepare` does not shard here, whose flags decide that it is done: it has no FSDP on
-processors, and makes one unit of a causal LM, whose hidden states and logits are asked for apart.
+Accelerate's flags decide that it is done, but not `Accelerator.prepare` does it, which has no FSDP
+on processors, and makes a causal LM the unit that is called, where hidden states and logits are
+asked for apart here, logits any number of times.
 """
 
 import contextlib
