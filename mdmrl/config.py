@@ -131,6 +131,7 @@ def _coerce(name: str, value, declared):
     them, or of a list and one of them, with None, with `Callable`, or with both."""
     if getattr(value, "ndim", None) == 0:  # numpy's and torch's
         value = value.item()
+    kinds = [declared]
     if isinstance(declared, types.UnionType):
         kinds = typing.get_args(declared)
         if value is None and types.NoneType in kinds:
@@ -144,7 +145,7 @@ def _coerce(name: str, value, declared):
         lists = [kind for kind in kinds if typing.get_origin(kind) is list]
         declared = lists[0] if lists and isinstance(value, list | tuple) else kinds[0]
     origin = typing.get_origin(declared) or declared
-    wanted = getattr(declared, "__name__", declared)
+    wanted = " or ".join(getattr(kind, "__name__", str(kind)) for kind in kinds)
     mistake = InputError(f"{name}={value!r:.200}: expected {wanted}")
     text = str(value).lower()
     match value:

@@ -22,6 +22,7 @@ from mdmrl.rl.grpo import grpo_loss, train_grpo, update
 from mdmrl.rl.kl import KL_ESTIMATORS
 from mdmrl.rl.logprobs import ESTIMATORS, draw_noise, estimator
 from mdmrl.rl.rollout import Rollout, collect, group_advantages
+from mdmrl.rl.scoring import adapted
 from mdmrl.runs import generator_for, read_rows
 from mdmrl.sampling import SamplerConfig, generate
 from mdmrl.tasks import load_rows
@@ -641,6 +642,14 @@ def test_the_weight_of_the_kl_follows_its_target(mdm, tmp_path):
         assert row["loss/kl"] == pytest.approx(weight * kl, rel=0.5)
     steps = {b / a for a, b in itertools.pairwise(weights)}
     assert steps >= {0.5, 2.0}, weights
+
+
+@pytest.mark.parametrize("kl", [0.0, 9.0])
+def test_the_weight_of_the_kl_stays_a_weight_whatever_the_kl(kl):
+    config = GRPOConfig(beta=0.05, target_kl=0.1)
+    for _ in range(2000):
+        config = config.replace(beta=adapted(config.beta, kl, 0.1))
+    assert adapted(config.beta, 9.0 - kl, 0.1) in (2 * config.beta, config.beta / 2)
 
 
 def test_a_complete_run_is_not_trained_again(uninterrupted, tmp_path):

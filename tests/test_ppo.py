@@ -342,6 +342,13 @@ def test_packed_log_probabilities_are_those_the_sampler_recorded(denoiser, state
     assert (old.kl == 0).all()
 
 
+def test_episodes_follow_the_sizes_of_steps(denoiser):
+    rollout = a_rollout(denoiser, steps=None, step_sizes=[1, 3])
+    counts = [torch.bincount(row, minlength=4).tolist() for row in rollout.revealed_at]
+    assert counts == [[1, 3, 1, 3]] * 12
+    assert scored(denoiser, rollout).max_logprob_mismatch < 1e-4
+
+
 def test_the_work_is_counted(mdm, bd):
     """A canvas a state, or the clean text once and a block a state."""
     rollout = a_rollout(ender(mdm, 4))
@@ -747,8 +754,9 @@ def test_half_a_text_is_finished_greedily(shared_policies, blocks):
             place = int(surest.argmax())
             text[place] = logp[place].argmax()
         assert torch.equal(found.sequences[row, width:], text)
-    with pytest.raises(ValueError, match="expected 2 steps or more"):
-        finished_greedily(policy, a_rollout(policy, steps=8, max_completion_length=12))
+    uneven = settings(steps=8, max_completion_length=12, half_text=True)
+    with pytest.raises(ValueError, match=r"8 steps in 3 blocks .*expected 2 steps or more"):
+        uneven.sampler_for(policy)
 
 
 def test_a_run_rewarded_halfway_learns_another_policy(mdm, tmp_path):
@@ -999,7 +1007,7 @@ def test_updates_that_are_not_finite_are_skipped_and_end_the_run(mdm, tmp_path, 
         ({"value_batches": 1}, "value_batches=1"),
         ({"states_per_forward": 0}, "states_per_forward=0"),
         ({"cliprange_value": math.inf}, "cliprange_value=inf"),
-        ({"remasking": "random"}, "expected steps and block_length alone"),
+        ({"remasking": "random"}, "expected steps, step_sizes and block_length alone"),
     ],
     ids=str,
 )

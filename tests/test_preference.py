@@ -161,6 +161,7 @@ def assert_same(whole, again, folder):
         ([{"prompt": "x", "chosen": "y"}], {}, "row 1 has the fields prompt, chosen: expected"),
         ([HELD_OUT[0]], {}, "the held-out prompt 'A bird.' is among the training rows"),
         ([ROWS[0] | {"rejected": "1 " * 20}], {}, "row 1, completion .*expected at most"),
+        ([ROWS[0] | {"rejected": ROWS[0]["chosen"]}], {}, "row 1 has the same text .*expected two"),
         (ROWS, {"logp_estimator": "trajectory"}, "scores the steps .*expected another"),
         (ROWS, {"logp_estimator": "exact"}, "is not for policies of kind 'mdm'"),
     ],

@@ -324,8 +324,9 @@ def test_row_15_has_the_exact_chance_of_its_orders():
 
 
 def test_row_17_counts_collapses_by_fishers_test():
-    def rule(gain, sft, none):
-        return learning.cold_start_helps(gain, 0 * ONES, collapsed=(sft, none), **ENOUGH)
+    def rule(gain, sft, none, **more):
+        flags = [[run < count for run in range(len(gain))] for count in (sft, none)]
+        return learning.cold_start_helps(gain, 0 * gain, collapsed=flags, **ENOUGH, **more)
 
     clear = around(0.2, 0.1)
     assert rule(clear, 0, 0).verdict == "reproduced"
@@ -334,6 +335,11 @@ def test_row_17_counts_collapses_by_fishers_test():
     assert rule(clear, 4, 0).verdict == "inconclusive"  # p = 0.024
     assert rule(around(0.09, 0.1), 0, 5).verdict == "inconclusive"
     assert rule(-clear, 0, 0).verdict == "contradicted"
+    # Two runs a checkpoint are ten runs: four collapses of ten have p = 0.043, five 0.016.
+    clustered = {"checkpoints": [*range(5)] * 2}
+    four, five = (rule(np.tile(clear, 2), n, 0, **clustered) for n in (4, 5))
+    assert "4 of 10 and 0 of 10 runs collapsed (p = 0.043" in four.measured
+    assert "5 of 10 and 0 of 10 runs collapsed (p = 0.016" in five.measured
 
 
 @pytest.mark.parametrize(("first", "second"), [(4, 0), (3, 1), (0, 4), (5, 5), (2, 2)])

@@ -26,6 +26,7 @@ from mdmrl.cli.options import (
     Settings,
     TaskName,
     Words,
+    at_length_of,
     held_out,
     read_pairs,
     read_settings,
@@ -206,21 +207,22 @@ def train(
     if algorithm not in algorithms:
         raise unknown("algorithm", algorithm, algorithms)
     made, run = algorithms[algorithm]
-    given = read_settings(settings)
-    config = made.from_dict(given)
+    given, pairs = read_settings(settings), algorithm == "dpo"
     require(algorithm == "grpo" or not draw, f"--draw is for grpo, not {algorithm}: leave it out")
-    if algorithm == "dpo":
+    if pairs:
         require(not reward, "--reward is not for dpo, which learns from pairs: leave it out")
         wanted = "dpo learns from pairs: give --data FILE, JSONL with prompt, chosen and rejected"
         require(data is not None, wanted)
         rows = mdmrl.load_rows(data, ("prompt", "chosen", "rejected"))
         judged = mdmrl.load_task(task) if task else mdmrl.Task(name=data.stem, splits={})
+    elif data and not task:
+        judged = mdmrl.Task(name=data.stem, splits={"rl": mdmrl.load_rows(data)})
+    else:
+        judged = mdmrl.load_task(task or "medcot", data=data)
+    config = made.from_dict(at_length_of(judged, given))
+    if pairs:
         brought = [rows]
     else:
-        if data and not task:
-            judged = mdmrl.Task(name=data.stem, splits={"rl": mdmrl.load_rows(data)})
-        else:
-            judged = mdmrl.load_task(task or "medcot", data=data)
         rewards = [load_object(name) for name in reward or []] or list(judged.rewards)
         require(bool(rewards), "no reward: give --reward FILE.py:NAME, or a --task that has some")
         brought = [rewards, judged.rows("rl")]

@@ -15,6 +15,7 @@ from mdmrl.cli.options import (
     PolicyName,
     Rank,
     Settings,
+    at_length_of,
     held_out,
     read_settings,
     resumable,
@@ -73,8 +74,8 @@ def _rows(data: File, task: Name) -> list[dict]:
 
 
 def _learn(policy, rows: list[dict], task: Name, lora_r: int, given: dict) -> None:
-    config = mdmrl.SFTConfig.from_dict(given)
     judged = mdmrl.load_task(task) if task else None
+    config = mdmrl.SFTConfig.from_dict(at_length_of(judged, given) if judged else given)
     if judged:
         config = config.completed_as(judged, policy, given)
     if lora_r:

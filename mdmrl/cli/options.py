@@ -91,6 +91,13 @@ def require_one_kind(context: typer.Context) -> None:
     require(not ignored, f"--{kinds[0]} would ignore {named}: leave it out")
 
 
+def at_length_of(task: mdmrl.Task, given: dict) -> dict:
+    """The settings with the task's length, where they say nothing of one: sizes of steps, say, must
+    add up to it."""
+    length = task.sampler.get("max_new_tokens")
+    return ({"max_completion_length": length} if length else {}) | given
+
+
 def held_out(task: mdmrl.Task) -> Sequence[dict]:
     """What training is watched on."""
     return task.rows("validation", 48) if "validation" in task.splits else ()

@@ -218,7 +218,8 @@ class PPOConfig(RLConfig):
             greedily, and the second half for what it adds to that (`rl.values.in_halves`).
         value_batches: batches of base rollouts that V is fitted to first, of one completion a
             prompt; what V explains grows with them (notebook 08).
-        sampler: `steps` and `block_length`; the rest is fixed (`EPISODE`), at temperature 1.
+        sampler: `steps`, `step_sizes` and `block_length`; the rest is fixed (`EPISODE`), at
+            temperature 1.
     """
 
     output_dir: str = "runs/ppo"
@@ -241,9 +242,9 @@ class PPOConfig(RLConfig):
         require(0 <= self.lam <= 1, f"lam={self.lam}: expected [0, 1]")
         for name, value in self.sampler.items():
             require(
-                name in ("steps", "block_length") or EPISODE.get(name) == value,
+                name in ("steps", "step_sizes", "block_length") or EPISODE.get(name) == value,
                 f"sampler={{{name!r}: {value!r}}}: an episode is drawn with {EPISODE}; expected "
-                "steps and block_length alone",
+                "steps, step_sizes and block_length alone",
             )
 
     def sampler_for(self, policy: Policy, greedy: bool = False) -> SamplerConfig:
@@ -255,4 +256,13 @@ class PPOConfig(RLConfig):
         )
         asked = EPISODE | self.sampler | {"temperature": 0.0 if greedy else 1.0}
         found = SamplerConfig(max_new_tokens=self.max_completion_length, **asked)
-        return found.in_blocks_of(policy.block_length)
+        found = found.in_blocks_of(policy.block_length)
+        steps, length = found.denoising_steps, found.max_new_tokens
+        blocks = length // (found.block_length or length)
+        fit = policy.block_length is None and steps > 1 and (blocks == 1 or blocks % 2 == 0)
+        require(
+            fit or not self.half_text,
+            f"half_text=True with {steps} steps in {blocks} blocks of a policy of kind "
+            f"{policy.kind!r}: expected 2 steps or more, one block or an even number, and an 'mdm'",
+        )
+        return found

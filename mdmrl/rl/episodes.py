@@ -149,19 +149,16 @@ def score_episodes(
 
 def finished_greedily(policy: MaskedDiffusionPolicy, rollout: Rollout) -> SamplerOutput:
     """The texts that the policy makes greedily of what a recorded `rollout` has after half of its
-    steps, in as many steps as are left."""
+    steps, in as many steps of equal sizes as are left; for what `PPOConfig.half_text` allows."""
     steps, length = len(block_starts(policy, rollout)), rollout.completion_ids.shape[1]
-    blocks = length // rollout.block_length(policy)
-    fit = policy.block_length is None and steps > 1 and (blocks == 1 or blocks % 2 == 0)
-    said = f"{steps} steps in {blocks} blocks of a policy of kind {policy.kind!r}"
-    require(fit, f"{said}: expected 2 steps or more, one block or an even number, and an 'mdm'")
     written = rollout.revealed_at < steps // 2
     ids = rollout.completion_ids.masked_fill(~written, policy.mask_token_id)
     parts = (rollout.prompt_ids, ids), (rollout.prompt_mask, torch.ones_like(written))
     parts += ((torch.zeros_like(rollout.prompt_mask), ~written),)
     canvas = (torch.cat(pair, 1) for pair in parts)
-    left = steps - steps // 2 if blocks == 1 else steps  # finished blocks take none
-    greedy = rollout.sampler.replace(temperature=0.0, steps=left)
+    whole = rollout.block_length(policy) == length
+    left = steps - steps // 2 if whole else steps  # finished blocks take none
+    greedy = rollout.sampler.replace(temperature=0.0, steps=left, step_sizes="equal")
     return denoise(policy, *canvas, rollout.prompt_ids.shape[1], greedy, None)
 
 

@@ -151,6 +151,9 @@ def train_dpo(
 def encode_preferences(policy: Policy, rows: Sequence[dict], length: int) -> list[tuple]:
     """Token ids of the chosen and of the rejected text of each row; see `encode_pairs`."""
     require_fields(rows, "prompt", "chosen", "rejected")
+    for number, row in enumerate(rows, start=1):
+        same = f"row {number} has the same text as chosen and as rejected, {row['chosen']!r:.80}"
+        require(row["chosen"] != row["rejected"], f"{same}: expected two texts, or leave it out")
     sides = (
         encode_pairs(policy, [row | {"completion": row[side]} for row in rows], length)
         for side in ("chosen", "rejected")

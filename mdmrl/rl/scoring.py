@@ -11,6 +11,7 @@ from mdmrl.rl.config import GRPOConfig
 from mdmrl.rl.logprobs import Noise
 from mdmrl.rl.objectives import charge, of_tokens
 from mdmrl.rl.rollout import Rollout, group_advantages
+from mdmrl.sampling.config import LARGEST
 
 BAND = 1.5  # times the target, or a part of it, that the KL may be
 TOLERANCE = 1e-5  # of what must be 1 or 0 at the first inner step
@@ -42,10 +43,11 @@ def charged(
 def adapted(beta: float, kl: float, target_kl: float) -> float:
     """The weight of the next update's KL, whose last value was `kl`: twice `beta` where that is
     more than 1.5 times the target, half of it where it is less than the target over 1.5 (Schulman
-    et al. 2017, PPO, section 4). In between the KL may oscillate."""
+    et al. 2017, PPO, section 4). In between the KL may oscillate. It stays a number that is not 0,
+    however long a policy stands still or runs away."""
     if kl > target_kl * BAND:
-        return beta * 2
-    return beta / 2 if kl < target_kl / BAND else beta
+        return min(beta * 2, LARGEST)
+    return max(beta / 2, 1 / LARGEST) if kl < target_kl / BAND else beta
 
 
 def check_ratio(

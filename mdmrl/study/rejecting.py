@@ -37,7 +37,8 @@ def guided_draw(policy: Policy, task: Task, config: GRPOConfig, guide: GuideConf
     """The sampler of a run with `config`, guided by V of the policy as it is: fitted to rollouts of
     training prompts, its thresholds calibrated on others."""
     sampler = config.sampler_for(policy)
-    own = {"steps": sampler.denoising_steps, "block_length": sampler.block_length}
+    own = {name: getattr(sampler, name) for name in ("step_sizes", "block_length")}
+    own["steps"] = sampler.denoising_steps
     length = {"max_completion_length": config.max_completion_length, "seed": config.seed}
     fitted = PPOConfig(**FITTED_TO, **length, sampler=own)
     values, _ = fit_to_base(policy, task.rewards, task.rows("rl"), fitted)
