@@ -335,6 +335,7 @@ def test_the_command_learns_from_pairs_and_from_right_answers(files, monkeypatch
         ),
         (["--algorithm", "rft", "--draw", "mine.py:one"], "mdmrl: --draw is for grpo, not rft"),
         (["--algorithm", "dp"], "unknown algorithm 'dp': did you mean 'dpo'"),
+        (["--task", "countdown", "sampler.step_sizes=[5, 6]"], "add up to the block of 12"),
     ],
 )
 def test_combinations_that_make_no_sense_are_one_line(
