@@ -13,16 +13,20 @@ of one thread, whose piece (`mdmrl.study.pieces`) is kept when it ends:
 
 import argparse
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from itertools import product
 
 import pandas as pd
 import torch
 
 from mdmrl.config import require, unknown
-from mdmrl.policies.load import ZOO
+from mdmrl.policies.load import ZOO, load_policy
 from mdmrl.runs import write_atomically
+from mdmrl.study import benchmark
 from mdmrl.study.candidates import Candidates
 from mdmrl.study.outputs import figures_folder
 from mdmrl.study.training import Arm, train_arm
+from mdmrl.tasks import load_task
 
 CHECKPOINTS = range(6)
 FEW = range(3)  # checkpoints of the arms that are only measured
@@ -80,9 +84,9 @@ ARMS: dict[str, tuple[str, int | None, dict, range, str | None]] = {
     "one_step-4-2-1": ("one_step", 1, {}, CHECKPOINTS, "one_step-4-2"),
     "trajectory-low_confidence": ("trajectory", 4, {"remasking": "low_confidence"}, FEW, None),
     "trajectory-ascending": ("trajectory", 4, {"step_sizes": "ascending"}, FEW, None),
-    "ar-k3": ("exact", None, THESIS, FEW, None),
-    "ar_style-k3": ("ar_style", 4, THESIS, FEW, None),
-    "one_step-k3": ("one_step", 4, THESIS, FEW, None),
+    "ar-k3": ("exact", None, THESIS, CHECKPOINTS, None),
+    "ar_style-k3": ("ar_style", 4, THESIS, CHECKPOINTS, None),
+    "one_step-k3": ("one_step", 4, THESIS, CHECKPOINTS, None),
     "trajectory-k3": ("trajectory", 4, THESIS, FEW, None),
     "ar_order": ("ar_order", 4, {}, FEW, None),
     "one_step-12": ("one_step", 12, {"max_steps": 150}, FEW, None),
@@ -231,6 +235,20 @@ def by_steps(runs: pd.DataFrame, names: Sequence[str], measure: str = "accuracy"
                 steps = looked.index.str.extract(r"(\d+)")[0].astype(int)
                 rows += [(curve, seed, *pair) for pair in zip(steps, looked, strict=True)]
     return pd.DataFrame(rows, columns=["curve", "seed", "steps", measure])
+
+
+def ascending(
+    checkpoints: Sequence[int], steps: Sequence[int], items: int, profile: str
+) -> pd.DataFrame:
+    """What is right before RL if each step reveals more tokens than the one before it
+    (`SamplerConfig.step_sizes`): one more curve of `by_steps`, of the first test items."""
+    task, rows = load_task("countdown"), []
+    for checkpoint, count in product(checkpoints, steps):
+        sampler = {**task.sampler, "steps": count, "step_sizes": "ascending"}
+        asked = load_policy(pair(checkpoint)[1]), replace(task, sampler=sampler)
+        right = benchmark.scores(*asked, task.rows("test", items), profile).score.mean()
+        rows.append(("before RL, ascending sizes", checkpoint, count, right))
+    return pd.DataFrame(rows, columns=["curve", "seed", "steps", "accuracy"])
 
 
 def pilots(estimators: Iterable[str], profile: str, train: bool = True) -> pd.DataFrame:
