@@ -14,7 +14,7 @@ import random
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from itertools import permutations, product
 
 from mdmrl.config import require
@@ -123,6 +123,7 @@ def metric(completion: str, row: dict) -> bool:
     return countdown_right(completion, row["nums"], row["target"])
 
 
+@cache  # one, since its items are kept by it
 def generator(numbers: int = 3) -> Generator:
     return Generator("countdown", partial(draw, numbers=numbers))
 
