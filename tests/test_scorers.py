@@ -50,7 +50,7 @@ def labelled(task: str) -> list[dict]:
 @pytest.mark.parametrize("task", RIGHT)
 def test_scorers_agree_with_hand_labels(task):
     rows = labelled(task)
-    assert len(rows) >= (30 if task == "sudoku" else 60)
+    assert len(rows) >= 60
     assert 0.3 < sum(row["right"] for row in rows) / len(rows) < 0.7
     assert [row for row in rows if RIGHT[task](row) != row["right"]] == []
 

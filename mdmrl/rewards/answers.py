@@ -114,12 +114,12 @@ def unwrapped(text: str) -> str:
 _UNSIGNED = r"(?:\d{1,3}(?:,\d{3})+(?!,?\d)(?:\.\d+)?|\d+(?:\.\d*)?|\.\d+)"
 _NUMBER = re.compile(
     rf"(?P<sign>[-+]?)(?:(?P<whole>\d+)\s+(?=\d+\s*/))?(?P<top>{_UNSIGNED})"
-    rf"(?:\s*/\s*(?P<bottom>{_UNSIGNED}))?",
+    rf"(?:\s*/\s*(?P<bottom>-?{_UNSIGNED}))?",
     re.ASCII,
 )
 _TEXT_COMMAND = re.compile(r"\\(?:text(?:bf|it|rm|normal)?|math(?:rm|bf|it)|mbox)\s*\{([^{}]*)\}")
 _FRACTION = re.compile(
-    rf"\\[dtc]?frac\s*(?:\{{\s*(-?{_UNSIGNED})\s*\}}|(\d))\s*(?:\{{\s*({_UNSIGNED})\s*\}}|(\d))",
+    rf"\\[dtc]?frac\s*(?:\{{\s*(-?{_UNSIGNED})\s*\}}|(\d))\s*(?:\{{\s*(-?{_UNSIGNED})\s*\}}|(\d))",
     re.ASCII,
 )
 _REPLACED = [
@@ -135,14 +135,27 @@ _REPLACED = [
         (r"[-]\s*[$€£¥]\s*(?=[\d.])", "-"),
         (r"[$€£¥]|\\[()\[\]{}]", " "),
         (r"\\equiv|≡", "="),
+        (r"\\(?:times|cdot)(?![A-Za-z])|[·⋅∗]", "×"),
+        (r"\\div(?![A-Za-z])", "÷"),
     )
 ]
-_VULGAR = re.compile("[¼-¾⅐-⅞]")
-_AMBIGUOUS_WORDS = re.compile(r"\b(?:or|not|nor|neither|never|cannot|than)\b|n['’]t\b", re.I)
-_NO_NUMBER = re.compile(r"[\\<>≤≥≠±∞√|]|\[MASK\]")
+VULGAR = re.compile("[¼-¾⅐-⅞]")
+_AMBIGUOUS_WORDS = re.compile(
+    r"\b(?:or|not|nor|neither|never|cannot|than|wrong|incorrect|false)\b|n['’]t\b", re.I
+)
+_NO_NUMBER = re.compile(r"[\\<>≤≥≠±∞√π|]|!=|\[MASK\]")
 # What makes a number a part of something else.
-_PART_BEFORE = re.compile(r"(?:[\w.,^_]|[-+*/×÷]\s*)\Z")
-_PART_AFTER = re.compile(r"_|\s*[+*/^×÷]|\s*-\s*(?:\Z|[^\w\s])|\.\.|…")
+MAGNITUDE = r"(?:hundred|thousand|million|billion|trillion)s?\b"
+_PART_BEFORE = re.compile(
+    r"(?:[\w.,]|[-+*/×÷^_]\s*[({\[]*|\b(?:minus|negative|twice|double|triple|half(?: of)?|over"
+    r"|under|above|below|but|except)[\s(]*)\Z",
+    re.IGNORECASE,
+)
+_PART_AFTER = re.compile(
+    r"_|[\s)}\]]*[+*/^×÷]|\s*-\s*(?:\Z|[^\w\s])|\.\.|…|\s*k\b"
+    rf"|(?i:\s*(?:{MAGNITUDE}|(?:squared|cubed|plus|minus)\b))"
+    r"|(?i:.*\band (?:a|one|two|three)[ -](?:half|third|quarter))"
+)
 _NAME = re.compile(r"[^\d,;]*")
 _ARITHMETIC = re.compile(r"(?:[0-9\s.+\-*/()%×÷]|,(?=[0-9])|[^\W\d_]{3,})+")
 
@@ -153,8 +166,8 @@ def plain_number(text: str) -> Fraction | None:
 
     A percent sign is a unit, "18%" is 18. Of an equation the right side counts where its left is a
     name or arithmetic: "x = 18", "9 * 2 = 18". None is what has two numbers (also "18 or 18"), a
-    "not", "or" or "than", a number that is part of more ("3^2", "x3", "2\pi", "< 5"), a zero below,
-    or digits that are not 0 to 9.
+    "not", "or" or "than", a number that is part of more ("3^2", "x3", "2\pi", "< 5", "5 million",
+    "twice 5", "5 and a half"), a zero below, or digits that are not 0 to 9.
     """
     if len(text) > LONGEST:
         return None
@@ -192,7 +205,7 @@ def plain_text(text: str) -> str:
         text = _TEXT_COMMAND.sub(r" \1 ", text)
     for pattern, new in _REPLACED:
         text = pattern.sub(new, text)
-    text = _VULGAR.sub(_vulgar_fraction, text)
+    text = VULGAR.sub(_vulgar_fraction, text)
     text = _FRACTION.sub(lambda m: f" {m[1] or m[2]}/{m[3] or m[4]} ", text).strip()
     return re.sub(r"^-\s+|(?<=[=(])\s*-\s+", "-", text)
 
@@ -266,7 +279,7 @@ def extract_choice(text: str) -> str | None:
     if marked is None and "\n" in answer:
         return None
     for _ in range(4):
-        answer = _TEXT_COMMAND.sub(r" \1 ", answer)
+        answer = _TEXT_COMMAND.sub(r"\1", answer)
     answer = _without_bold(unwrapped(answer))
     answer = re.split(_REASON, answer, maxsplit=1, flags=re.I)[0]
     answer = unwrapped(answer[_LEAD.match(answer).end() :])

@@ -1,12 +1,13 @@
 r"""Mathematics: whether the answer of a completion equals a reference in LaTeX.
 
 The answer is the marked one (`mdmrl.rewards.answers`), or the whole completion where it is nothing
-else: one line of symbols, without prose. Then, by the reference:
+else: one line of symbols, a number and its unit, or the reference to the letter. Then, by the
+reference:
 
 * A number ("7", "\frac{3}{4}", "-1.5"): the answer must be one too (`plain_number`), of the same
   value, perhaps behind "x =" or before a unit or "\pmod{7}". What has yet to be worked out is no
   answer, so that "3/4 + 5/6", "\sqrt{16}" or "2^3" repeat the question and are wrong.
-* Words ("\text{Evelyn}"): the same words.
+* Words ("\text{Evelyn}", "\text{June 20}"): the same words.
 * Anything else (radicals, tuples, intervals, sets, polynomials): equal for math-verify.
 
 math-verify runs in a worker process, one for each process that asks, started at the first such
@@ -28,7 +29,10 @@ from pathlib import Path
 
 from mdmrl.rewards.answers import (
     LONGEST,
+    MAGNITUDE,
+    VULGAR,
     answer_reward,
+    extract_number,
     marked_answer,
     plain_number,
     plain_text,
@@ -49,10 +53,27 @@ _SYMBOL = re.compile(
     rf"(?<![^\W\d_])(?!(?:{_UNITS})\b)(?:[^\W\d_]{{1,2}}|{_FUNCTIONS})(?![^\W\d_])|!"
 )
 _MODULUS = re.compile(r"\s*\(?\s*\\?[pb]?mod\s*\{?\s*(\d{1,9})\s*\}?\s*\)?\s*\Z", re.ASCII)
-_ROUNDED = re.compile(r"\.\d{5}", re.ASCII)
-# A name, "x", "x_1", "f(x)", or arithmetic.
-_LEFT_SIDE = re.compile(r"\s*(?:[A-Za-z](?:_\{?\w\}?)?(?:\([a-z]\))?|(?:\\[a-z]+|[^A-Za-z\\])+)\s*")
+_ROUNDED = re.compile(r"\.\d{5}|10\s*\^\s*\{?\s*-", re.ASCII)
+_NAME = (
+    r"\s*(?:[A-Za-z](?:_\{?\w\}?)?(?:\([a-z]\))?|\([a-z](?:,\s*[a-z])+\))\s*"  # x_1, f(x), (x,y)
+)
+_NAME_BEFORE = re.compile(rf"{_NAME}(?:=|\\in(?![a-z]))(?=[^=]*\Z)")
+_LEFT_SIDE = re.compile(rf"{_NAME}|(?:\\[a-z]+|[^A-Za-z\\])+")  # a name or arithmetic
+_AND = re.compile(r"[,;]|\\text\s*\{[^{}]*\}|\b(?:and|or)\b")
+_DOUBT = re.compile(rf"\b(?:not|wrong|incorrect|false)\b|\b{MAGNITUDE}", re.I)
 _BASE = re.compile(r"_\{?(\d{1,2})\}?\Z", re.ASCII)  # "52_8", eight the base
+_NAMED = re.compile(r"\D*[^\W\d_]{2}[^\d=]*\d")  # "June 20" is no number
+_LATEX = [
+    (re.compile(pattern), new)
+    for pattern, new in (
+        (r"√\s*(\d+|[a-z]|\([^()]*\))", r"\\sqrt{\1}"),
+        (r"(?<![A-Za-z\\])pi(?![A-Za-z])", r"\\pi "),
+        ("∞", r"\\infty "),
+        ("[·⋅∗×]", r"\\cdot "),
+        ("²", "^2"),
+        ("³", "^3"),
+    )
+]
 
 
 def maths_right(completion: str | list[dict], answer: str) -> bool:
@@ -61,12 +82,16 @@ def maths_right(completion: str | list[dict], answer: str) -> bool:
     Raises:
         RuntimeError: the worker process cannot be started.
     """
-    given = maths_answer(written(completion))
+    text, reference = written(completion), str(answer)
+    if len(text) <= LONGEST and _same(text) == _same(reference) != "":
+        return True
+    given = maths_answer(text)
     if given is None:
         return False
-    reference = str(answer)
     given = unwrapped(re.split(r"\\approx|≈", given)[0] or given)
-    expected = _number(reference)
+    if "=" not in reference:
+        given = unwrapped(_NAME_BEFORE.sub("", given, 1))
+    expected = None if _NAMED.match(plain_text(reference)) else _number(reference)
     if expected is not None:
         return _number(given) == expected
     if _same(given) == _same(reference):
@@ -79,6 +104,8 @@ def maths_right(completion: str | list[dict], answer: str) -> bool:
         )
     if _WORD.search(_COMMAND.sub(" ", plain_text(reference))):
         return _same(given).casefold() == _same(reference).casefold()
+    for pattern, new in _LATEX:
+        given = pattern.sub(new, given)
     return _may_agree(reference, given) and _worker.agree(
         reference.replace("$", ""), given.replace("$", "")
     )
@@ -91,18 +118,22 @@ def _may_agree(reference: str, given: str) -> bool:
     brackets = [re.match(r"(?:\\left\s*)?(\\?[(\[{])?", text)[1] for text in (reference, given)]
     if sorted(map(str, brackets)) in (["(", "\\{"], ["[", "\\{"]):
         return False  # a set for a tuple
-    if given.count("=") == 1 and "=" not in reference:  # "2x = 6" for 6
-        return _LEFT_SIDE.fullmatch(given.partition("=")[0]) is not None
-    return "boxed" not in given  # it would look for boxes by rules of its own
+    if _DOUBT.search(given) or "boxed" in given:  # it looks for boxes by rules of its own
+        return False
+    *lefts, _ = given.split("=") if "=" not in reference else [given]
+    ends = (_LEFT_SIDE.fullmatch(x) or _LEFT_SIDE.fullmatch(_AND.split(x)[-1]) for x in lefts)
+    return all(ends)  # not "2x = 6" for 6
 
 
 def maths_answer(text: str) -> str | None:
-    """What `text` gives as its answer: what it marks, or itself where it is one line of symbols;
-    None where that is empty or too long."""
+    """What `text` gives as its answer: what it marks, or itself where it is one line of symbols or
+    a number and its unit; None where that is empty or too long."""
     given = marked_answer(text)
     if given is None:
         given = text.strip()
-        if len(given) > LONGEST or "\n" in given or _WORD.search(_COMMAND.sub(" ", given)):
+        if len(given) > LONGEST or "\n" in given:
+            return None
+        if _WORD.search(_COMMAND.sub(" ", given)) and extract_number(given) is None:
             return None
     return given if 0 < len(given) <= LONGEST else None
 
@@ -112,7 +143,7 @@ def _number(text: str) -> Fraction | None:
     text = re.sub(r"\\equiv|≡", "=", text)
     modulus = _MODULUS.search(plain := plain_text(text))
     value = plain_number(plain[: modulus.start()] if modulus else text)
-    symbols = _TEXT.sub(" ", text.replace("\\!", "")).rpartition("=")[2]
+    symbols = VULGAR.sub(" ", _TEXT.sub(" ", text.replace("\\!", ""))).rpartition("=")[2]
     if value is None or _SYMBOL.search(_COMMAND.sub(" ", symbols)):
         return None
     return value if modulus is None or 0 <= value < int(modulus[1]) else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from mdmrl.config import require
-from mdmrl.rewards.answers import LONGEST, answer_reward, marked_answer, written
+from mdmrl.rewards.answers import LONGEST, answer_reward, marked_answer, unwrapped, written
 
 UNITS = [
     *([4 * row + column for column in range(4)] for row in range(4)),
@@ -20,7 +20,7 @@ def extract_grid(text: str) -> str | None:
     where it is nothing else. White space, commas and the lines of a frame are not read."""
     marked = marked_answer(text)
     found = text if marked is None else marked
-    cells = _BETWEEN.sub("", found) if len(found) <= LONGEST else ""
+    cells = _BETWEEN.sub("", unwrapped(found)) if len(found) <= LONGEST else ""
     return cells if re.fullmatch("[1-4]{16}", cells) else None
 
 
