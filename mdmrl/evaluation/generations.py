@@ -13,7 +13,7 @@ from mdmrl.config import InputError, require
 from mdmrl.evaluation.examples import prompt_hash
 from mdmrl.evaluation.stats import mcnemar, paired_interval
 from mdmrl.rewards.text import completion_text
-from mdmrl.tasks import Task
+from mdmrl.tasks import Task, countdown
 from mdmrl.tasks.base import numbered_rows
 
 # LLaDA's end tokens, which d1's files keep; what stands behind the first is no part of the text.
@@ -25,10 +25,11 @@ def score_generations(task: Task, paths: Sequence[str | Path]) -> pd.DataFrame:
     """The completions of one or more files, which are one set, as `task` scores them.
 
     A file holds either rows in JSONL (or a JSON list of rows) with `completion`, a string or a list
-    of messages, and the columns that the task's metric reads; or what d1's `eval/eval.py` stores
-    (Zhao et al. 2025): an object whose list `generations` holds objects with `question`,
-    `generations`, the text with LLaDA's end tokens, and `ground_truth`, which is `[[numbers],
-    target]` for Countdown and the answer for any other task. An answer that is null is not judged.
+    of messages, and the columns that the task's metric reads, for Countdown also `input` and
+    `output`; or what d1's `eval/eval.py` stores (Zhao et al. 2025): an object whose list
+    `generations` holds objects with `question`, `generations`, the text with LLaDA's end tokens,
+    and `ground_truth`, which is `[[numbers], target]` for Countdown and the answer for any other
+    task. An answer that is null is not judged.
 
     Returns:
         A row a completion: `file`, `index`, `prompt_hash`, `completion`, `extracted` and `score`,
@@ -57,6 +58,8 @@ def _score(task: Task, text: str, row: dict, where: str) -> float | None:
     except KeyError as error:
         wanted = f"no column {error}, which {task.name} is scored by"
         raise InputError(f"{where}: {wanted} (found: {', '.join(row)})") from None
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
     return None if verdict is None else float(verdict)
 
 
@@ -98,6 +101,11 @@ def _readable(row: dict, task: Task, where: str) -> dict:
         row = row | {"completion": completion_text(row["completion"])}
     except (TypeError, AttributeError) as error:
         raise InputError(f"{where}: {error}") from None
+    if task.name == "countdown" and "input" in row and "nums" not in row:
+        try:
+            row = countdown.read(row) | row  # its completion, not the solution
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from None
     if task.name == "countdown" and {"nums", "target"} <= row.keys():
         nums, target = row["nums"], row["target"]
         fit = isinstance(nums, list) and all(map(_is_whole, (*nums, target)))

@@ -261,6 +261,10 @@ _ANOTHER = re.compile(
     r"|.*(?<!\w)[A-D][).:\]]|.*\bor\W+[A-D]\W*\Z",
     re.DOTALL,
 )
+_REFUTED = re.compile(
+    r"\s*(?:(?:is|must be) (?:the )?(?:wrong|incorrect|false)"
+    r"|(?:is not|isn['’]t|cannot be|can['’]t be) (?:the )?(?:correct|right|best|answer|it))\b"
+)
 
 
 def extract_choice(text: str) -> str | None:
@@ -268,9 +272,9 @@ def extract_choice(text: str) -> str | None:
     text where that is one line.
 
     The letter stands alone, "B", "(b)", "**B**", "option B", "B is correct", or is the label of an
-    option whose text follows: "B. Paris", "(B) Paris", "B: Paris", "B - Paris". So "A cat", "not A"
-    and "Vitamin C" give none, nor do two letters ("A or B", "A, B", "A) x, B) y"). A reason behind
-    "because" is not read. Letters of other scripts that look like these are others.
+    option whose text follows: "B. Paris", "(B) Paris", "B: Paris", "B - Paris". So "A cat", "Plan
+    B", "not A" and "(A) is wrong" give none, nor do two letters ("A or B", "A) x, B) y"). A reason
+    behind "because" is not read. Letters of other scripts that look like these are others.
     """
     marked = marked_answer(text)
     if (len(text) if marked is None else len(marked)) > LONGEST:
@@ -287,7 +291,7 @@ def extract_choice(text: str) -> str | None:
     if alone:
         return (alone["letter"] or alone["capital"]).upper()
     label = _LABELLED.match(answer)
-    if label is None or _ANOTHER.match(answer, label.end()):
+    if label is None or any(x.match(answer, label.end()) for x in (_ANOTHER, _REFUTED)):
         return None
     return label["letter"].upper()
 
