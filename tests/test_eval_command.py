@@ -257,6 +257,14 @@ def test_choices_and_mathematics():
     assert score_generations(load_task("math"), [path]).score.tolist() == [1, 0]
 
 
+def test_other_layouts_of_countdown_and_any_text_are_scored():
+    target = {"completion": "8+13+14", "input": "8,13,14", "output": "35"}
+    solution = {"completion": "8+13", "input": "8,13,14,35", "output": "8+13=21,21+14=35"}
+    surrogate = {"completion": "\ud8001", "nums": [1], "target": 1}
+    path = write("rows.jsonl", [target, solution, surrogate])
+    assert score_generations(load_task("countdown"), [path]).score.tolist() == [1, 0, 0]
+
+
 ROW = {"completion": "1+2", "nums": [1, 2], "target": 3}
 BAD = {
     "no file": (None, r"bad\.jsonl: there is no such file"),
@@ -300,6 +308,9 @@ def test_an_answer_is_a_text_or_a_number():
     with pytest.raises(
         InputError, match=r"bad\.jsonl:1: answer \[7\]: expected a text or a number"
     ):
+        score_generations(load_task("gsm"), [path])
+    path = write("bad.jsonl", [{"completion": "7", "answer": "seven"}])
+    with pytest.raises(InputError, match=r"bad\.jsonl:1: answer 'seven': expected one number"):
         score_generations(load_task("gsm"), [path])
     with pytest.raises(InputError, match="task none has no metric"):
         score_generations(Task("none", {}), [path])

@@ -74,6 +74,8 @@ def test_a_split_is_a_list_or_a_function_and_only_those_asked_for_are_needed():
         TASK.rows("test")
     with pytest.raises(InputError, match="split 'rl' of none is empty"):
         Task("none", {"rl": list}).rows("rl")
+    with pytest.raises(InputError, match="limit=-1: expected 1 or more rows"):
+        TASK.rows("rl", -1)
 
 
 def test_rows_of_ones_own_go_with_any_task(file, tmp_path):

@@ -98,9 +98,11 @@ def _readable(row: dict, task: Task, where: str) -> dict:
     """A row whose completion is a text, and its answer of the type that the scorer takes."""
     require("completion" in row, f"{where}: no completion (found: {', '.join(row) or 'nothing'})")
     try:
-        row = row | {"completion": completion_text(row["completion"])}
+        text = completion_text(row["completion"])
     except (TypeError, AttributeError) as error:
         raise InputError(f"{where}: {error}") from None
+    # A lone surrogate, which JSON can hold, is in no file.
+    row = row | {"completion": text.encode("utf-8", "replace").decode()}
     if task.name == "countdown" and "input" in row and "nums" not in row:
         try:
             row = countdown.read(row) | row  # its completion, not the solution

@@ -58,6 +58,7 @@ class Task:
         for a model that was not pre-trained on the task's format."""
         if split not in self.splits:
             raise unknown(f"split of {self.name}", split, self.splits)
+        require(limit is None or limit >= 1, f"limit={limit}: expected 1 or more rows")
         found = self.splits[split]
         rows = list(found() if callable(found) else found)[:limit]
         require(len(rows) > 0, f"split {split!r} of {self.name} is empty")
