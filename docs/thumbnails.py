@@ -23,7 +23,7 @@ FIGURES = {
     "11_reward_ablation": ("reward_ablation", (0.0, 0.045, 0.5, 0.9)),
     "12_code_completion": ("code_completion", (0.5, 0.045, 1.0, 0.47)),
     "13_dafny": ("dafny_rl", (0.5, 0.045, 1.0, 0.9)),
-    "14_pass_at_k": ("fig_5_2_pass_at_k", (0.33, 0.045, 0.67, 0.5)),
+    "14_pass_at_k": ("fig_5_2_pass_at_k", (0.5, 0.045, 1.0, 0.5)),
     "15_unified_objective": ("unified_objective", (0.0, 0.045, 0.5, 0.9)),
     "16_starting_point": ("cold_start", (0.0, 0.05, 0.68, 0.5)),
     "17_few_steps": ("few_steps", (0.0, 0.13, 0.66, 1.0)),

@@ -151,8 +151,8 @@ def _before_and_after(line: str) -> dict[str, str]:
 @figure(
     "14_pass_at_k",
     "pass_at_k",
-    says="Of the different right solutions RL leaves {narrowing_ar} (AR) and "
-    "{narrowing_mdm_4_steps} (MDM, 4 steps) more than there were.",
+    says="RL changes how many different right solutions 128 completions hold by {narrowing_ar} "
+    "(AR) and {narrowing_mdm_4_steps} (MDM, 4 steps).",
     rows=(20,),
 )
 def fig_5_2_pass_at_k(facts, table) -> Figure:
@@ -171,8 +171,8 @@ def fig_5_2_pass_at_k(facts, table) -> Figure:
     for axis, line in zip(grid[0], lines, strict=True):
         axis.set(title=line, ylim=(0, 1.02))
         axis.legend(loc="lower right")
-    prompts = table.groupby("line").item.nunique().max()
-    said = f"{prompts} prompts, {table.checkpoint.nunique()} checkpoint(s), temperature 1"
+    prompts = table.groupby(["line", "checkpoint"]).item.nunique().max()
+    said = f"{prompts} prompts a checkpoint, of {table.checkpoint.nunique()}; temperature 1"
     drawn.suptitle(f"Fig. 5-2. {said}; bands: 95 % over prompts")
     return drawn
 
@@ -181,7 +181,8 @@ def fig_5_2_pass_at_k(facts, table) -> Figure:
     "14_pass_at_k",
     "pass_at_k",
     "pass_at_k_crossings",
-    says="At temperature 1 the curves of {line} cross at k = {crossing} [{low}, {high}].",
+    says="On the first checkpoint the curves of {line} cross at k = {crossing} [{low}, {high}] at "
+    "temperature 1.",
     known=lambda table, crossings: (
         lambda row: (
             {"line": row.line} | {key: f"{row[key]:.3g}" for key in ("crossing", "low", "high")}
@@ -214,7 +215,8 @@ def pass_at_k_temperature(facts, table, crossings) -> Figure:
         plots.label_ends(below)
         below.set_ylabel("log odds, tuned - base")
     axes[0].legend()
-    drawn.suptitle("Numbers: temperatures; below, the curves cross at 0 (dotted)")
+    said = "numbers are temperatures; below, the curves cross at 0 (dotted)"
+    drawn.suptitle(f"Checkpoint {first}; {said}")
     return drawn
 
 
