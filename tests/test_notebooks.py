@@ -374,8 +374,8 @@ def test_time_left_is_what_was_measured_times_the_pace_so_far(monkeypatch):
 
 @pytest.mark.parametrize("machine", [0.4, 1.0, 3.0])
 def test_time_left_is_right_within_a_factor_of_two_from_a_quarter_on(results_elsewhere, machine):
-    """In nine of ten runs, by a clock on which every notebook takes its committed seconds, times what
-    is the machine's, times what is its own, spread over its cells otherwise than expected."""
+    """In nine of ten runs, by a clock on which every notebook takes its committed seconds, times
+    what is the machine's, times what is its own, spread over its cells otherwise than expected."""
     expected = expected_seconds("cpu", {path.stem: code_cells(path) for path in NOTEBOOKS})
     right = {share: 0 for share in (0.25, 0.4, 0.5, 0.75)}
     for seed in range(20):
