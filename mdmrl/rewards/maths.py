@@ -24,6 +24,7 @@ import select
 import subprocess
 import sys
 import threading
+import time
 from fractions import Fraction
 from pathlib import Path
 
@@ -160,21 +161,28 @@ class _Worker:
     used by one thread at a time, ended with this process."""
 
     def __init__(self):
-        self.lock, self.process, self.owner = threading.Lock(), None, None
+        self.lock, self.process, self.owner, self.owed = threading.Lock(), None, None, 0
 
     def agree(self, reference: str, answer: str) -> bool:
-        """math-verify's verdict; False where it takes too long, or for what it cannot read."""
+        """math-verify's verdict; False where it takes too long, or for what it cannot read.
+
+        A busy machine may keep the worker from replying in time. Its reply then comes before that
+        to the next question, and where neither comes in that one's time the worker is ended.
+        """
         with self.lock:
             if self.process is None or self.owner != os.getpid() or self.process.poll() is not None:
                 self._start()
-            reply = b""
+            end, reply, kept = time.monotonic() + LIMIT, b"", False
             try:
                 self.process.stdin.write(json.dumps([reference, answer]).encode() + b"\n")
-                reply = self._reply(LIMIT)
+                self.owed += 1
+                while self.owed and (reply := self._reply(max(0, end - time.monotonic()))):
+                    self.owed -= 1
+                kept = self.owed < 2
             except OSError:
                 pass
-            finally:  # a reply that comes later must not be the next one's
-                if not reply:
+            finally:
+                if not kept:
                     self.stop()
             return reply == b"1\n"
 
@@ -189,7 +197,7 @@ class _Worker:
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
-        self.owner = os.getpid()
+        self.owner, self.owed = os.getpid(), 0
         if self._reply(START) != b"ready\n":
             self.stop()
             raise RuntimeError("math-verify's worker did not start: is math-verify installed?")
