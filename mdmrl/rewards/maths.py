@@ -10,8 +10,9 @@ reference:
 * Words ("\text{Evelyn}", "\text{June 20}"): the same words.
 * Anything else (radicals, tuples, intervals, sets, polynomials): equal for math-verify.
 
-math-verify runs in a worker process, one for each process that asks, started at the first such
-question; apart from that start no answer takes a second. An answer that takes longer is wrong.
+math-verify runs in a worker process, one for each process that asks, started with the task or at
+the first such question; apart from that start no answer takes a second. An answer that takes longer
+is wrong.
 """
 
 from __future__ import annotations
@@ -161,7 +162,8 @@ class _Worker:
     used by one thread at a time, ended with this process."""
 
     def __init__(self):
-        self.lock, self.process, self.owner, self.owed = threading.Lock(), None, None, 0
+        self.lock, self.process, self.owner = threading.Lock(), None, None
+        self.ready, self.owed = False, 0
 
     def agree(self, reference: str, answer: str) -> bool:
         """math-verify's verdict; False where it takes too long, or for what it cannot read.
@@ -170,8 +172,8 @@ class _Worker:
         to the next question, and where neither comes in that one's time the worker is ended.
         """
         with self.lock:
-            if self.process is None or self.owner != os.getpid() or self.process.poll() is not None:
-                self._start()
+            self._start()
+            self._await()
             end, reply, kept = time.monotonic() + LIMIT, b"", False
             try:
                 self.process.stdin.write(json.dumps([reference, answer]).encode() + b"\n")
@@ -186,7 +188,15 @@ class _Worker:
                     self.stop()
             return reply == b"1\n"
 
+    def start(self) -> None:
+        """Start it without waiting, so that the first question has less to wait for."""
+        with self.lock:
+            self._start()
+
     def _start(self) -> None:
+        mine = self.process is not None and self.owner == os.getpid()
+        if mine and self.process.poll() is None:
+            return
         file = Path(__file__).with_name("maths_worker.py")
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "bufsize": 0}
         # -P: this folder's modules must not stand for others of the same names.
@@ -197,10 +207,13 @@ class _Worker:
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
-        self.owner, self.owed = os.getpid(), 0
-        if self._reply(START) != b"ready\n":
+        self.owner, self.ready, self.owed = os.getpid(), False, 0
+
+    def _await(self) -> None:
+        if not self.ready and self._reply(START) != b"ready\n":
             self.stop()
             raise RuntimeError("math-verify's worker did not start: is math-verify installed?")
+        self.ready = True
 
     def _reply(self, seconds: float) -> bytes:
         """The worker's next line; empty where there is none in time."""
@@ -216,6 +229,7 @@ class _Worker:
 
 
 _worker = _Worker()
+start_worker = _worker.start
 atexit.register(_worker.stop)
 os.register_at_fork(after_in_child=lambda: setattr(_worker, "lock", threading.Lock()))
 

@@ -9,7 +9,7 @@ import random
 from fractions import Fraction
 from math import gcd
 
-from mdmrl.rewards.maths import maths_answer, maths_reward, maths_right
+from mdmrl.rewards.maths import maths_answer, maths_reward, maths_right, start_worker
 from mdmrl.tasks.base import Task
 from mdmrl.tasks.items import Generator, Gym, Original, task_of, text_of
 
@@ -92,6 +92,7 @@ def metric(completion: str, row: dict) -> bool:
 
 def task(data=None, n_shot: int = 0) -> Task:
     """For the arguments see `items.task_of`."""
+    start_worker()
     return task_of(
         Generator("math", draw),
         data,
