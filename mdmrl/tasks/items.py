@@ -42,7 +42,7 @@ class Generator:
         """The first `limit` items of a split, distinct and in a fixed order: of `ROWS` of them, or
         of as many as there are. They are shuffled, since what is drawn first is drawn often, and
         easier."""
-        return [dict(row) for row in _rows(self, split)[:limit]]
+        return [dict(row) for row in _rows(self, split, ROWS[split])[:limit]]
 
     def unseen(self, count: int) -> list[dict]:
         """That many distinct items of any split but `pretrain`, in a fixed order: where one split
@@ -63,13 +63,13 @@ class Generator:
 
 
 @lru_cache(maxsize=16)
-def _rows(generator: Generator, split: str) -> list[dict]:
+def _rows(generator: Generator, split: str, count: int) -> list[dict]:
     rng, found = random.Random(f"{generator.name}/{split}"), {}
-    for _ in range(DRAWS * ROWS[split]):
+    for _ in range(DRAWS * count):
         key, row = generator.draw(rng)
         if generator.split_of(key) == split:
             found.setdefault(key, row)
-        if len(found) == ROWS[split]:
+        if len(found) == count:
             break
     rows = list(found.values())
     rng.shuffle(rows)
