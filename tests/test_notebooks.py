@@ -2,6 +2,7 @@
 
 import ast
 import base64
+import heapq
 import io
 import json
 import os
@@ -353,50 +354,74 @@ def test_time_left_is_what_was_measured_times_the_pace_so_far(monkeypatch):
     monkeypatch.setattr(progress, "PRIOR", 10.0)
     said = Progress({"a": [10.0, 60.0, 30.0], "b": [200.0]}, clock=lambda: now)
     said.begin("a", "[1/2] a")
-    assert said.left() == (100, 300)
+    assert said.left() == ({"a": 100}, 300)
     now = 30.0  # three times as long as expected: (10 + 30) / (10 + 10) as slow
-    said.cell_ends()
-    assert said.left() == (2 * 90, 2 * 290)
+    said.cell_ends("a")
+    assert said.left() == ({"a": 2 * 90}, 2 * 290)
     now = 90.0
-    assert said.left() == (2 * 90 - 60, 2 * 290 - 60)
-    assert (
-        said.line() == "[1/2] a: cell 2 of 3, 1 min 30 s, about 2 min left; whole: about 9 min left"
-    )
+    assert said.left() == ({"a": 2 * 90 - 60}, 2 * 290 - 60)
+    assert said.lines() == [
+        "[1/2] a: cell 2 of 3, 1 min 30 s, about 2 min left; whole: about 9 min left"
+    ]
     now = 300.0  # the cell should have ended at 150: the pace is (40 + 270) / (20 + 60)
-    assert said.left() == pytest.approx((310 / 80 * 30, 310 / 80 * 230))
-    said.cell_ends()
-    said.cell_ends()
-    assert said.end() == 300
+    own, whole = said.left()
+    assert (own["a"], whole) == pytest.approx((310 / 80 * 30, 310 / 80 * 230))
+    said.cell_ends("a")
+    said.cell_ends("a")
+    assert said.end("a") == [30, 270, 0]
     said.begin("b", "[2/2] b")
     now = 10_000.0
-    assert "under a minute left" in said.line()  # long overdue, and never below nothing
+    assert "under a minute left" in said.lines()[0]  # long overdue, and never below nothing
 
 
+def test_time_left_of_two_at_a_time_is_when_the_later_one_ends(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(progress, "PRIOR", 1e9)  # the machine is as fast as the one that was timed
+    expected = {"a": [100.0], "b": [30.0, 30.0], "c": [50.0], "d": [20.0]}
+    said = Progress(expected, 2, clock=lambda: now)
+    said.begin("a", "[1/4] a")
+    assert said.left()[1] == pytest.approx(120)  # a, then d; beside them b, then c
+    said.begin("b", "[2/4] b")
+    now = 30.0
+    said.cell_ends("b")
+    assert said.left() == (pytest.approx({"a": 70, "b": 30}), pytest.approx(90))
+    assert [line[:7] for line in said.lines()] == ["[1/4] a", "[2/4] b"]
+    now = 60.0
+    said.cell_ends("b")
+    said.end("b")
+    assert said.left() == (pytest.approx({"a": 40}), pytest.approx(60))
+
+
+@pytest.mark.parametrize("at_once", [1, 2])
 @pytest.mark.parametrize("machine", [0.4, 1.0, 3.0])
-def test_time_left_is_right_within_a_factor_of_two_from_a_quarter_on(results_elsewhere, machine):
+def test_time_left_is_right_within_a_factor_of_two_from_a_quarter_on(
+    results_elsewhere, machine, at_once
+):
     """In nine of ten runs, by a clock on which every notebook takes its committed seconds, times
     what is the machine's, times what is its own, spread over its cells otherwise than expected."""
     expected = expected_seconds("cpu", {path.stem: code_cells(path) for path in NOTEBOOKS})
     right = {share: 0 for share in (0.25, 0.4, 0.5, 0.75)}
     for seed in range(20):
-        now, draw, taken = 0.0, random.Random(seed), {}
+        draw, taken = random.Random(seed), {}
         for name, cells in expected.items():
             shares = [draw.expovariate(1) for _ in cells]
             whole = sum(cells) * machine * draw.lognormvariate(0, 0.4)
             taken[name] = [whole * share / sum(shares) for share in shares]
-        whole, asked = sum(map(sum, taken.values())), [*right]
-        said = Progress({**expected}, clock=lambda: now)  # noqa: B023
+        events, free = [], [0.0] * at_once  # what happens when
         for name, cells in taken.items():
-            said.begin(name, name)
-            for cell in cells:
-                ends = now + cell
-                while asked and whole * asked[0] < ends:
-                    share = asked.pop(0)
-                    now = whole * share
-                    right[share] += 0.5 < said.left()[1] / (whole - now) < 2
-                now = ends
-                said.cell_ends()
-            said.end()
+            begins = heapq.heappop(free)
+            events.append((begins, "begin", name))
+            ends = [begins + sum(cells[: index + 1]) for index in range(len(cells))]
+            events += [(end, "cell_ends", name) for end in ends] + [(ends[-1], "end", name)]
+            heapq.heappush(free, ends[-1])
+        whole, now = max(free), 0.0
+        asked = [(whole * share, "ask", share) for share in right]
+        said = Progress({**expected}, at_once, clock=lambda: now)  # noqa: B023
+        for now, what, about in sorted(events + asked, key=lambda event: event[0]):
+            if what == "ask":
+                right[about] += 0.5 < said.left()[1] / (whole - now) < 2
+            else:
+                getattr(said, what)(*[about] * (1 + (what == "begin")))
     assert min(right.values()) >= 18, right
 
 
@@ -428,6 +453,27 @@ def test_what_runs_is_said_again_and_again(study, capsys, monkeypatch):
     (taken,) = json.loads((study / "runs" / "smoke" / "seconds.json").read_text()).values()
     assert len(taken) == code_cells(study / "notebooks" / "00_fine.ipynb") == 4
     assert 2 <= taken[-1] < 5
+
+
+def test_notebooks_run_two_at_a_time(study, capsys):
+    """Each waits for a file that the other writes, and neither has more than its half of cores."""
+    for own, other in (("00_fine", "01_other"), ("01_other", "00_fine")):
+        write_notebook(
+            study / "notebooks" / f"{own}.ipynb",
+            "import os, pathlib, time",
+            f"pathlib.Path('{own}').write_text(os.environ['OMP_NUM_THREADS'])",
+            f"while not pathlib.Path('{other}').exists():\n    time.sleep(0.1)",
+            f"assert os.environ['MDMRL_NOTEBOOK'] == '{own}'",
+        )
+    write_profile(study, "00_fine:\n01_other:")
+    assert reproduce("smoke", jobs=2) == 0
+    assert (study / "notebooks" / "01_other").read_text() == os.environ.get(
+        "OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // 2))
+    )
+    said = capsys.readouterr().out
+    assert said.index("[2/2] 01_other: started") < said.index("[1/2] 00_fine: done")
+    with pytest.raises(ValueError, match="--jobs 0: expected at least 1"):
+        reproduce("smoke", jobs=0)
 
 
 def test_on_a_terminal_one_line_changes(monkeypatch):

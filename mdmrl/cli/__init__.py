@@ -53,6 +53,7 @@ def reproduce(
     only: Annotated[Words, Option(help="Only those whose names begin so: --only 03 04.")] = None,
     force: Annotated[bool, Option("--force", help="Run unchanged ones again.")] = False,
     sweep: Annotated[Name, Option(metavar="NAME=A,B,C", help="A run for each value.")] = None,
+    jobs: Annotated[int, Option("--jobs", "-j", help="Notebooks at a time, sharing cores.")] = 1,
 ) -> None:
     """Run the notebooks headlessly; write figures, tables and claims."""
     print(f"profile {profile}: loading", flush=True)  # which takes a while at first
@@ -60,12 +61,12 @@ def reproduce(
 
     chosen = [*(only or []), *(more or [])]
     if sweep is None:
-        raise typer.Exit(study.reproduce(profile, chosen, force))
+        raise typer.Exit(study.reproduce(profile, chosen, force, jobs))
     name, equals, values = sweep.partition("=")
     require(bool(equals), f"--sweep {sweep}: expected NAME=A,B,C, as in beta=0,0.05,1")
     listed = values if values.startswith("[") else f"[{values}]"
     values = read_yaml(listed, f"--sweep {sweep}")
-    raise typer.Exit(study.sweep(profile, chosen, name, values, force))
+    raise typer.Exit(study.sweep(profile, chosen, name, values, force, jobs))
 
 
 @app.command()

@@ -6,13 +6,14 @@ import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
 from types import MappingProxyType
 
 import nbformat
 import papermill
+import psutil
 import yaml
 from accelerate.utils import patch_environment
 
@@ -89,21 +90,21 @@ def code_cells(path: Path) -> int:
 def run_notebook(
     path: Path, output: Path, parameters: Mapping, cell_ends: Callable = lambda **_: None
 ) -> str:
-    """Execute a notebook in this interpreter; returns the failure's plain text, "" for success.
+    """Execute a notebook by its kernel of `kernels`; returns the failure's plain text, "" for
+    success.
 
     The executed copy is written to `output` in either case; `cell_ends` is called after each cell
     of code, with nbclient's keywords.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
-    with _kernel(path.stem):
-        try:
-            kernel = {"kernel_name": "python3", "language": "python", "cwd": path.parent}
-            shown = {"progress_bar": False, "on_cell_executed": cell_ends}
-            papermill.execute_notebook(path, output, dict(parameters), **kernel, **shown)
-        except papermill.PapermillExecutionError as error:
-            return str(error)  # the cell's traceback, without colours
-        except Exception as error:  # a dead kernel, say: the other notebooks still run
-            return f"{type(error).__name__}: {error}"
+    kernel = {"kernel_name": path.stem, "language": "python", "cwd": path.parent}
+    shown = {"progress_bar": False, "on_cell_executed": cell_ends}
+    try:
+        papermill.execute_notebook(path, output, dict(parameters), **kernel, **shown)
+    except papermill.PapermillExecutionError as error:
+        return str(error)  # the cell's traceback, without colours
+    except Exception as error:  # a dead kernel, say: the other notebooks still run
+        return f"{type(error).__name__}: {error}"
     return ""
 
 
@@ -145,27 +146,36 @@ def _from_root(text: str, figures: str) -> str:
 
 
 @contextmanager
-def _kernel(notebook: str) -> Iterator[None]:
-    """Let `python3` name a kernel in this very interpreter, with this very package.
+def kernels(notebooks: Iterable[str], at_once: int = 1) -> Iterator[None]:
+    """Let the name of a notebook be that of a kernel in this very interpreter, with this very
+    package; those that still run at the end are killed.
 
-    Whatever kernels are registered, or none, and whatever the user's IPython starts with.
+    Whatever kernels are registered, or none, and whatever the user's IPython starts with. Notebooks
+    that run `at_once` share the cores.
     """
     paths = [str(PACKAGE.parent), os.environ.get("PYTHONPATH")]
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
     command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
-    spec = {"argv": [*command, "--log-level=ERROR"], "display_name": "mdmrl", "language": "python"}
-    with tempfile.TemporaryDirectory() as folder:
-        write_atomically(Path(folder, "kernels", "python3", "kernel.json"), json.dumps(spec))
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        own = f"--ipython-dir={folder}"
+        spec = {"argv": [*command, own, "--log-level=ERROR"], "language": "python"}
+        for name in notebooks:
+            made = json.dumps(spec | {"display_name": name, "env": {"MDMRL_NOTEBOOK": name}})
+            write_atomically(Path(folder, "kernels", name, "kernel.json"), made)
         inherited = {
             "JUPYTER_PATH": folder,
             "JUPYTER_RUNTIME_DIR": Path(folder, "runtime"),
-            "IPYTHONDIR": folder,
             "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", cores),
-            "MDMRL_NOTEBOOK": notebook,
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", max(1, cores // at_once)),
         }
-        with patch_environment(**inherited):
-            yield
+        try:
+            with patch_environment(**inherited):
+                yield
+        finally:
+            for child in psutil.Process().children():
+                with suppress(psutil.Error):  # it has just ended
+                    if own in child.cmdline():
+                        child.kill()
 
 
 def package_digest() -> str:

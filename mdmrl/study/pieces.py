@@ -15,6 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import pandas as pd
+from filelock import FileLock
 
 from mdmrl.identity import described, digest
 from mdmrl.provenance import machine, pick_device, revision
@@ -40,11 +41,16 @@ def cached_table(
         return kept
     wanted = json.loads(as_json(identity))
     path = pieces_folder(profile) / f"{slug}-{digest(described(wanted))}.csv"
-    made_on = {"machine": machine(pick_device()), "revision": revision()}
-    table, known = compute(path.stem)  # hours, in which the sources may change
-    text = as_json(known | {"identity": identity, **made_on}, indent=1)
-    write_atomically(path, table.to_csv(index=False, float_format="%.6g"))
-    write_atomically(path.with_suffix(".json"), text + "\n")  # last: without it there is no piece
+    lock = runs_folder(profile) / "locks" / f"{path.stem}.lock"
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(lock):  # of two notebooks one computes it, and the other waits
+        if (kept := kept_table(profile, slug, identity, since)) is not None:
+            return kept
+        made_on = {"machine": machine(pick_device()), "revision": revision()}
+        table, known = compute(path.stem)  # hours, in which the sources may change
+        text = as_json(known | {"identity": identity, **made_on}, indent=1)
+        write_atomically(path, table.to_csv(index=False, float_format="%.6g"))
+        write_atomically(path.with_suffix(".json"), text + "\n")  # last: without it no piece
     return read_table(path)
 
 

@@ -7,6 +7,8 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass, field
+from heapq import heapify, heapreplace
 from pathlib import Path
 
 from rich.console import Console
@@ -22,29 +24,44 @@ UNKNOWN = 60.0  # seconds of a notebook that nobody has timed
 PRIOR = 30.0  # seconds for which this machine is taken to be as fast as the one that was timed
 
 
+@dataclass
+class Running:
+    """A notebook that runs: what its lines begin with, the seconds of its cells that have ended,
+    and when the one at hand began."""
+
+    label: str
+    cell_started: float
+    taken: list[float] = field(default_factory=list)
+
+
 class Progress:
-    """Says which cell of which notebook runs and how long is left: one line that changes on a
-    terminal, elsewhere a line at least every 10 s.
+    """Says which cells of which notebooks run and how long is left: lines that change on a
+    terminal, elsewhere lines at least every 10 s.
 
     The time left is what cells took when they were last timed (`expected_seconds`), times the pace
-    of this run so far.
+    of this run so far; notebooks follow each other in order, wherever one of those that run
+    `at_once` has ended.
 
     Args:
         expected: of every notebook that is to run, in order, the seconds of each code cell.
     """
 
-    def __init__(self, expected: dict[str, list[float]], clock: Callable = time.monotonic):
-        self.expected, self.clock = expected, clock
-        self.label, self.name = "", ""
-        self.taken: list[float] = []  # seconds of this notebook's cells, those that have ended
-        self.started = self.cell_started = clock()
+    def __init__(
+        self,
+        expected: dict[str, list[float]],
+        at_once: int = 1,
+        clock: Callable = time.monotonic,
+    ):
+        self.expected, self.at_once, self.clock = expected, at_once, clock
+        self.running: dict[str, Running] = {}
         self.spent = self.predicted = 0.0  # seconds of all cells that have ended, and expected ones
 
     def __enter__(self) -> Progress:
         console, self._shown = Console(), ExitStack()
         if console.is_terminal:
             show = {"console": console, "refresh_per_second": 1, "transient": True}
-            self._shown.enter_context(Live(get_renderable=lambda: Text(self.line()), **show))
+            lines = {"get_renderable": lambda: Text("\n".join(self.lines()))}
+            self._shown.enter_context(Live(**lines, **show))
         else:
             ended = threading.Event()
             speaker = threading.Thread(target=self._speak_until, args=[ended], daemon=True)
@@ -58,51 +75,65 @@ class Progress:
 
     def begin(self, name: str, label: str) -> None:
         """A notebook starts; `label` is what its lines begin with."""
-        self.name, self.label, self.taken = name, label, []
-        self.started = self.cell_started = self.clock()
+        self.running[name] = Running(label, self.clock())
 
-    def cell_ends(self, **_) -> None:
+    def cell_ends(self, name: str, **_) -> None:
         """A code cell has been executed (nbclient's hook `on_cell_executed`)."""
-        seconds = self.clock() - self.cell_started
+        own = self.running[name]
+        seconds = self.clock() - own.cell_started
         self.spent += seconds
-        self.predicted += self._expected_now()
-        self.taken.append(seconds)
-        self.cell_started += seconds
+        self.predicted += self._expected_now(name, own)
+        own.taken.append(seconds)
+        own.cell_started += seconds
 
-    def end(self) -> float:
-        """The notebook has ended; returns its seconds."""
-        name, self.name = self.name, ""  # first: another thread reads
-        del self.expected[name]
-        return self.clock() - self.started
+    def end(self, name: str) -> list[float]:
+        """The notebook has ended; returns the seconds of its cells."""
+        del self.expected[name]  # first: another thread reads
+        return self.running.pop(name).taken
 
-    def left(self) -> tuple[float, float]:
-        """Seconds left of this notebook, and of all."""
-        running, now = self.clock() - self.cell_started, self._expected_now()
+    def left(self) -> tuple[dict[str, float], float]:
+        """Seconds left of each notebook that runs, and of all."""
+        now, running = self.clock(), {**self.running}  # another thread may change it
+        cells = {
+            name: (now - own.cell_started, self._expected_now(name, own))
+            for name, own in running.items()
+        }
         pace = (PRIOR + self.spent) / (PRIOR + self.predicted)
-        if running > pace * now:  # late already: the pace is slower than it seemed
-            pace = (PRIOR + self.spent + running) / (PRIOR + self.predicted + now)
-        behind = self.expected.get(self.name, [])[len(self.taken) + 1 :]
-        notebook = max(0.0, pace * now - running) + pace * sum(behind)
-        others = sum(sum(own) for name, own in [*self.expected.items()] if name != self.name)
-        return notebook, notebook + pace * others
+        # Cells that are late already: the pace is slower than it seemed.
+        late = [cell for cell in cells.values() if cell[0] > pace * cell[1]]
+        spent, predicted = (sum(part) for part in zip((0, 0), *late, strict=True))
+        pace = (PRIOR + self.spent + spent) / (PRIOR + self.predicted + predicted)
+        found = {}
+        for name, (seconds, expected) in cells.items():
+            behind = self.expected.get(name, [])[len(running[name].taken) + 1 :]
+            found[name] = max(0.0, pace * expected - seconds) + pace * sum(behind)
+        ends = [0.0] * (self.at_once - len(found)) + [*found.values()]
+        heapify(ends)
+        for name, own in [*self.expected.items()]:
+            if name not in running:
+                heapreplace(ends, ends[0] + pace * sum(own))
+        return found, max(ends)
 
-    def _expected_now(self) -> float:
-        """Seconds of the cell that runs."""
-        left = self.expected.get(self.name, [])[len(self.taken) :]
+    def _expected_now(self, name: str, own: Running) -> float:
+        """Seconds of the notebook's cell that runs."""
+        left = self.expected.get(name, [])[len(own.taken) :]
         return left[0] if left else 0.0
 
-    def line(self) -> str:
-        """What is shown: `[3/10] 03_x: cell 9 of 25, 1 min 20 s, about 2 min left; whole: ...`."""
-        notebook, whole = self.left()
-        count, spent = len(self.expected.get(self.name, [])), duration(self.clock() - self.started)
-        if not count:
-            return f"whole: {about(whole)}"
-        where = f"{self.label}: cell {min(len(self.taken) + 1, count)} of {count}"
-        return f"{where}, {spent}, {about(notebook)}; whole: {about(whole)}"
+    def lines(self) -> list[str]:
+        """What is shown, a line a notebook that runs:
+        `[3/10] 03_x: cell 9 of 25, 1 min 20 s, about 2 min left; whole: ...`."""
+        running, (left, whole) = {**self.running}, self.left()
+        said = []
+        for name in running.keys() & left.keys():
+            own, count = running[name], len(self.expected.get(name, []))
+            spent = duration(sum(own.taken) + self.clock() - own.cell_started)
+            cell = f"cell {min(len(own.taken) + 1, count)} of {count}"
+            said.append(f"{own.label}: {cell}, {spent}, {about(left[name])}; whole: {about(whole)}")
+        return sorted(said) or [f"whole: {about(whole)}"]
 
     def _speak_until(self, ended: threading.Event) -> None:
         while not ended.wait(EVERY):
-            print(self.line(), flush=True)
+            print(*self.lines(), sep="\n", flush=True)
 
 
 def expected_seconds(profile: str, cells: dict[str, int]) -> dict[str, list[float]]:

@@ -3,7 +3,10 @@
 import json
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from threading import Event, Lock
 
 import pandas as pd
 from rich.console import Console
@@ -14,15 +17,24 @@ from mdmrl.config import require, resolve
 from mdmrl.progress import duration
 from mdmrl.runs import write_atomically
 from mdmrl.study import ledger
-from mdmrl.study.notebooks import code_cells, fingerprint, package_digest, plan, run_notebook
+from mdmrl.study.notebooks import (
+    code_cells,
+    fingerprint,
+    kernels,
+    package_digest,
+    plan,
+    run_notebook,
+)
 from mdmrl.study.outputs import figures_folder, figures_of, profile_of, project_root, runs_folder
 from mdmrl.study.progress import Progress, expected_seconds, read_json, record_seconds
 
 
-def reproduce(profile: str = "cpu", only: Iterable[str] = (), force: bool = False) -> int:
+def reproduce(
+    profile: str = "cpu", only: Iterable[str] = (), force: bool = False, jobs: int = 1
+) -> int:
     """Run the notebooks whose names begin with one of `only` ("03"), or all, at one profile's scale
     and print what came out; with `force` those too whose code, parameters and package have not
-    changed since they last succeeded.
+    changed since they last succeeded. `jobs` of them run at a time, and share the cores.
 
     Returns:
         the exit code: 1 if a notebook failed (its traceback is printed, the others still run), 130
@@ -30,11 +42,16 @@ def reproduce(profile: str = "cpu", only: Iterable[str] = (), force: bool = Fals
     """
     only = list(only)
     named = ["--only", *only] if only else []
-    return _until_stopped(lambda: _run(profile, only, force, {}), profile, *named)
+    return _until_stopped(lambda: _run(profile, only, force, jobs, {}), profile, *named)
 
 
 def sweep(
-    profile: str, only: Iterable[str], name: str, values: Sequence, force: bool = False
+    profile: str,
+    only: Iterable[str],
+    name: str,
+    values: Sequence,
+    force: bool = False,
+    jobs: int = 1,
 ) -> int:
     """Run notebooks once for each of the `values` of their parameter `name`, and put the tables
     that they write, and their claims, one below the other, with a column `swept_<name>` in front,
@@ -52,7 +69,7 @@ def sweep(
         plan(profile, only, {name: value})  # refused before any work
 
     def run() -> int:
-        failed = [_run(profile, only, force, {name: value}) for value in values]
+        failed = [_run(profile, only, force, jobs, {name: value}) for value in values]
         print(*_collect(profile, name, values), sep="\n")
         return max(failed)
 
@@ -60,7 +77,8 @@ def sweep(
     return _until_stopped(run, profile, "--only", *only, "--sweep", asked)
 
 
-def _run(profile: str, only: Sequence[str], force: bool, changes: Mapping) -> int:
+def _run(profile: str, only: Sequence[str], force: bool, at_once: int, changes: Mapping) -> int:
+    require(at_once > 0, f"--jobs {at_once}: expected at least 1 notebook at a time")
     jobs, place = plan(profile, only, changes), profile_of(profile, changes)
     folder = figures_folder(place)
     if place == "full":
@@ -75,33 +93,48 @@ def _run(profile: str, only: Sequence[str], force: bool, changes: Mapping) -> in
         if output.exists() and done.get(name) == [prints[name], *_count(name, folder)]
     }
     cells = {path.stem: code_cells(path) for path, _ in jobs if path.stem not in unchanged}
-    rows, failed = [], False
-    with Progress(expected_seconds(profile, cells)) as progress:
-        for number, (path, parameters) in enumerate(jobs, 1):
-            name, label = path.stem, f"[{number}/{len(jobs)}] {path.stem}"
-            if name in unchanged:
-                print(f"{label}: unchanged since it last ran", flush=True)
-                rows.append((name, 0.0, *_count(name, folder), "unchanged"))
-                continue
+    writing, stopped = Lock(), Event()
+
+    def execute(numbered: tuple[int, tuple[Path, Mapping]]) -> tuple:
+        """The notebook's row of the summary."""
+        number, (path, parameters) = numbered
+        name, label = path.stem, f"[{number}/{len(jobs)}] {path.stem}"
+        if name in unchanged:
+            print(f"{label}: unchanged since it last ran", flush=True)
+            return name, 0.0, *_count(name, folder), "unchanged"
+        with writing:
             print(f"{label}: started", flush=True)
             _note(here / "done.json", name, None)
             progress.begin(name, label)
-            failure = run_notebook(path, outputs[name], parameters, progress.cell_ends)
-            seconds, counts = progress.end(), _count(name, folder)
-            if failure:
-                failed = True
+        ended = partial(progress.cell_ends, name)
+        failure = run_notebook(path, outputs[name], parameters, ended)
+        with writing:
+            taken = progress.end(name)
+            seconds, counts = sum(taken), _count(name, folder)
+            if failure and not stopped.is_set():
                 print(f"{label}: failed after {duration(seconds)}\n{failure}", flush=True)
-            else:
+            elif not failure:
                 print(f"{label}: done in {duration(seconds)}", flush=True)
                 _note(here / "done.json", name, [prints[name], *counts])
                 if not changes:
-                    record_seconds(profile, name, progress.taken)
-            rows.append((name, seconds, *counts, "failed" if failure else "ok"))
+                    record_seconds(profile, name, taken)
+        return name, seconds, *counts, "failed" if failure else "ok"
+
+    with (
+        Progress(expected_seconds(profile, cells), at_once) as progress,
+        ThreadPoolExecutor(at_once) as pool,
+        kernels(cells, at_once),
+    ):
+        try:
+            rows = [*pool.map(execute, enumerate(jobs, 1))]
+        except KeyboardInterrupt:
+            stopped.set()
+            raise
     _print_summary(place, rows)
     _print_ledger(ledger.load(folder / "claims.json"))
     if place == "full":
         write_docs(folder)
-    return int(failed)
+    return int(any(state == "failed" for *_, state in rows))
 
 
 def _until_stopped(work: Callable[[], int], profile: str, *options: str) -> int:
