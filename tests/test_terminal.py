@@ -100,7 +100,10 @@ def test_a_healthy_machine_runs_every_profile(healthy, capsys):
         cells = [cell.strip() for cell in row.split("│")[1:-1]]
         assert cells[1] == str(len(notebooks))
         if cells[3] == "two cores elsewhere":
-            minutes = round(sum(map(sum, notebooks.values())) / 60)
+            ends = [0.0, 0.0]  # of the two that run at a time
+            for seconds in notebooks.values():
+                ends[ends.index(min(ends))] += sum(seconds)
+            minutes = round(max(ends) / 60)
             hours = f"{minutes // 60} h " if minutes >= 60 else ""
             assert cells[2] == f"about {hours}{minutes % 60} min"
 

@@ -20,7 +20,7 @@ from mdmrl.rewards.code.judge import BOXES, judge
 from mdmrl.rewards.dafny import verify
 from mdmrl.study.notebooks import code_cells, plan
 from mdmrl.study.outputs import project_root
-from mdmrl.study.progress import about, expected_seconds, recorded
+from mdmrl.study.progress import Progress, about, expected_seconds, recorded
 
 MEMORY, DISK = 4.0, 2.0  # GB free: for SmolLM2 with its logits, and for runs and checkpoints
 HUB_WAITS = 3.0  # seconds
@@ -52,14 +52,16 @@ def doctor() -> int:
 
 
 def profiles() -> Table:
-    """What each profile takes, by the seconds of its notebooks' cells when they last ran here, else
-    as committed."""
-    table = Table("profile", "notebooks", "time", "known from", title="profiles that run here")
+    """What each profile takes, two notebooks at a time as `make reproduce` runs them, by the seconds
+    of their cells when they last ran here, else as committed."""
+    table = Table(
+        "profile", "notebooks", "two at a time", "known from", title="profiles that run here"
+    )
     for path in sorted((project_root() / "notebooks" / "profiles").glob("*.yaml")):
         if path.stem in ON_A_CARD and not torch.cuda.is_available():
             continue
         cells = {notebook.stem: code_cells(notebook) for notebook, _ in plan(path.stem)}
-        seconds = sum(map(sum, expected_seconds(path.stem, cells).values()))
+        _, seconds = Progress(expected_seconds(path.stem, cells), at_once=2).left()
         known = "its last run here" if recorded(path.stem).exists() else "two cores elsewhere"
         table.add_row(path.stem, str(len(cells)), about(seconds).removesuffix(" left"), known)
     return table
