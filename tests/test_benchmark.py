@@ -183,7 +183,9 @@ def run_notebook(tmp_path, tokenizer, monkeypatch):
     return run
 
 
-@pytest.mark.parametrize("kind", ["ar", "mdm", "bd", "Dream"])
+@pytest.mark.parametrize(
+    "kind", ["ar", "mdm", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("bd", "Dream"))]
+)
 def test_a_policy_of_every_family_becomes_a_column(run_notebook, tmp_path, tokenizer, kind):
     (tmp_path / "mine").mkdir()
     folder = tmp_path / "mine" / kind

@@ -21,6 +21,8 @@ from mdmrl.study.outputs import Outputs
 from mdmrl.tasks import Task
 from mdmrl.zoo import budgets
 
+pytestmark = pytest.mark.slow
+
 COMMITTED = pieces.pieces_folder("full")
 AWAITED = {"11_reward_ablation", "12_code_completion", "13_dafny"}  # none of their runs is made yet
 

@@ -319,7 +319,9 @@ def test_draws_in_proportion_follow_their_weights_whatever_the_size(size, draw_i
     assert stats.chisquare(counts[seen], expected / expected.sum() * n).pvalue > 1e-3
 
 
-@pytest.mark.parametrize("draw_in_proportion", [by_sums, by_race])
+@pytest.mark.parametrize(
+    "draw_in_proportion", [by_sums, pytest.param(by_race, marks=pytest.mark.slow)]
+)
 def test_draws_reach_the_tail_of_a_large_vocabulary(draw_in_proportion):
     """A float32 cumulative sum over the whole row would stand still after the first token."""
     weights = torch.full((1, 2**18), 0.99 * 2.0**-24)

@@ -295,6 +295,7 @@ def test_no_hostile_text_stops_a_scorer(worker):
     assert maths_right("\\boxed{\\sqrt{12}}", "2\\sqrt{3}")
 
 
+@pytest.mark.slow
 def test_no_random_answer_stops_math_verify(worker):
     rng, process = random.Random(1), worker.process
     tokens = [*SYMBOLS, "x", "\\pi", "\\le", "\\infty", "[", "]", "\\{", "\\}", "!", "}", "}"]
@@ -313,12 +314,14 @@ def test_no_random_answer_stops_math_verify(worker):
 EQUAL = ("\\boxed{\\frac{1}{\\sqrt{2}}}", "\\frac{\\sqrt{2}}{2}")
 
 
+@pytest.mark.slow
 def test_a_worker_that_was_killed_costs_no_answer(worker):
     worker.process.kill()
     worker.process.wait()
     assert maths_right(*EQUAL)
 
 
+@pytest.mark.slow
 def test_a_worker_that_hangs_is_replaced(worker):
     os.kill(worker.process.pid, signal.SIGSTOP)
     for _ in range(2):
@@ -354,6 +357,7 @@ def test_threads_share_a_worker(worker):
     assert worker.process is process
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # a fork of a process with threads
 def test_a_forked_process_has_its_own_worker(worker):
     pool = multiprocessing.get_context("fork").Pool(1)
@@ -368,6 +372,7 @@ def verdict_and_worker() -> tuple[bool, int]:
     return maths_right(*EQUAL), _worker.process.pid
 
 
+@pytest.mark.slow
 def test_the_worker_ends_with_its_process():
     code = (
         "import os, signal\n"

@@ -143,7 +143,7 @@ def test_only_takes_several_notebooks(monkeypatch, only):
         "mdmrl.study.reproduce.reproduce", lambda *arguments: calls.append(arguments) or 1
     )
     assert call(monkeypatch, "reproduce", "--profile", "smoke", *only, "--force") == 1
-    assert calls == [("smoke", ["03", "04"], True)]
+    assert calls == [("smoke", ["03", "04"], True, 1)]
 
 
 def test_bad_input_is_one_line(monkeypatch, capsys, tmp_path):

@@ -279,6 +279,7 @@ def test_an_arm_may_have_rewards_of_its_own(arm):
             assert f"{before}rewards/{other}/mean" not in frame
 
 
+@pytest.mark.slow
 def test_the_hierarchy_of_ppo_is_the_pipeline(arm):
     """Its episodes are units, which V may send back."""
     settings = {"max_steps": 1, "per_device_train_batch_size": 4, "num_generations": 2}
