@@ -52,7 +52,7 @@ def doctor() -> int:
 
 
 def profiles() -> Table:
-    """What each profile takes, two notebooks at a time as `make reproduce` has it, by the seconds of
+    """What each profile takes, two notebooks at a time as in `make reproduce`, by the seconds of
     their cells when they last ran here, else as committed."""
     table = Table(
         "profile", "notebooks", "two at a time", "known from", title="profiles that run here"
