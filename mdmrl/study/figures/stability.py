@@ -1,9 +1,12 @@
 """The KL instability: notebook 04."""
 
+from itertools import product
+
 import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from mdmrl.study import plots, stability
 from mdmrl.study.colours import palette
@@ -199,14 +202,19 @@ def kl_cured(facts, runs) -> Figure:
     rows=(3, 5),
 )
 def kl_countdown(facts, runs) -> Figure:
-    drawn, axes = plots.panels(8, height=1.9, columns=4)
-    columns = ("loss", "kl/sum", "grad_norm/surrogate", "grad_norm/kl")
-    for row, (task, logs) in zip(axes.reshape(2, 4), runs.groupby("task", sort=False), strict=True):
-        for axis, column in zip(row, columns, strict=True):
-            plots.curves(axis, logs, column, logs.arm.unique(), log=True)
-            axis.yaxis.label.set_fontsize(6.5)
-        row[0].set_title(task)
-    axes[0].set_ylim(bottom=1e-6)
-    plots.shared_legend(drawn, *axes, columns=3)
-    plots.title(drawn, "Loss, KL and gradient norms on both tasks", runs, log=True)
+    tasks, columns = runs.task.unique(), ("loss", "kl/sum", "grad_norm/surrogate", "grad_norm/kl")
+    runs = runs.assign(arm=runs.arm.str.removesuffix(", β = 1"))
+    drawn, axes = plots.panels(8, height=1.5)
+    for (column, task), axis in zip(product(columns, tasks), axes, strict=True):
+        logs = runs[runs.task == task]
+        plots.curves(axis, logs, column, logs.arm.unique(), log=True, each=False)
+        said = plots.WORDS[column].replace("'s gradient", "'s\ngradient")
+        axis.set_ylabel(said if task == tasks[0] else "", fontsize=7)
+        axis.yaxis.set_minor_formatter(NullFormatter())
+        axis.set_xlabel("update" if column == columns[-1] else "")
+    for axis, task in zip(axes, tasks, strict=False):
+        axis.set(title=f"{task}, {runs[runs.task == task].seed.nunique()} seeds")
+        axis.set_ylim(bottom=1e-6)
+    plots.shared_legend(drawn, *axes)
+    drawn.suptitle("Loss, KL and gradient norms; lines: medians over seeds, bands: their range")
     return drawn
