@@ -132,9 +132,10 @@ def countdown_mechanism(facts, ends) -> Figure:
 @figure(
     "03_reward_curves",
     "gain_predictors",
-    says="Before training the cosine of an estimator's gradient with the sampler's own goes with "
-    "the gain by a rank correlation of {predictor_cosine_before}, what one step adds to right "
-    "answers by {predictor_effect_before}.",
+    says="How far an estimator sharpens the marginals of an empty canvas before training goes with "
+    "its gain by a rank correlation of {predictor_sharpening_before}, the cosine of its gradient "
+    "with the sampler's own by {predictor_cosine_before}, what one step adds to right answers by "
+    "{predictor_effect_before}.",
 )
 def gain_predictors(facts, found) -> Figure:
     drawn, axes = plots.panels(10, height=1.7, columns=5)
@@ -143,7 +144,8 @@ def gain_predictors(facts, found) -> Figure:
         column = f"{name}, {when}"
         sns.scatterplot(found, x=column, y="gain", ax=axis, legend=axis is axes[0], **style)
         rho = candidates.correlation(found.set_index(["arm", "seed"]), column, "gain")
-        axis.set_title(f"{when}\nρ = {rho}", fontsize=7)
+        estimate, ends = str(rho).split(" ", 1)
+        axis.set_title(f"{when}: ρ = {estimate}\n{ends}", fontsize=7)
         axis.set(xlabel=name, ylabel="gain of accuracy" if name == "cosine" else "")
     plots.shared_legend(drawn, axes[0])
     return drawn
