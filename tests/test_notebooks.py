@@ -368,7 +368,7 @@ def test_time_left_is_what_was_measured_times_the_pace_so_far(monkeypatch):
     assert (own["a"], whole) == pytest.approx((310 / 80 * 30, 310 / 80 * 230))
     said.cell_ends("a")
     said.cell_ends("a")
-    assert said.end("a") == [30, 270, 0]
+    assert said.end("a") == (300, [30, 270, 0])
     said.begin("b", "[2/2] b")
     now = 10_000.0
     assert "under a minute left" in said.lines()[0]  # long overdue, and never below nothing

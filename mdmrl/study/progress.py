@@ -26,10 +26,11 @@ PRIOR = 30.0  # seconds for which this machine is taken to be as fast as the one
 
 @dataclass
 class Running:
-    """A notebook that runs: what its lines begin with, the seconds of its cells that have ended,
-    and when the one at hand began."""
+    """A notebook that runs: what its lines begin with, when it and its cell at hand began, and the
+    seconds of its cells that have ended."""
 
     label: str
+    started: float
     cell_started: float
     taken: list[float] = field(default_factory=list)
 
@@ -75,7 +76,7 @@ class Progress:
 
     def begin(self, name: str, label: str) -> None:
         """A notebook starts; `label` is what its lines begin with."""
-        self.running[name] = Running(label, self.clock())
+        self.running[name] = Running(label, *[self.clock()] * 2)
 
     def cell_ends(self, name: str, **_) -> None:
         """A code cell has been executed (nbclient's hook `on_cell_executed`)."""
@@ -86,10 +87,11 @@ class Progress:
         own.taken.append(seconds)
         own.cell_started += seconds
 
-    def end(self, name: str) -> list[float]:
-        """The notebook has ended; returns the seconds of its cells."""
+    def end(self, name: str) -> tuple[float, list[float]]:
+        """The notebook has ended; returns its seconds, and those of its cells that ended."""
         del self.expected[name]  # first: another thread reads
-        return self.running.pop(name).taken
+        own = self.running.pop(name)
+        return self.clock() - own.started, own.taken
 
     def left(self) -> tuple[dict[str, float], float]:
         """Seconds left of each notebook that runs, and of all."""
@@ -124,12 +126,12 @@ class Progress:
         `[3/10] 03_x: cell 9 of 25, 1 min 20 s, about 2 min left; whole: ...`."""
         running, (left, whole) = {**self.running}, self.left()
         said = []
-        for name in running.keys() & left.keys():
+        for name in filter(running.get, left):
             own, count = running[name], len(self.expected.get(name, []))
-            spent = duration(sum(own.taken) + self.clock() - own.cell_started)
+            spent = duration(self.clock() - own.started)
             cell = f"cell {min(len(own.taken) + 1, count)} of {count}"
             said.append(f"{own.label}: {cell}, {spent}, {about(left[name])}; whole: {about(whole)}")
-        return sorted(said) or [f"whole: {about(whole)}"]
+        return said or [f"whole: {about(whole)}"]
 
     def _speak_until(self, ended: threading.Event) -> None:
         while not ended.wait(EVERY):

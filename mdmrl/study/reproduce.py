@@ -41,7 +41,7 @@ def reproduce(
         if Ctrl-C stopped it. An unknown profile, notebook or parameter is refused before any work.
     """
     only = list(only)
-    named = ["--only", *only] if only else []
+    named = (["--only", *only] if only else []) + _asked(jobs)
     return _until_stopped(lambda: _run(profile, only, force, jobs, {}), profile, *named)
 
 
@@ -74,7 +74,7 @@ def sweep(
         return max(failed)
 
     asked = f"{name}={','.join(map(str, values))}"
-    return _until_stopped(run, profile, "--only", *only, "--sweep", asked)
+    return _until_stopped(run, profile, "--only", *only, "--sweep", asked, *_asked(jobs))
 
 
 def _run(profile: str, only: Sequence[str], force: bool, at_once: int, changes: Mapping) -> int:
@@ -109,8 +109,7 @@ def _run(profile: str, only: Sequence[str], force: bool, at_once: int, changes: 
         ended = partial(progress.cell_ends, name)
         failure = run_notebook(path, outputs[name], parameters, ended)
         with writing:
-            taken = progress.end(name)
-            seconds, counts = sum(taken), _count(name, folder)
+            (seconds, taken), counts = progress.end(name), _count(name, folder)
             if failure and not stopped.is_set():
                 print(f"{label}: failed after {duration(seconds)}\n{failure}", flush=True)
             elif not failure:
@@ -127,7 +126,7 @@ def _run(profile: str, only: Sequence[str], force: bool, at_once: int, changes: 
     ):
         try:
             rows = [*pool.map(execute, enumerate(jobs, 1))]
-        except KeyboardInterrupt:
+        except BaseException:
             stopped.set()
             raise
     _print_summary(place, rows)
@@ -135,6 +134,10 @@ def _run(profile: str, only: Sequence[str], force: bool, at_once: int, changes: 
     if place == "full":
         write_docs(folder)
     return int(any(state == "failed" for *_, state in rows))
+
+
+def _asked(jobs: int) -> list[str]:
+    return ["--jobs", str(jobs)] if jobs > 1 else []
 
 
 def _until_stopped(work: Callable[[], int], profile: str, *options: str) -> int:
