@@ -1,16 +1,20 @@
-"""Settings and rows drawn at random, most of them wrong: each is taken as it is and works, or is
-refused by an error of ours that names it; no traceback of a library's, no other value instead.
+"""Settings and rows drawn by Hypothesis, most of them wrong: each is taken as it is and works, or
+is refused by an error of ours that names it; no traceback of a library's, no other value instead.
 
-The draws are seeded, so that a failure is the same everywhere."""
+The draws derive from the tests themselves, so that a failure is the same everywhere."""
 
 import dataclasses
+import json
 import math
-import random
+import re
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from conftest import parity
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from mdmrl import (
     DPOConfig,
@@ -18,6 +22,7 @@ from mdmrl import (
     PPOConfig,
     SFTConfig,
     generate,
+    load_rows,
     train_dpo,
     train_grpo,
     train_sft,
@@ -26,6 +31,7 @@ from mdmrl.config import InputError
 from mdmrl.rewards.protocol import check_rewards, reward_values
 from mdmrl.rl.kl import kl_form
 from mdmrl.rl.rejection import RFTConfig
+from mdmrl.runs import as_json
 from mdmrl.sampling import SamplerConfig
 from mdmrl.sampling.guidance import GuideConfig
 from mdmrl.training.supervised import encode_pairs
@@ -41,94 +47,108 @@ OTHERS = [None, True, False, b"4", 1j, object(), int, len, [], [1], [NAN], ["a"]
 OTHERS += [(1, 3), range(2), {}, {"steps": 2}, {"steps": 3.5}, {"step": 2}, {3: 1}, {True: 0}]
 ODD = NUMBERS + OF_LIBRARIES + TEXTS + OTHERS
 CONFIGS = [SamplerConfig, GRPOConfig, PPOConfig, SFTConfig, DPOConfig, RFTConfig, PretrainConfig]
+repeatable = partial(settings, derandomize=True, deadline=None, database=None)
+DRAWN = st.integers(1, 8) | st.floats(0, 1) | st.sampled_from([None, True, False])  # often good
+DRAWN |= st.sampled_from(ODD) | st.integers() | st.floats() | st.text(max_size=8)
+DRAWN |= st.lists(st.integers() | st.floats(width=16) | st.text(max_size=2), max_size=3)
 
 
-def drawn_settings(made, seed, count):
-    """Each setting with something odd, then several at once; what is good is drawn more often."""
-    rng, names = (
-        random.Random(f"{made.__name__} {seed}"),
-        [f.name for f in dataclasses.fields(made)],
-    )
-    for number in range(count):
-        few = 1 if number < count // 2 else rng.choice((2, 3))
-        yield {name: rng.choice(ODD) for name in rng.sample(names, few)}
+def some_of(strategies, most=2):
+    """Dictionaries of some names, each with a value of its strategy."""
+    names = st.lists(st.sampled_from([*strategies]), min_size=1, max_size=most, unique=True)
+    return names.flatmap(lambda few: st.fixed_dictionaries({n: strategies[n] for n in few}))
 
 
-def nests(given):
-    return isinstance(given.get("sampler"), dict)
+def nests(wanted):
+    return isinstance(wanted.get("sampler"), dict)
 
 
-def is_same(found, given):
+def is_same(found, wanted):
     """Whether a setting of a config says what was given, whatever type that had."""
-    if isinstance(found, bool) or isinstance(given, bool | np.bool_) or found is None:
-        return str(found) == str(given)
-    if isinstance(found, int) and isinstance(given, str):
-        return found == int(given) if given.strip().isdigit() else found == float(given)
+    if found in ("group", "none") and isinstance(wanted, bool | np.bool_):  # TRL's scale_rewards
+        return (found == "group") == wanted
+    if isinstance(found, bool) or isinstance(wanted, bool | np.bool_) or found is None:
+        return str(found) == str(wanted)
+    if isinstance(found, int) and isinstance(wanted, str):
+        return found == int(wanted) if wanted.strip().isdigit() else found == float(wanted)
     if isinstance(found, float):
-        return found == float(given)
+        return found == float(wanted)
     if isinstance(found, list):
-        return all(map(is_same, found, given))
+        return all(map(is_same, found, wanted))
     if isinstance(found, dict):
-        return all(is_same(found[name], given[name]) for name in found)
-    return found == given
+        return all(is_same(found[name], wanted[name]) for name in found)
+    return found == wanted
 
 
 @pytest.mark.parametrize("made", [*CONFIGS, GuideConfig])
 def test_a_setting_is_taken_as_it_is_or_refused_by_name(made):
     taken = 0
-    for given in drawn_settings(made, 0, 300):
+
+    @repeatable(max_examples=300)
+    @given(some_of({field.name: DRAWN for field in dataclasses.fields(made)}))
+    def check(drawn):
+        nonlocal taken
         try:
-            config = made.from_dict(given)
+            config = made.from_dict(drawn)
         except InputError as error:
-            named = [*given, *given.get("sampler", ())] if nests(given) else given
-            assert any(str(name) in str(error) for name in named), (given, error)
+            named = [*drawn, *drawn.get("sampler", ())] if nests(drawn) else drawn
+            assert any(str(name) in str(error) for name in named), error
         else:
             taken += 1
-            for name, value in given.items():
-                assert is_same(getattr(config, name), value), (name, value, config)
-            assert made.from_dict(config.to_dict()) == config
+            for name, value in drawn.items():
+                assert is_same(getattr(config, name), value), (name, config)
+            if not any(map(callable, drawn.values())):  # of which only the name is written
+                assert made.from_dict(config.to_dict()) == config
+
+    check()
     assert taken > 10
     for name in ("nonsense", 3, True, None, "\ud800"):
         with pytest.raises(InputError, match="key"):
             made.from_dict({name: 1})
-    for given in (None, 3, "steps", [("steps", 3)]):
+    for wrong in (None, 3, "steps", [("steps", 3)]):
         with pytest.raises(InputError, match="settings by name"):
-            made.from_dict(given)
+            made.from_dict(wrong)
 
 
 def test_a_sampler_that_is_taken_draws(shared_policies):
     """Numbers at the ends of what float32 holds are the sampler's."""
-    rng, drawn = random.Random(0), 0
     own = {
         "temperature": [0, 1e-30, 0.5, 1, 1e30, 1e-300, 1e308],
         "cfg_scale": [0, 1e-30, 1, 1e308],
-    }
-    own |= {"top_p": [1, 1e-30, 0.5, 1e-300], "threshold": [None, 1e-30, 0.5, 1, 1e-300]}
-    own |= {
+        "top_p": [1, 1e-30, 0.5, 1e-300],
+        "threshold": [None, 1e-30, 0.5, 1, 1e-300],
         "order_temperature": [0, 1e-30, 1, 1e30, 1e-300],
         "entropy_bound": [None, 0, 1e-30, 1e30],
-    }
-    own |= {
         "top_k": [None, 1, 5, 2**62],
         "revise": [0, 1, 2**62],
         "cache_refresh": [None, 1, 2**62],
+        "steps": [None, 1, 4],
+        "block_length": [None, 2, 4],
+        "cache": [None, "prefix", "dual"],
+        "remasking": ["state_confidence", "margin", "random"],
+        "end_last": [True, False],
     }
-    own |= {"steps": [None, 1, 4], "block_length": [None, 2, 4], "cache": [None, "prefix", "dual"]}
-    own |= {"remasking": ["state_confidence", "margin", "random"], "end_last": [True, False]}
-    for _ in range(80):
-        given = {
-            name: rng.choice(own[name]) for name in rng.sample([*own], rng.choice((1, 2, 3, 4)))
-        }
-        policy = shared_policies[rng.choice(("mdm", "mdm", "bd", "ar"))]
+    texts = 0
+
+    @repeatable(max_examples=80)
+    @given(
+        some_of({name: st.sampled_from(values) for name, values in own.items()}, most=4),
+        st.sampled_from(["mdm", "bd", "ar"]),
+    )
+    def check(drawn, kind):
+        nonlocal texts
         try:
-            output = generate(policy, ["x"], SamplerConfig(max_new_tokens=4, **given))
+            config = SamplerConfig(max_new_tokens=4, **drawn)
+            output = generate(shared_policies[kind], ["x"], config)
         except InputError as error:
-            assert any(name in str(error) for name in given), (given, error)
+            assert any(name in str(error) for name in drawn), error
         else:
-            drawn += 1
+            texts += 1
             assert output.completion_ids.shape[1] <= 4
-            assert not output.logprobs.isnan().any(), given
-    assert drawn > 20
+            assert not output.logprobs.isnan().any()
+
+    check()
+    assert texts > 20
 
 
 MESSAGES = [[], [3], [{}], [{"role": "user"}], [{"content": "x"}], [{"role": 3, "content": "x"}]]
@@ -174,6 +194,46 @@ def test_a_prompt_works_whatever_it_is_made_of(ar):
 def test_what_is_no_completion_is_refused(ar, completion):
     with pytest.raises(InputError, match=r"^row 1[,:]"):
         encode_pairs(ar, [{"prompt": "x", "completion": completion}], 8)
+
+
+ANY_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=8), x, max_size=3),
+    max_leaves=6,
+)
+ANY_TEXT = st.text(max_size=8) | st.sampled_from(MESSAGES) | ANY_JSON
+ANY_ROW = st.fixed_dictionaries(
+    {"prompt": ANY_TEXT, "completion": ANY_TEXT}, optional={"x": ANY_JSON}
+)
+
+
+def test_rows_of_a_file_are_taken_as_they_are_or_refused_by_number(ar, tmp_path):
+    file, taken = tmp_path / "rows.jsonl", 0
+
+    @repeatable(max_examples=200)
+    @given(st.lists(ANY_ROW | ANY_JSON, min_size=1, max_size=3))
+    def check(drawn):
+        nonlocal taken
+        file.write_text("".join(json.dumps(row) + "\n" for row in drawn), encoding="utf-8")
+        try:
+            rows = load_rows(file)
+            pairs = encode_pairs(ar, rows, 64)
+        except InputError as error:
+            assert re.search(r"rows\.jsonl:[123]|row [123]|prompt [012]", str(error)), error
+        else:
+            taken += 1
+            assert as_json(rows) == as_json(drawn) and len(pairs) == len(rows)
+
+    check()
+    assert taken > 10
+
+
+@pytest.mark.parametrize("line", ["[" * 10**5, "1" * 10**4, "{", '{"a": 1} {}', "\ufeff{}"])
+def test_a_line_that_is_no_json_is_refused_by_number(line, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text(f'{{"prompt": "x"}}\n{line}\n', encoding="utf-8")
+    with pytest.raises(InputError, match=r"rows\.jsonl:2: no JSON"):
+        load_rows(file)
 
 
 def test_what_are_no_rows_is_refused_before_any_work(ar, tmp_path):

@@ -137,9 +137,10 @@ def numbered_rows(path: str | Path) -> list[tuple[str, dict]]:
     def parsed(text: str, first: int = 1):
         try:
             return json.loads(text)
-        except json.JSONDecodeError as error:
-            line = first + error.lineno - 1
-            raise InputError(f"{path}:{line}: no JSON ({error.msg})") from None
+        except (ValueError, RecursionError) as error:  # numbers and nesting that Python won't read
+            line = first + getattr(error, "lineno", 1) - 1
+            said = getattr(error, "msg", error)
+            raise InputError(f"{path}:{line}: no JSON ({said})") from None
 
     if path.suffix == ".json":
         rows = parsed(text)
