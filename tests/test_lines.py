@@ -1,4 +1,4 @@
-"""What the rules of rows 1 to 5 are given: the right columns of the right arms, seed by seed."""
+"""What the rules of rows 1 to 6 are given: the right columns of the right arms, seed by seed."""
 
 from types import SimpleNamespace
 
@@ -8,6 +8,7 @@ import pytest
 
 from mdmrl.study import lines
 from mdmrl.study.experiment import label
+from mdmrl.study.verdicts.table import LENGTH
 
 
 @pytest.fixture
@@ -76,3 +77,23 @@ def test_the_rows_of_a_task_are_read_from_its_runs(recorded, monkeypatch):
     assert np.subtract(free, bound) == pytest.approx([0.1] * 5) and other == twin
     (mdm, ar), _ = recorded.found[5, "MedCoT, one_step"]
     assert mdm == pytest.approx([4.0] * 5) and ar == pytest.approx([0.5] * 5)
+
+
+def test_longer_completions_are_set_beside_short_ones(recorded):
+    """The long runs' loss and spread are e times the short ones'; they come 90 % of their way at
+    the second look, the short ones at the third."""
+    runs = []
+    for seed in range(5, 10):
+        for name, scale, rewards in (
+            (lines.LONG, np.e, [1.0, 2.0, 2.0, 2.0]),
+            (lines.SHORT, 1.0, [1.0, 1.5, 2.0, 2.0]),
+        ):
+            run = log(name, seed, 0.5 * scale, 1.0)
+            runs.append(run.assign(loss=run.loss * scale, **{lines.LOOKED: rewards}))
+    said = lines.longer(recorded, pd.concat(runs, ignore_index=True))
+    assert said == ["judged"] * 3
+    loss, spread, updates = (recorded.found[6, line][0][0] for line in LENGTH)
+    assert loss == pytest.approx([1.0] * 5) and spread == pytest.approx([1.0] * 5)
+    assert updates == pytest.approx([np.log(2 / 3)] * 5)
+    nothing = lines.longer(recorded, pd.DataFrame())
+    assert all("no runs on seed 5, 6, 7, 8, 9" in line for line in nothing)

@@ -64,6 +64,8 @@ MEDCOT_SETTINGS = {
 }
 MEDCOT_LOOKS = {"items": 200, "samples": 1, "steps": [1, 2, 4, 8, 16]}
 FREE = {"beta": 0.0}
+LENGTH = "max_completion_length"
+SHORT = {LENGTH: MEDCOT_SETTINGS[LENGTH] // 2}  # beside the whole, Fig. 4-3
 AS_DREAM = {"remasking": "low_confidence", "suppress_mask": False}
 
 # By name: estimator, denoising steps (None: autoregressive), other settings, checkpoints, and after
@@ -104,10 +106,12 @@ MEDCOT_ARMS: dict[str, tuple[str, int | None, dict, range, str | None]] = {
     "medcot-ar_style-free": ("ar_style", 16, AS_DREAM | FREE, MEDCOT_SEEDS, None),
     "medcot-one_step-free": ("one_step", 16, AS_DREAM | FREE, MEDCOT_SEEDS, None),
     "medcot-trajectory-free": ("trajectory", 16, FREE, MEDCOT_SEEDS, None),
+    "medcot-ar-short": ("exact", None, SHORT, MEDCOT_SEEDS, None),
     "medcot-descent-4": ("trajectory", 4, FREE, MEDCOT_SEEDS, None),
     "medcot-descent-4-2": ("trajectory", 2, FREE, MEDCOT_SEEDS, "medcot-descent-4"),
     "medcot-descent-4-2-1": ("trajectory", 1, FREE, MEDCOT_SEEDS, "medcot-descent-4-2"),
 }
+MEDCOT_AGAIN = [*MEDCOT_ARMS][:8]  # those of Fig. 4-1 and 4-2, drawn together
 COUNTDOWN_ARMS = [*ARMS]
 ARMS |= MEDCOT_ARMS
 MAIN = ("ar", "ar_style", "one_step", "complementary", "trajectory")  # drawn in one figure
@@ -157,6 +161,7 @@ def label(name: str) -> str:
     elif own.keys() & {"remasking"} and name not in MEDCOT_ARMS:
         said.append(own["remasking"])
     said += [f"β = {own['beta']:g}"] if "beta" in own else []
+    said += [f"{own[LENGTH]} tokens"] if LENGTH in own else []
     return ", ".join(said)
 
 

@@ -1,7 +1,8 @@
-"""The lines of rows 1 to 5 of the table of claims, from runs of `mdmrl.study.experiment`: does RL
-train either family, and is it the KL term that decides?"""
+"""The lines of rows 1 to 6 of the table of claims, from runs of `mdmrl.study.experiment`: does RL
+train either family, is it the KL term that decides, and what do longer completions change?"""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -12,9 +13,12 @@ from mdmrl.study.experiment import ARMS, CHECKPOINTS, MEDCOT_SEEDS, label
 from mdmrl.study.looks import gains
 from mdmrl.study.outputs import Outputs
 from mdmrl.study.prose import REWARD_CEILING
+from mdmrl.study.verdicts.table import LENGTH as LENGTHS
 
 FAMILIES = ("ar", "ar_style", "one_step")  # what a row sets side by side, AR first
 NORMS = ("grad_norm/kl", "grad_norm/surrogate")
+LOOKED = "eval/sampled/reward"
+LONG, SHORT = "medcot-ar", "medcot-ar-short"  # what row 6 sets side by side
 
 
 class Lines(NamedTuple):
@@ -101,3 +105,22 @@ MEDCOT = Lines(
     ceiling=REWARD_CEILING,
     columns={"greedy": "greedy/reward", "sampled": "sampled/reward"},
 )
+
+
+def longer(outputs: Outputs, runs: pd.DataFrame) -> list[str]:
+    """Row 6, on MedCoT: log ratios, long to short completions of the AR model, of the mean loss, of
+    the standard deviation over training of the summed KL, and of the updates until looks at
+    held-out samples have come 90 % of their way."""
+    by_run = [*runs.groupby(["arm", "seed"])] if len(runs) else []
+    quantity_of = (
+        ("loss", np.mean),
+        ("kl/sum", np.std),
+        (LOOKED, partial(quantities.updates_to, window=1)),
+    )
+    said = []
+    for line, (column, quantity) in zip(LENGTHS, quantity_of, strict=True):
+        curves = {key: run[column].dropna().to_numpy() for key, run in by_run}
+        values = {key: np.log(quantity(curve)) for key, curve in curves.items()}
+        table = MEDCOT.per_seed(pd.Series(values, dtype=float))
+        said.append(MEDCOT.judge(outputs, 6, line, table[label(LONG)] - table[label(SHORT)]))
+    return said
