@@ -288,12 +288,16 @@ def test_extraction():
         f"~~~PYTHON\n{whole}\n~~~\nIt doubles.",
         f"<think>As in ```python\nf(2)\n```\n</think>\n```python\n{whole}\n```",
         f"```\n```python\n{whole}\n```\n```",
+        f"{whole}\n```",
+        f"\n{whole}\n```\nDone, as in\n```python\nf(2)\n```",
     ):
         assert extract_code(text).strip() == whole
     assert extract_code("```def f(x): return 2 * x```") == "def f(x): return 2 * x"
     assert extract_code(whole, prompt) == f"import math\n\n\n{whole}"
     for body in ("    y = 2 * x\n    return y", "y = 2 * x\n    return y", "y = 2 * x\nreturn y"):
         assert extract_code(body, prompt) == f"{prompt}    y = 2 * x\n    return y"
+    body = "    y = 2 * x\n    return y\n"
+    assert extract_code(f"{body}```\nDone.", prompt) == prompt + body
     body = "if x:\n    return 2 * x\nreturn 0"
     assert extract_code(body, prompt).endswith("\n    if x:\n        return 2 * x\n    return 0")
     assert judge([body], [["assert f(2) == 4"]], signatures=[prompt])[0].outcome == "passed"
@@ -304,6 +308,8 @@ def test_a_fence_in_a_docstring_is_no_answer():
         'def f(x):\n    """As in\n    ```python\n    def f(x): ...\n    ```"""\n    return x * x'
     )
     assert extract_code(program) == program
+    body = '    """As in\n    ```\n    f(2)\n    ```\n    """\n    return x * x'
+    assert extract_code(body, "def f(x):\n") == f"def f(x):\n{body}"
     assert judge([program], [SQUARES])[0].outcome == "passed"
 
 

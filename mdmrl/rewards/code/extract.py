@@ -18,6 +18,9 @@ _GIVES = re.compile(_GIVES, re.M)
 _MOST = 20  # fences to try, so that hostile texts take no time
 _ASIDE = re.compile(r"_*(?:test|demo|main|example|check|run_)", re.I)
 _SIGNATURE = re.compile(r"^(?:@[^\n]*\n)*(?:async\s+)?def\s+(\w+)", re.M)
+# How a text begins that is code from its first line on.
+_CODE = r"(?:async\s+)?def\s+\w+\s*\(|class\s+\w+\s*[:(]|(?:from\s+[\w.]+\s+)?import\b|@\w"
+_CODE = re.compile(rf"(?:\s*#.*\n)*\s*(?:{_CODE})|(?:\s*\n)?(?: {{2,}}|\t)\S")
 
 
 def extract_code(completion: str | list[dict], signature: str = "") -> str:
@@ -49,7 +52,8 @@ def extract_code(completion: str | list[dict], signature: str = "") -> str:
 
 
 def _blocks(text: str) -> list[str]:
-    """The fenced blocks of Python; none where the first fence is in a docstring of a program."""
+    """The fenced blocks of Python; none where the first fence is in a docstring of a program, and
+    what stands before it where that is code, whose fence the prompt has opened."""
     found, end = [], 0
     while opening := _FENCE.search(text, end):
         is_python = opening[2].lower().startswith(_PYTHON)
@@ -58,8 +62,11 @@ def _blocks(text: str) -> list[str]:
             found.append(("" if is_python else opening[2]) + opening[3].rstrip().rstrip(opening[1]))
             end = opening.end()
             continue
-        if not found and _DEFINES.search(before) and _is_quoting(before):
+        is_code = not found and _CODE.match(before)
+        if (is_code or (not found and _DEFINES.search(before))) and _is_quoting(before):
             return []
+        if is_code and not opening[2]:
+            return [before]
         inner = _FENCE.search(text, start)
         nested = inner and not opening[2] and inner[2].lower().startswith(_PYTHON)
         if nested and not _is_quoting(text[start : inner.start()]):
