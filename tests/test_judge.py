@@ -301,6 +301,16 @@ def test_extraction():
     body = "if x:\n    return 2 * x\nreturn 0"
     assert extract_code(body, prompt).endswith("\n    if x:\n        return 2 * x\n    return 0")
     assert judge([body], [["assert f(2) == 4"]], signatures=[prompt])[0].outcome == "passed"
+    body = "if x:\n        return 2 * x\n    return 0"
+    assert extract_code(body, prompt).endswith("\n    if x:\n        return 2 * x\n    return 0")
+
+
+@pytest.mark.parametrize("indent", ["  ", "\t", 8 * " "])
+def test_a_body_is_indented_as_its_docstring_is(indent):
+    head = f'def f(\n        x: int = 0,\n) -> int:  # twice\n{indent}"""Twice:\n\n    2 is 4."""\n'
+    for body in ("y = 2 * x\nreturn y", f"y = 2 * x\n{indent}return y"):
+        assert extract_code(body, head) == f"{head}{indent}y = 2 * x\n{indent}return y"
+        assert extract_code(f"```\n{body}\n```", head).strip() == extract_code(body, head)
 
 
 def test_a_fence_in_a_docstring_is_no_answer():

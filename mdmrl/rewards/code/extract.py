@@ -18,6 +18,7 @@ _GIVES = re.compile(_GIVES, re.M)
 _MOST = 20  # fences to try, so that hostile texts take no time
 _ASIDE = re.compile(r"_*(?:test|demo|main|example|check|run_)", re.I)
 _SIGNATURE = re.compile(r"^(?:@[^\n]*\n)*(?:async\s+)?def\s+(\w+)", re.M)
+_BODY = re.compile(r":[ \t]*(?:#.*)?\n(?:[ \t]*\n)*([ \t]+)\S")
 # How a text begins that is code from its first line on.
 _CODE = r"(?:async\s+)?def\s+\w+\s*\(|class\s+\w+\s*[:(]|(?:from\s+[\w.]+\s+)?import\b|@\w"
 _CODE = re.compile(rf"(?:\s*#.*\n)*\s*(?:{_CODE})|(?:\s*\n)?(?: {{2,}}|\t)\S")
@@ -30,8 +31,9 @@ def extract_code(completion: str | list[dict], signature: str = "") -> str:
 
     Args:
         signature: what the policy was to go on from, as HumanEval's prompts: imports perhaps, then
-            a `def` line and a docstring. A body is put behind it, indented if it is not; where the
-            completion has the function itself, only what stands before the `def` is kept.
+            a `def` line and a docstring. A body is put behind it, indented as that is if it, or its
+            first line alone, is not; where the completion has the function itself, only what stands
+            before the `def` is kept.
     """
     text = completion_text(completion).removeprefix("\ufeff")
     blocks = _blocks(text)
@@ -42,12 +44,14 @@ def extract_code(completion: str | list[dict], signature: str = "") -> str:
         return code
     if re.search(rf"^(?:async\s+)?def\s+{heads[-1][1]}\b", code, re.M):
         return signature[: heads[-1].start()] + code
-    first, *rest = [line for line in code.splitlines() if line.strip()] or [""]
-    if not first.startswith((" ", "\t")):
-        started = rest and all(line.startswith((" ", "\t")) for line in rest)
-        at_first = started and not first.rstrip().endswith((":", "(", "[", "{", "\\"))
+    lines = [line for line in code.splitlines() if line.strip()] or [""]
+    first, *others = (len(line) - len(line.lstrip()) for line in lines)
+    if not first:
+        indent = found[1] if (found := _BODY.search(signature, heads[-1].end())) else "    "
+        opens = lines[0].rstrip().endswith((":", "(", "[", "{", "\\"))
+        at_first = others and min(others) > 0 and (not opens or others[0] > min(others))
         body = code.lstrip("\n")
-        code = "    " + body if at_first else textwrap.indent(body, "    ")
+        code = indent + body if at_first else textwrap.indent(body, indent)
     return signature.rstrip() + "\n" + code.lstrip("\n")
 
 
