@@ -313,6 +313,17 @@ def test_a_body_is_indented_as_its_docstring_is(indent):
         assert extract_code(f"```\n{body}\n```", head).strip() == extract_code(body, head)
 
 
+def test_blocks_that_use_each_other_are_one_program():
+    main, helper = "def f(x):\n    return square(x)", "def square(x):\n    return x * x"
+    for one, other in ((main, helper), (helper, main)):
+        text = f"```python\n{one}\n```\nand\n```python\n{other}\n```"
+        assert extract_code(text).strip() == f"{one}\n{other}"
+    text = f"```\n{helper}\nprint(square(input()))\n```\nBetter:\n```\ndef f(x): return x**2\n```"
+    assert "square" not in extract_code(text)
+    text = f"```python\nresult = square(3)\n```\nwith\n```python\n{helper}\n```"
+    assert extract_code(text).strip() == helper
+
+
 def test_a_fence_in_a_docstring_is_no_answer():
     program = (
         'def f(x):\n    """As in\n    ```python\n    def f(x): ...\n    ```"""\n    return x * x'

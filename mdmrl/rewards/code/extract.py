@@ -27,7 +27,7 @@ _CODE = re.compile(rf"(?:\s*#.*\n)*\s*(?:{_CODE})|(?:\s*\n)?(?: {{2,}}|\t)\S")
 def extract_code(completion: str | list[dict], signature: str = "") -> str:
     """The source of a completion: of a chat's text the last fenced block of Python that defines
     something, and more than tests or a demonstration (else the last block), behind such before it
-    as define what it uses; of any other text all of it.
+    as define what it uses, or use what it defines; of any other text all of it.
 
     Args:
         signature: what the policy was to go on from, as HumanEval's prompts: imports perhaps, then
@@ -99,14 +99,19 @@ def _rank(block: str) -> int:
 
 
 def _joined(blocks: list[str]) -> str:
-    """The last block, behind those before it that define what it uses and does not define."""
+    """The last block, behind those before it that define what it does not, and which it uses or
+    which, being functions and classes, use it."""
     code = blocks[-1]
     for block in reversed(blocks[-_MOST:-1]):
-        given = {*re.findall(r"\w+", " ".join(map(" ".join, _GIVES.findall(block))))}
-        own = {*re.findall(r"\w+", " ".join(map(" ".join, _GIVES.findall(code))))}
-        if (given - own) & {*re.findall(r"\w+", code)}:
+        given, own = (_words(" ".join(map(" ".join, _GIVES.findall(x)))) for x in (block, code))
+        uses = _rank(block) > 1 and given - own and (own - given) & _words(block)
+        if uses or (given - own) & _words(code):
             code = f"{block.rstrip()}\n{code}"
     return code
+
+
+def _words(text: str) -> set[str]:
+    return {*re.findall(r"\w+", text)}
 
 
 def programs_of(
