@@ -22,6 +22,7 @@ from mdmrl.config import InputError
 from mdmrl.rewards.code import (
     Ended,
     Limits,
+    check_tests,
     code_reward,
     correctness_reward,
     extract_code,
@@ -354,9 +355,15 @@ def test_tests_that_test_nothing_are_refused():
         "assert f(2) == 4",
         [None],
         ["assert ("],
+        ["def test():\n    assert f(2) == 4", "def check(f):\n    assert f(2) == 4"],
+        ["class Test:\n    def test(self):\n        assert f(2) == 4"],
+        ["def test():\n    assert f(2) == 4\nif __name__ == '__main__':\n    test()"],
     ):
         with pytest.raises(InputError, match=r"tests\[1\]"):
             judge(["def f(x): return 4"] * 2, [["assert f(2) == 4"], tests])
+    for call in ("test()", "run = [test]\nrun[0]()", "def all():\n    test()\nall()"):
+        check_tests(["def test():\n    assert f(2) == 4", call])
+    check_tests(["import pytest\n@pytest.fixture\ndef test():\n    assert f(2) == 4"])
     with pytest.raises(InputError, match="expected as many tests"):
         judge(["def f(x): return 4"] * 2, [["assert f(2) == 4"]])
     with pytest.raises(InputError, match="monty"):

@@ -94,7 +94,8 @@ def judge(
         workers: programs at a time; as many as there are cores unless given.
 
     Raises:
-        InputError: tests without any assert, or that are no Python; a box that is not to be had.
+        InputError: tests without any assert that runs, or that are no Python; a box that is not to
+            be had.
     """
     if isinstance(box, str):
         if box not in BOXES:
@@ -124,8 +125,8 @@ def check_tests(sources: Sequence[str], index: int = 0) -> tuple[str, ...]:
     """The tests of row `index`.
 
     Raises:
-        InputError: they are no list of sources of Python, or have no assert: they would hold for
-            any program.
+        InputError: they are no list of sources of Python, or have no assert that runs: they would
+            hold for any program.
     """
     where = f"tests[{index}]"
     listed = isinstance(sources, list | tuple) and all(isinstance(x, str) for x in sources)
@@ -134,7 +135,7 @@ def check_tests(sources: Sequence[str], index: int = 0) -> tuple[str, ...]:
         has_assert = _wanted(tuple(sources))["has_assert"]
     except (SyntaxError, ValueError, RecursionError) as error:
         raise InputError(f"{where}, {sources!r:.80}: expected Python ({error})") from None
-    wanted = "expected at least one assert, as in 'assert f(2) == 4'; without any, all would pass"
+    wanted = "expected at least one assert that runs, as in 'assert f(2) == 4', else all would pass"
     require(has_assert, f"{where}, {sources!r:.80}: {wanted}")
     return tuple(sources)
 

@@ -38,6 +38,8 @@ GUARD = """def __unstopped__(function):
         except StopIteration:
             raise RuntimeError("StopIteration")
     return call if callable(function) else function"""
+# By which tests call functions that they do not name.
+FINDING = {"eval", "exec", "globals", "locals", "vars", "dir", "getattr", "unittest", "sys"}
 BUILT_IN = (int, float, complex, str, bytes, list, tuple, dict, set, range, type)
 MEANINGLESS = (ast.Pass, ast.Return, ast.Raise, ast.Expr)
 
@@ -162,7 +164,7 @@ def wanted(tests: tuple[str, ...]) -> dict:
     that they take for imported, as in `math.isclose(f(2), 1.4)`; names that Python has `built_in`,
     the program's only where tests ask for no others, each with those in its calls; those they use
     as `classes`; the variables they set, `resets`; the classes they define, `given`; and whether
-    they have any assert.
+    they have any assert that runs.
 
     Raises:
         SyntaxError: tests that are no Python.
@@ -204,8 +206,27 @@ def wanted(tests: tuple[str, ...]) -> dict:
         "classes": _used_as_classes(nodes),
         "resets": {x.id for x in targets if isinstance(x, ast.Name)},
         "given": {line.name for line in lines if isinstance(line, ast.ClassDef)},
-        "has_assert": any(isinstance(node, ast.Assert) for node in nodes),
+        "has_assert": any(isinstance(node, ast.Assert) for node in _reached(lines)),
     }
+
+
+def _reached(lines: list[ast.stmt]) -> list[ast.AST]:
+    """The nodes of tests but those of functions and classes that nothing names, as pytest would,
+    and those behind the guard of a main program."""
+    nodes, names, left = [], set(), lines
+
+    def runs(line: ast.stmt) -> bool:
+        named = isinstance(line, (*FUNCTIONS, ast.ClassDef)) and not line.decorator_list
+        return not named or line.name in names or not names.isdisjoint(FINDING)
+
+    while running := [line for line in left if runs(line)]:
+        left = [line for line in left if not runs(line)]
+        for line in running:
+            is_guard = isinstance(line, ast.If) and "__name__" in _names(line.test)
+            for part in line.orelse if is_guard else [line]:
+                nodes += ast.walk(part)
+        names = {node.id for node in nodes if isinstance(node, ast.Name)}
+    return nodes
 
 
 def guarded(source: str, theirs: set[str]) -> str:
