@@ -370,6 +370,32 @@ def test_tests_that_test_nothing_are_refused():
         judge(["def f(x): return 4"], [["assert f(2) == 4"]], box="mony")
 
 
+def test_tests_that_import_what_no_box_has_give_no_grade(monkeypatch):
+    monkeypatch.setattr(JUDGE, "_warned", True)
+    right = "def f(x): return x * x"
+    for line in (
+        "import pytest",
+        "from numpy.testing import assert_allclose as f",
+        "import os, np",
+    ):
+        (verdict,) = judge([right], [[line, "assert f(2) == 4"]])
+        assert verdict.outcome == "unsupported" and "the tests import" in verdict.detail
+        assert judge(["def f(x"], [[line, "assert f(2) == 4"]])[0].outcome == "compile"
+    perhaps = "try:\n    import numpy\nexcept ImportError:\n    import math"
+    assert judge([right], [[perhaps, "assert f(2) == 4"]])[0].outcome == "passed"
+
+
+@needs_bubblewrap
+def test_tests_may_find_functions_by_their_names():
+    right = "def f(x): return x * x"
+    for test in (
+        "assert globals()['f'](2) == 4",
+        "assert 'f' in globals()",
+        "assert eval('f(2)') == 4",
+    ):
+        assert judge([right], [[test]])[0].outcome == "passed"
+
+
 def test_detail_is_short_and_holds_no_control_characters():
     program = "def f(x): raise ValueError('\\x1b[31m\\x00\\u2028\\n' * 10**5)"
     (verdict,) = judge([program], [SQUARES])

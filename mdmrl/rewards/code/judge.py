@@ -10,7 +10,8 @@ The grades are those of the thesis (section 3.3.1), read as follows. `passed` (1
 `failed` (-0.3): an assert does not. `runtime` (-0.6): any other exception, whether the program
 raises it when it is loaded (an AssertionError too) or when it is called, as when a name is missing;
 `timeout` and `memory` (-0.6). `compile` (-1): CPython does not compile it, or it has more than 64
-KiB. No grade: `unsupported`, and `infra_error` where the judge itself failed, three times in a row.
+KiB. No grade: `unsupported`, also where tests import what is not Python's own, and `infra_error`
+where the judge itself failed, three times in a row.
 A guard `if __name__ == "__main__":` does not run; asserts that a program brings along are no tests.
 A table of the visible tests' answers earns 1: hence held-out tests (`code_reward`).
 """
@@ -173,6 +174,9 @@ class _Batch:
         if wrong := _compiled(program):
             return wrong
         deadline, wanted = time.monotonic() + self.wall, _wanted(tests)
+        if wanted["foreign"]:
+            said = f"the tests import {', '.join(wanted['foreign'])}, which no box has"
+            return Verdict("unsupported", said, program["stub"])
         given = sorted(wanted["given"].intersection(program["free"]))
         elsewhere = program["unlike"] or wanted["read"]["unlike"]
         for place in self.places[-1 * elsewhere :]:

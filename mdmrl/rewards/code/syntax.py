@@ -163,8 +163,8 @@ def wanted(tests: tuple[str, ...]) -> dict:
     themselves, `bound`, and not in a function for itself, stays theirs); the `modules` of Python's
     that they take for imported, as in `math.isclose(f(2), 1.4)`; names that Python has `built_in`,
     the program's only where tests ask for no others, each with those in its calls; those they use
-    as `classes`; the variables they set, `resets`; the classes they define, `given`; and whether
-    they have any assert that runs.
+    as `classes`; the variables they set, `resets`; the classes they define, `given`; the modules
+    that they import and no box has, `foreign`; and whether they have any assert that runs.
 
     Raises:
         SyntaxError: tests that are no Python.
@@ -172,7 +172,7 @@ def wanted(tests: tuple[str, ...]) -> dict:
     lines = [line for test in tests for line in ast.parse(test).body]
     nodes = [node for line in lines for node in ast.walk(line)]
     names = [node for node in nodes if isinstance(node, ast.Name)]
-    if any(node.id in ("eval", "exec") for node in names):
+    if any(node.id in ("eval", "exec", "globals", "vars") for node in names):
         texts = [node.value for node in nodes if isinstance(getattr(node, "value", None), str)]
         found = re.findall(r"[^\W\d]\w*", " ".join(texts))
         names += [ast.Name(name, ast.Load()) for name in found]
@@ -206,8 +206,18 @@ def wanted(tests: tuple[str, ...]) -> dict:
         "classes": _used_as_classes(nodes),
         "resets": {x.id for x in targets if isinstance(x, ast.Name)},
         "given": {line.name for line in lines if isinstance(line, ast.ClassDef)},
+        "foreign": sorted(_imported(nodes) - sys.stdlib_module_names),
         "has_assert": any(isinstance(node, ast.Assert) for node in _reached(lines)),
     }
+
+
+def _imported(nodes: list[ast.AST]) -> set[str]:
+    """The modules that tests cannot do without."""
+    tried = {x for node in nodes if isinstance(node, ast.Try) for x in ast.walk(node)}
+    found = [node for node in nodes if node not in tried]
+    names = [alias.name for node in found if isinstance(node, ast.Import) for alias in node.names]
+    names += [node.module or "" for node in found if isinstance(node, ast.ImportFrom)]
+    return {name.partition(".")[0] for name in names}
 
 
 def _reached(lines: list[ast.stmt]) -> list[ast.AST]:
