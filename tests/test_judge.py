@@ -146,7 +146,7 @@ def test_without_a_second_box_what_monty_lacks_has_no_grade(monkeypatch):
     monkeypatch.setattr(JUDGE, "why_not_bubblewrap", lambda: "none here")
     monkeypatch.setattr(JUDGE, "_warned", False)
     rows = programs("awkward")
-    with pytest.warns(UserWarning, match=r"of \d+ programs need more of Python.*none here"):
+    with pytest.warns(UserWarning, match=r"of \d+ programs need more than.*none here"):
         found = outcomes(rows, "monty")
     found.pop("masked lack")  # it hides what it lacks
     assert {verdict.outcome for verdict in found.values()} <= {"unsupported", "passed"}
@@ -155,6 +155,11 @@ def test_without_a_second_box_what_monty_lacks_has_no_grade(monkeypatch):
     rows = [row for row in programs("benign") if row["name"] != "syntax at run time"]
     found = {name: verdict.outcome for name, verdict in outcomes(rows, "monty").items()}
     assert found == {row["name"]: row["outcome"] for row in rows}
+    # What Monty does, and does otherwise, earns nothing.
+    rows = [row for row in programs("hacks") if row.get("outcome") != "failed"]
+    found = outcomes(rows, "monty")
+    assert not [name for name, verdict in found.items() if verdict.outcome == "passed"]
+    assert found["rounding that is not Python's"].outcome == "unsupported"
 
 
 @needs_bubblewrap

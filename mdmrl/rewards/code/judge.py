@@ -180,9 +180,13 @@ class _Batch:
         given = sorted(wanted["given"].intersection(program["free"]))
         elsewhere = program["unlike"] or wanted["read"]["unlike"]
         for place in self.places[-1 * elsewhere :]:
+            ends = zip(place, (program, wanted["read"]), strict=True)
+            in_monty = [read for kind, read in ends if kind is monty]
+            if any(read["unlike"] for read in in_monty):
+                found = Ended("unsupported", "it has what Monty does otherwise than CPython")
+                break
             found = self._tried(source, tests, given, place, deadline)
-            read = zip(place, (program, wanted["read"]), strict=True)
-            found.outcome, certain = _trusted(found, [x for kind, x in read if kind is monty])
+            found.outcome, certain = _trusted(found, in_monty)
             lost = found.outcome in ("failed", "runtime")
             if lost and not wanted["resets"].isdisjoint(program["globals"]):
                 found = Ended("unsupported", "the tests set a global variable of the program's")

@@ -40,6 +40,7 @@ GUARD = """def __unstopped__(function):
     return call if callable(function) else function"""
 # By which tests call functions that they do not name.
 FINDING = {"eval", "exec", "globals", "locals", "vars", "dir", "getattr", "unittest", "sys"}
+ALIKE = ("__init__", "__repr__", "__str__")
 BUILT_IN = (int, float, complex, str, bytes, list, tuple, dict, set, range, type)
 MEANINGLESS = (ast.Pass, ast.Return, ast.Raise, ast.Expr)
 
@@ -48,8 +49,8 @@ def inspected(source: str) -> dict:
     """Of a program: its `error` (None where it compiles), whether it is a `stub`, the names that it
     uses and gives no value (`free`) or declares `globals`, and whether it has what another Python
     than CPython gets wrong: what is `special` (methods and generators, of which Monty has some),
-    or, perhaps, what is `doubted`; what is `unlike` (rounding, the order of sets, and classes that
-    are named as Python's own errors) Monty does otherwise."""
+    or, perhaps, what is `doubted`; what is `unlike` (rounding, the order of sets, classes that are
+    named as Python's own errors, special methods and private names) Monty does otherwise."""
     try:
         with warnings.catch_warnings(action="ignore"):
             tree = ast.parse(source)
@@ -61,6 +62,8 @@ def inspected(source: str) -> dict:
     classes = [node for node in nodes if isinstance(node, ast.ClassDef)]
     methods = [item.name for kind in classes for item in kind.body if isinstance(item, FUNCTIONS)]
     names = {node.id for node in nodes if isinstance(node, ast.Name)}
+    hidden = [node.attr for node in nodes if isinstance(node, ast.Attribute)]
+    hidden += [node.id for node in nodes if isinstance(node, ast.Name) and not _is_loaded(node)]
     return {
         "error": None,
         "stub": _is_stub(tree),
@@ -72,6 +75,8 @@ def inspected(source: str) -> dict:
         "unlike": "round" in names
         or not kinds.isdisjoint((ast.Yield, ast.YieldFrom))
         or any(kind.bases or hasattr(builtins, kind.name) for kind in classes)
+        or any(name.startswith("__") and name not in ALIKE for name in methods + hidden)
+        or {ast.NamedExpr, ast.GeneratorExp} <= kinds
         or _is_lazy(nodes)
         or _orders_sets(nodes)
         or _has_loose_annotations(nodes),
