@@ -4,6 +4,7 @@ grade. The programs are in `tests/programs`."""
 import gzip
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -11,7 +12,7 @@ import sys
 import tempfile
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from mdmrl.rewards.code import (
     monty,
     sandbox,
 )
+from mdmrl.rewards.code.reader import Reader
 from mdmrl.rewards.code.sandbox import why_not_bubblewrap
 
 JUDGE = sys.modules["mdmrl.rewards.code.judge"]  # the function has the module's name
@@ -487,6 +489,28 @@ def test_a_box_that_is_killed_is_no_grade(victim):
     (verdict,) = judge([program], [SQUARES], box="bubblewrap", limits=LIMITS)
     thread.join()
     assert running and verdict.outcome == "passed", verdict
+
+
+def test_a_reader_that_is_killed_is_no_grade():
+    """From outside; a source that ends it does so each time."""
+    with Reader() as reader:
+        assert reader.inspected("x = 1")["error"] is None
+        reader.process.kill()
+        reader.process.wait()
+        assert reader.inspected("x = 1")["error"] is None
+
+
+def test_many_files_may_be_open():
+    """More than `select` can tell apart."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if before[1] < 4096:
+        pytest.skip(f"no more than {before[1]} files may be open")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (4096, before[1]))
+    with ExitStack() as stack:
+        stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, before)
+        for _ in range(1100):
+            stack.enter_context(open(os.devnull))
+        assert judge(["def f(x): return x * x"], [SQUARES])[0].outcome == "passed"
 
 
 def test_bubblewrap_is_refused_with_the_reason(monkeypatch):
