@@ -21,6 +21,7 @@ import yaml
 
 from mdmrl.config import InputError
 from mdmrl.rewards.code import (
+    GRADES,
     Ended,
     Limits,
     check_tests,
@@ -560,6 +561,7 @@ def test_code_reward():
     assert alike[0] == 1 and 0 < alike[1] < 1 and alike[2] == 0 and 0 < alike[3] < 1
     assert logged["code/R_c"] == pytest.approx((1 - 0.3 - 1 - 0.6) / 4)
     assert logged["code/stub_rate"] == 0 and logged["code/passed"] == 0.25
+    assert {f"code/{outcome}" for outcome in GRADES} <= {*logged} and logged["code/timeout"] == 0
     assert logged["code/held_out_pass_rate"] == 0.25 and extra["outcome"][2] == "compile"
     stricter = code_reward(["p"] * 4, programs, faithful=False, **columns)
     assert stricter == [2, -0.3, -1, -0.6]
@@ -567,6 +569,18 @@ def test_code_reward():
     assert code_reward(["p"] * 4, programs) == [1, 1, -1, 1]
     mixed = code_reward(["p"] * 2, programs[:2], tests=[None, SQUARES])
     assert mixed == [1, -0.3]
+
+
+def test_stubs_are_told():
+    def rate(body):
+        logged = {}
+        code_reward(["p"], [f"def f(x):\n    {body}"], log_metric=logged.__setitem__)
+        return logged["code/stub_rate"]
+
+    stubs = ["pass", "...", "return", "return None", "return -1", "return []", "return {'a': (1,)}"]
+    stubs += ["'Done.'", "raise NotImplementedError(f'not {f}')", "'Nothing.'; return 0"]
+    assert {*map(rate, stubs)} == {1}
+    assert {*map(rate, ["return x", "return [x]", "x = 1; return 0", "print()"])} == {0}
 
 
 def test_no_grade_abstains(monkeypatch):

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from mdmrl.rewards.code.ast_match import ast_match
 from mdmrl.rewards.code.boxes import Limits
 from mdmrl.rewards.code.extract import programs_of
-from mdmrl.rewards.code.judge import Verdict, judge, syntax_verdicts
+from mdmrl.rewards.code.judge import GRADES, Verdict, judge, syntax_verdicts
 
 INFRA_SHARE = 0.01
 
@@ -50,7 +50,7 @@ def correctness_reward(
         found |= zip(rest, syntax_verdicts([programs[index] for index in rest]), strict=True)
     verdicts = [found[index] for index in range(len(programs))]
     if log_metric is not None and verdicts:
-        for outcome in dict.fromkeys(verdict.outcome for verdict in verdicts):
+        for outcome in GRADES:
             log_metric(f"code/{outcome}", _share(v.outcome == outcome for v in verdicts))
         log_metric("code/stub_rate", _share(verdict.stub for verdict in verdicts))
         held_out = _judged(programs, _column(held_out_tests, completions), options)

@@ -153,14 +153,11 @@ def _called(node: ast.AST | None) -> str | None:
 
 
 def _is_stub(tree: ast.Module) -> bool:
-    """Whether no function does more than return a constant, raise or pass."""
+    """Whether no function does more than return a constant, as -1 or [], raise or pass."""
     found = [node for node in ast.walk(tree) if isinstance(node, FUNCTIONS)]
-    return all(
-        isinstance(line, MEANINGLESS)
-        and isinstance(getattr(line, "value", None), ast.Constant | None)
-        for function in found
-        for line in function.body
-    )
+    lines = [line for function in found for line in function.body]
+    values = [value for line in lines if (value := getattr(line, "value", None))]
+    return all(isinstance(line, MEANINGLESS) for line in lines) and not any(map(_names, values))
 
 
 def wanted(tests: tuple[str, ...]) -> dict:
