@@ -86,6 +86,10 @@ ALLOWED = {
     "program": f"{SUM}\n{{\n{LOOP}\n}}",
     "laid out and remarked": f"// a sum\n{SUM.replace(' ', '  ')} /* { {1} } */ {{ {LOOP} }}",
     "fenced": f"Here it is:\n```dafny\n{SUM} {{ {LOOP} }}\n```\nDone.",
+    "fenced with returns": f"It is:\n``` dafny\n{SUM} {{ {LOOP} }}\n```\n".replace("\n", "\r\n"),
+    "fence that is not closed": f"It is:\n```dafny verify\n{SUM} {{ {LOOP} }}\n",
+    "fence of the prompt's": f"{LOOP}\n```\nIt verifies.",
+    "fences behind": f"```dafny\n{LOOP}```\nRun\n```sh\ndafny x;\n```\nsays\n```\n0 errors\n```",
     "helpers": f"{SUM} {{ {LOOP} }}\nlemma L(s: set<int>)\n  requires 1 in s\n  decreases s\n"
     "  ensures s > {} || |s| == 1\n{ }\nfunction method G(): seq<int> { [1] }\n"
     "predicate P() reads {} { forall i :: i in {1} ==> i == 1 }",
@@ -174,6 +178,7 @@ def test_outcomes_of_the_verifier(stand_in):
     for code, said, outcome in (
         (0, "Dafny program verifier finished with 1 verified, 0 errors", "verified"),
         (0, "note, this loop has no body\n... finished with 1 verified, 0 errors", "refused"),
+        (0, "Dafny program verifier finished with 0 verified, 0 errors", "refused"),
         (2, "p.dfy(3,7): Error: invalid Rhs\n1 parse errors detected in p.dfy", "invalid"),
         (4, "p.dfy(3,0): Timed out on BP5003: A postcondition\n... 0 verified", "timeout"),
         (4, "p.dfy(3,0): Out of resource on BP5003: A post\n... 0 verified", "timeout"),

@@ -82,6 +82,7 @@ _TOKEN = re.compile(
     re.ASCII,
 )
 _tokens = _TOKEN.findall
+_FENCE = re.compile(r"```[ \t]*(\w*)[^\n`]*$", re.MULTILINE)
 _FORBIDDEN = {
     r"\bassume\b": "assume",
     r"\bexpect\b": "expect, which is assumed",
@@ -109,12 +110,11 @@ def assemble(completion: str | list[dict], specification: str | None = None) -> 
 
     Args:
         completion: a program, or the body of the specification's method with or without its
-            braces; in a chat's answer the last fenced block.
+            braces; in a chat's answer the last fenced block that has any Dafny.
         specification: functions and the head of the method, which the program must contain as they
             stand; None for a program that brings its own.
     """
-    text = written(completion)
-    text = [text, *re.findall(r"```\w*\n(.*?)```", text, re.DOTALL)][-1].strip()
+    text = _fenced(written(completion)).strip()
     if len(text) > LONGEST:
         return "", f"{len(text)} characters, of at most {LONGEST}"
     program = _without_comments(text)
@@ -123,6 +123,15 @@ def assemble(completion: str | list[dict], specification: str | None = None) -> 
         whole = body[:1] == "{" and _closing(_tokens(body), 0) == len(_tokens(body)) - 1
         program = specification.rstrip() + (f"\n{body}\n" if whole else f"\n{{\n{body}\n}}\n")
     return program, _cheat(program, specification) or ""
+
+
+def _fenced(text: str) -> str:
+    """Of the text before the first fence and the blocks, but those of other languages, the last
+    that has a statement or a brace: what stands before a fence may go on in one of the prompt's."""
+    before, *parts = _FENCE.split(text)
+    blocks = zip(parts[::4], parts[1::4], strict=True)
+    found = [before, *(block for label, block in blocks if label.lower() in ("", "dafny", "dfy"))]
+    return max(enumerate(found), key=lambda pair: (bool(re.search("[{;]", pair[1])), pair[0]))[1]
 
 
 def _cheat(program: str, specification: str | None) -> str | None:
@@ -271,7 +280,7 @@ def _verified(program: str, limit: float, command: tuple[str, ...]) -> Verdict:
         file = Path(folder) / "program.dfy"
         file.write_text(program, "utf-8")
         process = subprocess.Popen(
-            [*command, str(file)],
+            [*command, file.name],
             cwd=folder,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -288,9 +297,11 @@ def _verified(program: str, limit: float, command: tuple[str, ...]) -> Verdict:
             process.communicate()
             _running.discard(process)
     errors = _errors(output)
-    if process.returncode == 0 and re.search(r"[1-9]\d* verified, 0 errors\s*$", output):
-        bare = "has no body" in output  # its warning of what it believed
-        return Verdict("refused" if bare else "verified", detail="no body" * bare, program=program)
+    proved = re.search(r"(\d+) verified, 0 errors\s*$", output)
+    if process.returncode == 0 and proved:
+        reason = "no body" if "has no body" in output else ""  # its warning of what it believed
+        reason = reason if int(proved[1]) else "nothing to verify"
+        return Verdict("refused" if reason else "verified", detail=reason, program=program)
     if not errors:
         raise OSError(f"dafny ended with {process.returncode}: {output[-500:]}")
     late = all(error.kind == "timeout" for error in errors)
