@@ -45,6 +45,11 @@ CHEATS = {
     "bodiless lemma": HEAD + "{ L(); }\nlemma L() ensures false",
     "bodiless, a set in its clause": HEAD + "{ L(); }\nlemma L() ensures false || 1 in {1}",
     "bodiless, a set compared": HEAD + "{ L(); }\nlemma L() ensures {} == {} && false && {1} > {1}",
+    "bodiless, sets": HEAD
+    + "{ L(); }\nlemma L() ensures {1} == {1} && {} != {2} - {3} ==> 1 in {}",
+    "bodiless, a calculation": HEAD
+    + "{ L(); }\nlemma L() ensures calc == { 0; 0; } {1} == {1} && false",
+    "bodiless, a proof": HEAD + "{ L(); }\nlemma L() ensures assert 1 in {1} by { } {1} == {}",
     "bodiless, a match": HEAD + "{ L(); }\nlemma L() ensures match 0 { case _ => false }",
     "bodiless before another": HEAD + "{ L(); }\nlemma L() ensures false lemma N() { }",
     "bodiless method": HEAD + "{ L(); }\nmethod L() ensures false",
@@ -99,13 +104,9 @@ ALLOWED = {
 @pytest.mark.parametrize("name", ALLOWED)
 def test_honest_programs_are_not_refused(name):
     program, reason = assemble(ALLOWED[name], SUM)
-    if name == "helpers":  # a set that a clause compares is more than is read
+    if name == "helpers":  # what a > stands before is more than is read
         assert reason == "lemma L without a body"
-        program, reason = assemble(ALLOWED[name].replace("s > {}", "|s| > 0"), SUM)
-        assert reason == "predicate P without a body"
-        program, reason = assemble(
-            ALLOWED[name].replace("s > {}", "0 < 1").replace(" reads {}", ""), SUM
-        )
+        program, reason = assemble(ALLOWED[name].replace("s > {}", "s != {}"), SUM)
     assert reason == ""
     assert program.count("method M(") == 1 or "laid" in name
     assert "/*" not in program and "//" not in program

@@ -99,9 +99,9 @@ _DECLARATION = re.compile(
 )
 _BODIED = _HELPERS | {"colemma", "comethod", "copredicate", "constructor", "iterator"}
 _CLAUSES = {"requires", "ensures", "reads", "modifies", "decreases"}
-_NO_HEAD = {";", "}", ":=", ":|", "match"}
-# Words behind which a { opens a set, or something else that is no body.
-_OPENS_OTHER = {"in", "then", "else", "is", "as", "by", "calc", "multiset", "iset"} | _CLAUSES
+_NO_HEAD = {";", "}", ":=", ":|", "match", "calc", "by"}  # of a statement in an expression
+_OPEN_SET = {"in", "then", "else", "multiset", "iset", "!", "==", "!=", "<", "<=", ">=", "+", "-"}
+_OPEN_SET |= {"&&", "||", "==>", "<==", "<==>"} | _CLAUSES
 
 
 def assemble(completion: str | list[dict], specification: str | None = None) -> tuple[str, str]:
@@ -165,19 +165,19 @@ def _cheat(program: str, specification: str | None) -> str | None:
 
 def _has_body(tokens: Sequence[str], start: int) -> bool:
     """Whether the declaration whose keyword is at `start` has a body: a block where its head cannot
-    go on, so that it is no set in a clause. In doubt it has none."""
+    go on, so that it is no set in a clause. In doubt, as behind > or *, it has none."""
     place = start + 1
     place += tokens[start] in ("function", "predicate") and tokens[place : place + 1] == ["method"]
-    while place < len(tokens) and tokens[place] != "{":
+    while place < len(tokens) and (tokens[place] != "{" or tokens[place - 1] in _OPEN_SET):
         if tokens[place] in _NO_HEAD or _DECLARATION.fullmatch(tokens[place]):
             return False
-        place = 1 + (_closing(tokens, place) if tokens[place] in "([" else place)
+        place = 1 + (_closing(tokens, place) if tokens[place] in "([{" else place)
     head = tokens[start:place]
-    if place >= len(tokens) or head[-1] in _OPENS_OTHER:
+    if place >= len(tokens):
         return False
     anything = head[-1] == "*" and head[-2] in _CLAUSES
     of_type = head[-1] == ">" and not _CLAUSES & set(head)
-    return anything or of_type or re.fullmatch(r"[\w'?]+|[)\]]", head[-1]) is not None
+    return anything or of_type or re.fullmatch(r"[\w'?]+|[)\]}]", head[-1]) is not None
 
 
 def _closing(tokens: Sequence[str], start: int) -> int:
