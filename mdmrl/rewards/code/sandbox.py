@@ -3,6 +3,7 @@ a session in any Python that a command starts."""
 
 from __future__ import annotations
 
+import fcntl
 import marshal
 import os
 import platform
@@ -179,7 +180,10 @@ def bubblewrap(limits: Limits, workers: int) -> Iterator[Session]:
 @contextmanager
 def _session(role: str, limits: Limits, running: dict | None = None) -> Iterator[Turn]:
     program, instructions = _bwrap(), _rules()
-    with open(os.memfd_create("rules"), "wb+") as rules:
+    made = os.memfd_create("rules")
+    # Of no standard stream's number, though ours be closed.
+    with open(fcntl.fcntl(made, fcntl.F_DUPFD_CLOEXEC, 3), "wb+") as rules:
+        os.close(made)
         rules.write(instructions)
         rules.seek(0)
         command = _bubblewrap_command(program, rules.fileno())
