@@ -404,6 +404,40 @@ def test_tests_may_find_functions_by_their_names():
         assert judge([right], [[test]])[0].outcome == "passed"
 
 
+@needs_bubblewrap
+def test_what_the_ends_have_one_each_of_is_no_fault_of_the_program():
+    rows = [
+        (
+            "def f(p): return open(p).read()",
+            "open('/tmp/a', 'w').write('x')\nassert f('/tmp/a') == 'x'",
+        ),
+        ("def f(p): open(p, 'w').write('x')", "f('/tmp/a')\nassert open('/tmp/a').read() == 'x'"),
+        (
+            "from random import random\ndef f(): return random()",
+            "import random\nrandom.seed(4)\nx = random.random()\nrandom.seed(4)\nassert f() == x",
+        ),
+        (
+            "from os import getenv\ndef f(): return getenv('A')",
+            "import os\nos.environ['A'] = 'x'\nassert f() == 'x'",
+        ),
+        (
+            "import sys\ndef f(): return sys.stdin.readline()",
+            "import io, sys\nsys.stdin = io.StringIO('x')\nassert f() == 'x'",
+        ),
+    ]
+    verdicts = judge([row[0] for row in rows], [[row[1]] for row in rows], box="bubblewrap")
+    assert {verdict.outcome for verdict in verdicts} == {"unsupported"}
+    # What only one of them deals with is another's.
+    rows = [
+        ("def f(x): return x", "open('/tmp/a', 'w').write('x')\nassert f(3) == 9"),
+        ("import random\ndef f(x): return open('/tmp/a', 'w') and x", "assert f(3) == 9"),
+        ("class D:\n    def open(self): return 1", "assert D().open() == 2"),
+        ("def exists(x): return x", "import random\nrandom.seed(1)\nassert exists(3) == 9"),
+    ]
+    verdicts = judge([row[0] for row in rows], [[row[1]] for row in rows], box="bubblewrap")
+    assert {verdict.outcome for verdict in verdicts} == {"failed"}
+
+
 def test_detail_is_short_and_holds_no_control_characters():
     program = "def f(x): raise ValueError('\\x1b[31m\\x00\\u2028\\n' * 10**5)"
     (verdict,) = judge([program], [SQUARES])

@@ -10,7 +10,8 @@ The grades are those of the thesis (section 3.3.1), read as follows. `passed` (1
 `failed` (-0.3): an assert does not. `runtime` (-0.6): any other exception, whether the program
 raises it when it is loaded (an AssertionError too) or when it is called, as when a name is missing;
 `timeout` and `memory` (-0.6). `compile` (-1): CPython does not compile it, or it has more than 64
-KiB. No grade: `unsupported`, also where tests import what is not Python's own, and `infra_error`
+KiB. No grade: `unsupported`, also where tests import what is not Python's own, or a program fails
+that deals with files, say, which it does not share with tests that do so too; and `infra_error`
 where the judge itself failed, three times in a row.
 A guard `if __name__ == "__main__":` does not run; asserts that a program brings along are no tests.
 A table of the visible tests' answers earns 1: hence held-out tests (`code_reward`).
@@ -190,6 +191,9 @@ class _Batch:
             lost = found.outcome in ("failed", "runtime")
             if lost and not wanted["resets"].isdisjoint(program["globals"]):
                 found = Ended("unsupported", "the tests set a global variable of the program's")
+            if lost and (both := {*wanted["apart"]} & {*program["apart"]}):
+                said = f"the tests and the program have {', '.join(sorted(both))} of their own each"
+                found = Ended("unsupported", said)
             if certain or self.stopped or time.monotonic() > deadline:
                 break
         return Verdict(found.outcome, _clean(found.detail), program["stub"])

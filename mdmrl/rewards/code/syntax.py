@@ -40,6 +40,12 @@ GUARD = """def __unstopped__(function):
     return call if callable(function) else function"""
 # By which tests call functions that they do not name.
 FINDING = {"eval", "exec", "globals", "locals", "vars", "dir", "getattr", "unittest", "sys"}
+FILES = "open tempfile read_text write_text read_bytes write_bytes exists isfile listdir glob"
+FILES = {*FILES.split()}
+# What the ends have one each of: by what tests say of it, and by what programs do.
+APART = {"files": (FILES, FILES), "random numbers": ({"seed"}, {"random"})}
+APART |= {"an environment": ({"environ", "putenv"}, {"environ", "getenv"})}
+APART |= {"standard streams": ({"stdin", "stderr", "redirect_stderr"}, {"stdin", "stderr"})}
 ALIKE = ("__init__", "__repr__", "__str__")
 BUILT_IN = (int, float, complex, str, bytes, list, tuple, dict, set, range, type)
 MEANINGLESS = (ast.Pass, ast.Return, ast.Raise, ast.Expr)
@@ -47,10 +53,11 @@ MEANINGLESS = (ast.Pass, ast.Return, ast.Raise, ast.Expr)
 
 def inspected(source: str) -> dict:
     """Of a program: its `error` (None where it compiles), whether it is a `stub`, the names that it
-    uses and gives no value (`free`) or declares `globals`, and whether it has what another Python
-    than CPython gets wrong: what is `special` (methods and generators, of which Monty has some),
-    or, perhaps, what is `doubted`; what is `unlike` (rounding, the order of sets, classes that are
-    named as Python's own errors, special methods and private names) Monty does otherwise."""
+    uses and gives no value (`free`) or declares `globals`, what it deals with that the ends have
+    one each of (`apart`), and whether it has what another Python than CPython gets wrong: what is
+    `special` (methods and generators, of which Monty has some), or, perhaps, what is `doubted`;
+    what is `unlike` (rounding, the order of sets, classes that are named as Python's own errors,
+    special methods and private names) Monty does otherwise."""
     try:
         with warnings.catch_warnings(action="ignore"):
             tree = ast.parse(source)
@@ -68,6 +75,7 @@ def inspected(source: str) -> dict:
         "error": None,
         "stub": _is_stub(tree),
         "free": sorted(names - _given(nodes)),
+        "apart": [what for what, (_, known) in APART.items() if known & _words(nodes)],
         "globals": [name for node in nodes if isinstance(node, ast.Global) for name in node.names],
         "special": ast.GeneratorExp in kinds
         or any(name.startswith("__") and name != "__init__" for name in methods),
@@ -142,6 +150,14 @@ def _given(nodes: list[ast.AST]) -> set[str]:
     return found | {alias.partition(".")[0] for alias in aliases}
 
 
+def _words(nodes: list[ast.AST]) -> set[str]:
+    """The names of attributes, of what is imported, and of Python's functions."""
+    found = {getattr(node, "attr", None) for node in nodes} - {"open"}
+    found |= {node.name for node in nodes if isinstance(node, ast.alias)}
+    found |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+    return found | {node.id for node in nodes if isinstance(node, ast.Name)} - _given(nodes)
+
+
 def _is_loaded(node: ast.Name) -> bool:
     return isinstance(node.ctx, ast.Load)
 
@@ -166,7 +182,8 @@ def wanted(tests: tuple[str, ...]) -> dict:
     that they take for imported, as in `math.isclose(f(2), 1.4)`; names that Python has `built_in`,
     the program's only where tests ask for no others, each with those in its calls; those they use
     as `classes`; the variables they set, `resets`; the classes they define, `given`; the modules
-    that they import and no box has, `foreign`; and whether they have any assert that runs.
+    that they import and no box has, `foreign`; what they deal with that the ends have one each of,
+    `apart`; and whether they have any assert that runs.
 
     Raises:
         SyntaxError: tests that are no Python.
@@ -208,6 +225,7 @@ def wanted(tests: tuple[str, ...]) -> dict:
         "classes": _used_as_classes(nodes),
         "resets": {x.id for x in targets if isinstance(x, ast.Name)},
         "given": {line.name for line in lines if isinstance(line, ast.ClassDef)},
+        "apart": [what for what, (known, _) in APART.items() if known & _words(nodes)],
         "foreign": sorted(_imported(nodes) - sys.stdlib_module_names),
         "has_assert": any(isinstance(node, ast.Assert) for node in _reached(lines)),
     }
