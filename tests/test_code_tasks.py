@@ -203,6 +203,23 @@ def test_functions_of_ones_own(tmp_path):
             load_task("code", data=file)
 
 
+def test_solutions_that_fail_their_tests_are_refused(tmp_path):
+    file = tmp_path / "mine.jsonl"
+    row = {"prompt": "def f(x):", "tests": ["assert f(1) == 2"], "completion": "    return x + 1"}
+    right = [
+        row,
+        row | {"completion": "def f(x): return 2 * x"},
+        row | {"tests": ["assert f(2) == 3"]},
+    ]
+    for wrong in ({"completion": "    return x"}, {"held_out_tests": ["assert f(2) == 2"]}):
+        file.write_text("\n".join(map(json.dumps, [*right, row | wrong])))
+        with pytest.raises(InputError, match=r"mine\.jsonl:4: .* earns -0\.3, failed"):
+            load_task("code", data=file)
+    del row["completion"]  # there is none to be wrong
+    file.write_text("\n".join(map(json.dumps, [*right, row])))
+    assert len(load_task("code", data=file).rows("rl")) == 4
+
+
 # -- CodeSearchNet ---------------------------------------------------------------------------------
 
 RECORD = {

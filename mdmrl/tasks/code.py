@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache, partial
 from importlib import resources
+from pathlib import Path
 
 from mdmrl.config import require
 from mdmrl.rewards.code import (
@@ -30,7 +31,7 @@ from mdmrl.rewards.code import (
     judge,
     programs_of,
 )
-from mdmrl.tasks.base import Task
+from mdmrl.tasks.base import Task, numbered_rows
 from mdmrl.tasks.items import Generator, task_of, text_of
 
 INFILLING = 0.25
@@ -184,6 +185,18 @@ def read(fields: dict) -> dict:
     return {"prompt": head, "signature": head, "tests": tests, "held_out_tests": held_out}
 
 
+def refuse_wrong(data: str | Path) -> None:
+    """Refuse a file of whose solutions any does not pass its own tests, naming the line."""
+    rows = [(where, fields | read(fields)) for where, fields in numbered_rows(data)]
+    rows = [(where, row) for where, row in rows if row.get("completion")]
+    bodies, heads = ([row[name] for _, row in rows] for name in ("completion", "signature"))
+    tests = [row["tests"] + row["held_out_tests"] for _, row in rows]
+    verdicts = judge(bodies, tests, signatures=heads)
+    for (where, _), found in zip(rows, verdicts, strict=True):
+        said = f"{where}: its own completion earns {found.grade}, {found.outcome}: {found.detail}"
+        require(found.outcome == "passed", said)
+
+
 def metric(completion: str, row: dict) -> bool | None:
     """Whether the function passes its held-out tests; None where there are none, or it could not be
     judged."""
@@ -206,7 +219,11 @@ metric.of_batch = _of_batch
 
 def task(data=None, infilling: bool = False, parts: bool = False, n_shot: int = 0) -> Task:
     """`infilling` makes spans the completions, `parts` the two parts of the reward rewards of their
-    own, to be weighed; for the other arguments see `items.task_of`."""
+    own, to be weighed; for the other arguments see `items.task_of`.
+
+    Raises:
+        InputError: of a file with solutions, naming the line, where one does not pass its tests.
+    """
     require(data is None or not infilling, f"data={data}: only generated functions have gaps")
     made = task_of(
         Functions("code", partial(draw, infilling=float(infilling))),
@@ -217,5 +234,7 @@ def task(data=None, infilling: bool = False, parts: bool = False, n_shot: int = 
         rewards=[correctness_reward, ast_reward] if parts else [code_reward],
         metric=metric,
     )
+    if data is not None:
+        refuse_wrong(data)
     supply = Generator("code", partial(draw, infilling=INFILLING)).stream
-    return made if data else replace(made, stream=supply)
+    return made if data is not None else replace(made, stream=supply)
