@@ -6,19 +6,21 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import torch
 from filelock import FileLock, Timeout
 
-from mdmrl.config import InputError
+from mdmrl.config import InputError, require
 from mdmrl.provenance import environment
 
 STOP = ".stop"  # in a run's folder: whoever trains is to stop
+ENVIRONMENT, LOGS = "environment.json", ("metrics", "samples", "examples")
 
 
 def derived_seed(seed: int, purpose: str, step: int = 0, index: int = 0) -> int:
@@ -63,6 +65,7 @@ def as_json(value, **options) -> str:
     """Strict JSON, in which nan and infinities are null."""
 
     def strict(x):
+        x = x.tolist() if hasattr(x, "tolist") else x  # numpy's and torch's
         if isinstance(x, Mapping):
             return {str(key): strict(inner) for key, inner in x.items()}
         if isinstance(x, list | tuple):
@@ -73,27 +76,56 @@ def as_json(value, **options) -> str:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a text file so that a crash leaves the old one or the new one, never half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a text file so that a crash, or a `NotWritten`, leaves the old one or the new one, and
+    never half of it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink()
+        said = f"{path} cannot be written ({error})"
+        raise NotWritten(f"{said}: make room, or choose another place") from error
 
 
-def read_rows(path: Path) -> list[dict]:
-    """Rows of a JSONL log, none without a file; a last line that a crash cut short is left out."""
+@contextmanager
+def written_aside(target: Path) -> Iterator[Path]:
+    """A folder to fill, which takes the place of `target` once it is whole; a crash, or an error,
+    which is a `NotWritten`, leaves what was there before."""
+    aside = target.with_name(f".{target.name}.aside")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        aside.mkdir(parents=True)
+        yield aside
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(aside, target)
+    except Exception as error:  # torch and safetensors have their own for a full disk
+        shutil.rmtree(aside, ignore_errors=True)
+        raise NotWritten(f"{target} cannot be written ({error}): make room") from error
+
+
+def read_rows(path: Path, by: str | None = None) -> list[dict]:
+    """Rows of a JSONL log, none without a file; a last line that a crash cut short is left out. All
+    have to have a whole number in the column `by`, if that is named."""
     if not path.exists():
         return []
     rows = []
     for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
+        if not line.endswith(b"\n"):
+            continue
         try:
-            rows += [json.loads(line)] if line.endswith(b"\n") else []
-        except ValueError:
-            said = f"{path}:{number} is no JSON: {line[:60]!r}"
-            raise InputError(f"{said}; take the line out, its row is lost") from None
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        fit = isinstance(row, dict) and (by is None or isinstance(row.get(by), int))
+        said = f"{path}:{number} is no JSON row: {line[:60]!r}"
+        require(fit, f"{said}; take the line out, its row is lost")
+        rows.append(row)
     return rows
 
 
@@ -144,24 +176,21 @@ class Run:
         self, folder: str | Path, identity: Mapping, since=None, writes=True, device="cpu"
     ):
         self.folder = Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        with _for_writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
         # Hidden are the lock, and what a write that was cut off left.
-        held = {path.name for path in self.folder.iterdir() if path.name[0] != "."}
+        held = {path.name for path in self.folder.iterdir() if path.name[0] != "."} - {ENVIRONMENT}
         if held and "config.json" not in held:
             raise RunFolderError(
                 f"{self.folder} is not empty and holds no run: choose another output_dir"
             )
         self._lock = FileLock(self.folder / ".lock")  # let go by the system when its process dies
-        try:
+        with _for_writing(self.folder):
             if writes:
                 self._lock.acquire(timeout=0.3)  # `being_written` holds it for a moment
                 (self.folder / STOP).unlink(missing_ok=True)
+        try:
             self._open(json.loads(as_json(identity)), since or {}, writes, device)
-        except Timeout:
-            raise RunFolderError(
-                f"another process is writing to {self.folder}: wait for it, end it, or choose "
-                "another output_dir"
-            ) from None
         except BaseException:
             self.close()
             raise
@@ -169,13 +198,15 @@ class Run:
     def _open(self, wanted: dict, since: Mapping, writes: bool, device) -> None:
         path = self.folder / "config.json"
         if not path.exists():
-            write_atomically(path, as_json(wanted, indent=1))
             made_on = as_json(environment(device), indent=1)
-            write_atomically(self.folder / "environment.json", made_on)
+            write_atomically(self.folder / ENVIRONMENT, made_on)
+            write_atomically(path, as_json(wanted, indent=1))
             return
-        held = filled(json.loads(path.read_text(encoding="utf-8")), since)
+        held = filled(_json_object(path), since)
         changed = sorted(k for k in held.keys() | wanted.keys() if held.get(k) != wanted.get(k))
-        extended = changed == ["max_steps"] and wanted["max_steps"] > held["max_steps"]
+        known = held.get("max_steps")
+        extended = changed == ["max_steps"] and isinstance(known, int)
+        extended = extended and wanted["max_steps"] > known
         if changed and not extended:
             detail = ", ".join(f"{k} {held.get(k)!r} -> {wanted.get(k)!r}" for k in changed)
             raise RunFolderError(
@@ -205,13 +236,16 @@ class Run:
         try:
             with open(path, "a", encoding="utf-8") as file:
                 file.write(as_json(row) + "\n")
+        except TypeError as error:
+            wanted = "expected numbers, texts, and lists of them"
+            raise InputError(f"a row of {path}: {error}; {wanted}") from None
         except OSError as error:
             said = f"{path} cannot be written ({error}): make room"
             raise NotWritten(f"{said}; the same call goes on from the last checkpoint") from error
 
-    def logged(self, name: str = "metrics") -> list[dict]:
-        """The complete rows of `<name>.jsonl`."""
-        return read_rows(self.folder / f"{name}.jsonl")
+    def logged(self, name: str = "metrics", by: str = "step") -> list[dict]:
+        """The complete rows of `<name>.jsonl`, each with a whole number in the column `by`."""
+        return read_rows(self.folder / f"{name}.jsonl", by)
 
     def complete(self, max_steps: int) -> bool:
         """Whether the run's last row, that of step `max_steps`, has been logged."""
@@ -221,32 +255,26 @@ class Run:
     def rewind(self, step: int, by: str = "step") -> None:
         """Drop logged rows of steps at or after `step`: a resumed run writes them again. `by` is
         the column that has the step."""
-        for name in (path.stem for path in self.folder.glob("*.jsonl")):
-            kept = [as_json(row) + "\n" for row in self.logged(name) if row[by] < step]
-            write_atomically(self.folder / f"{name}.jsonl", "".join(kept))
+        for path in (self.folder / f"{name}.jsonl" for name in LOGS):
+            kept = [as_json(row) + "\n" for row in read_rows(path, by) if row[by] < step]
+            if path.exists():
+                write_atomically(path, "".join(kept))
 
     def save_checkpoint(self, step: int, write: Callable[[Path], None]) -> Path:
         """Let `write(folder)` fill a checkpoint, which takes the place of the one before: written
         aside, every file synced and listed with its SHA-256 in `manifest.json`, then renamed, so
         that a crash at any byte leaves the previous one whole; so does a `NotWritten`."""
         target = self.folder / "checkpoints" / f"step-{step:06d}"
-        aside = target.with_name(f".{target.name}")
-        for stale in (aside, target):
-            shutil.rmtree(stale, ignore_errors=True)
-        try:
-            aside.mkdir(parents=True)
+        with written_aside(target) as aside:
             write(aside)
             manifest = {}
             for path in sorted(p for p in aside.rglob("*") if p.is_file()):
                 _sync(path)
                 manifest[str(path.relative_to(aside))] = _sha256(path)
             write_atomically(aside / "manifest.json", json.dumps(manifest, indent=1))
-            os.replace(aside, target)
-        except Exception as error:  # torch and safetensors have their own for a full disk
-            shutil.rmtree(aside, ignore_errors=True)
-            raise NotWritten(f"{target} cannot be written ({error}): make room") from error
         _sync(target.parent)
-        for older in target.parent.iterdir():
+        left = r"\.?step-(\d+)(?:\.aside)?"  # what a crash cut off, too
+        for _, older in _checkpoints(self.folder, left):
             if older != target:
                 shutil.rmtree(older)
         return target
@@ -255,20 +283,54 @@ class Run:
         """(step, folder) of the newest checkpoint whose files match its manifest, or None where
         there is none; a RunFolderError where none of them does."""
         damaged = []
-        for folder in sorted((self.folder / "checkpoints").glob("step-*"), reverse=True):
+        for step, folder in _checkpoints(self.folder):
             try:
-                listed = json.loads((folder / "manifest.json").read_text())
+                listed = _json_object(folder / "manifest.json")
                 whole = all(_sha256(folder / name) == digest for name, digest in listed.items())
-            except (OSError, ValueError):
+            except OSError:
                 whole = False
-            if whole:
-                return int(folder.name.removeprefix("step-")), folder
+            if whole and listed:
+                return step, folder
             damaged.append(folder)
             warnings.warn(f"{folder} is damaged, and not used", stacklevel=2)
         if damaged:
             said = "a file is missing or is not what was written"
             raise RunFolderError(f"{damaged[0]}: {said}; delete {damaged[0].parent} to start again")
         return None
+
+
+@contextmanager
+def _for_writing(folder: Path) -> Iterator[None]:
+    """What keeps a folder from being written to, as an error."""
+    try:
+        yield
+    except Timeout:
+        raise RunFolderError(
+            f"another process is writing to {folder}: wait for it, end it, or choose another "
+            "output_dir"
+        ) from None
+    except OSError as error:
+        said = f"{folder} is no folder that can be written to ({error})"
+        raise NotWritten(f"{said}: make room, or choose another output_dir") from error
+
+
+def _checkpoints(run: Path, called: str = r"step-(\d+)") -> list[tuple[int, Path]]:
+    """(step, folder) of those that a run has, the newest first; what else lies there is the
+    user's."""
+    named = ((re.fullmatch(called, path.name), path) for path in (run / "checkpoints").glob("*"))
+    return sorted(((int(name[1]), path) for name, path in named if name), reverse=True)
+
+
+def _json_object(path: Path) -> dict:
+    """What a file of a run holds; a RunFolderError where that is no JSON object."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        said = f"{path} is damaged, and no JSON object"
+        raise RunFolderError(f"{said}: mend it, or delete {path.parent} to start again")
+    return found
 
 
 def _sync(path: Path) -> None:

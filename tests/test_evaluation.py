@@ -378,6 +378,20 @@ def test_a_run_that_was_cut_off_goes_on_to_the_same_examples(mdm, tmp_path, cut)
         evaluate_examples(mdm, LETTERS, ROWS, WARM, output_dir=folder, samples=2, **how)
 
 
+@pytest.mark.parametrize("file", ["metrics", "examples"])
+@pytest.mark.parametrize("line", range(3))
+def test_a_batch_of_which_a_line_was_taken_out_is_drawn_again(mdm, tmp_path, file, line):
+    how = {"batch_size": 4, "output_dir": tmp_path / "run"}
+    whole = evaluate_examples(mdm, LETTERS, ROWS, WARM, **how)
+    path = tmp_path / "run" / f"{file}.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    del lines[line]
+    path.write_text("".join(lines))
+    found = evaluate_examples(mdm, LETTERS, ROWS, WARM, **how)
+    pd.testing.assert_frame_equal(without_seconds(found), without_seconds(whole))
+    assert len(path.read_text().splitlines()) == len(lines) + 1
+
+
 class Drawn:
     """A sampler that is the same whatever it calls."""
 

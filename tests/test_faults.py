@@ -186,3 +186,39 @@ def test_a_checkpoint_never_runs_code(cut, shared_policies, monkeypatch):
     with pytest.raises(RunFolderError, match=r"step-000003 has no optimizer.*delete .*checkpoints"):
         start(shared_policies["mdm"], cut)
     assert not (cut / "ran").exists()
+
+
+def test_rows_of_the_log_that_went_missing_are_said(cut, shared_policies):
+    (cut / "metrics.jsonl").unlink()
+    with pytest.warns(UserWarning, match="metrics.jsonl lacks 2 of the rows of its 2 updates"):
+        start(shared_policies["mdm"], cut)
+    steps = [row["step"] for row in read_rows(cut / "metrics.jsonl")]
+    assert steps == [*range(2, LAST + 1)]
+
+
+def test_a_model_is_exported_whole_or_not_at_all(ar, tmp_path):
+    with files_of_at_most(20_000), pytest.raises(NotWritten, match=r"out cannot be .*room"):
+        export(ar, tmp_path / "out")
+    assert [*tmp_path.iterdir()] == []
+    export(ar, tmp_path / "out")
+    assert load_policy(tmp_path / "out").fingerprint() == ar.fingerprint()
+
+
+def test_a_cold_start_keeps_no_half_of_its_model(ar, tmp_path, monkeypatch):
+    rows = [{"prompt": "a", "completion": "b"}]
+    config = SFTConfig(output_dir=str(tmp_path / "run"), max_steps=1, max_completion_length=4)
+    write = type(ar).save_pretrained
+
+    def half(self, folder):
+        write(self, folder)
+        if "model" in str(folder):
+            (folder / "model.safetensors").write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    policies = [type(ar)(copy.deepcopy(ar.model), ar.tokenizer) for _ in range(2)]
+    with monkeypatch.context() as patch, pytest.raises(NotWritten, match="model cannot be written"):
+        patch.setattr(type(ar), "save_pretrained", half)
+        train_sft(policies[0], rows, config)
+    assert not (tmp_path / "run" / "model").exists()
+    train_sft(policies[1], rows, config)
+    assert load_policy(tmp_path / "run" / "model").kind == "ar"

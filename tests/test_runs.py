@@ -1,6 +1,7 @@
 """Run folders: random numbers, hashes, and what a crash leaves."""
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -9,17 +10,21 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from scipy import stats
 
+from mdmrl.config import InputError
 from mdmrl.runs import (
+    NotWritten,
     Run,
     RunFolderError,
     derived_seed,
     flushed_denormals,
     generator_for,
     write_atomically,
+    written_aside,
 )
 
 CONFIG = {"learning_rate": 1e-4, "seed": 0, "sizes": [1, 2]}
@@ -137,13 +142,18 @@ def test_what_is_no_number_is_null_in_the_log(tmp_path):
     """Strict JSON: another reader than Python's would stop at NaN."""
     run = Run(tmp_path / "run", CONFIG)
     run.log({"step": 0, "kl": math.inf, "parts": [1.0, math.nan], "none": None})
-    text = (run.folder / "metrics.jsonl").read_text()
+    run.log({"step": 1, "numpy": np.array([1, math.nan]), "torch": torch.tensor(2.5)})
+    with pytest.raises(InputError, match=r"metrics.jsonl: Object of type object.*expected numbers"):
+        run.log({"step": 2, "thing": object()})
+    lines = (run.folder / "metrics.jsonl").read_text().splitlines()
 
     def refuse(constant):
         raise AssertionError(constant)
 
-    found = json.loads(text, parse_constant=refuse)
-    assert found == {"step": 0, "kl": None, "parts": [1.0, None], "none": None}
+    assert [json.loads(line, parse_constant=refuse) for line in lines] == [
+        {"step": 0, "kl": None, "parts": [1.0, None], "none": None},
+        {"step": 1, "numpy": [1.0, None], "torch": 2.5},
+    ]
 
 
 def test_a_folder_of_other_files_is_refused(tmp_path):
@@ -263,6 +273,94 @@ def test_a_damaged_checkpoint_is_never_given(tmp_path, trial):
         else:
             with pytest.raises(RunFolderError, match=r"step-000002.*delete"):
                 run.latest_checkpoint()
+
+
+DAMAGED = {"no object": b"[]", "null": b"null", "cut": b'{"seed": ', "nested": b"[" * 100_000}
+DAMAGED |= {"bytes": b"\xff\x00", "empty": b""}
+
+
+@pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED)
+def test_files_of_a_run_that_are_damaged_are_named(tmp_path, content):
+    run = Run(tmp_path / "run", CONFIG)
+    manifest = run.save_checkpoint(1, fill(1)) / "manifest.json"
+    run.close()
+    for bad in (content, b"{}"):  # of no file all are there
+        manifest.write_bytes(bad)
+        with pytest.warns(UserWarning, match="damaged"), pytest.raises(RunFolderError):
+            run.latest_checkpoint()
+    (tmp_path / "run" / "config.json").write_bytes(content)
+    with pytest.raises(RunFolderError, match=r"config.json is damaged.*delete .*run to start"):
+        Run(tmp_path / "run", CONFIG)
+
+
+ROWS = {"a number": b"3", "a list": b"[]", "no step": b'{"loss": 1}', "text": b'{"step": "1"}'}
+ROWS |= {"half": b'{"step": ', "bytes": b"\xff", "digits": b'{"step": ' + b"1" * 5000 + b"}"}
+
+
+@pytest.mark.parametrize("line", ROWS.values(), ids=ROWS)
+def test_a_line_that_is_no_row_of_a_run_is_named(tmp_path, line):
+    run = Run(tmp_path / "run", CONFIG)
+    run.log({"step": 0})
+    with open(run.folder / "metrics.jsonl", "ab") as file:
+        file.write(line + b"\n")
+    for use in (run.logged, lambda: run.complete(1), lambda: run.rewind(1)):
+        with pytest.raises(InputError, match=r"metrics.jsonl:2 is no JSON row: .*take the line"):
+            use()
+
+
+def test_what_a_user_puts_beside_is_left_alone(tmp_path):
+    run = Run(tmp_path / "run", CONFIG)
+    first = run.save_checkpoint(1, fill(1))
+    kept = [first.with_name("step-000001-kept"), first.with_name("step-best")]
+    for folder in kept:
+        shutil.copytree(first, folder)
+    (first.parent / "notes.txt").write_text("mine")
+    (run.folder / "mine.jsonl").write_text('{"mine": 1}\n')
+    run.rewind(0)
+    assert run.latest_checkpoint() == (1, first)
+    run.save_checkpoint(1_000_000, fill(2))
+    shutil.copytree(kept[0], first.with_name("step-999999"))
+    assert run.latest_checkpoint()[0] == 1_000_000
+    newest = run.save_checkpoint(1_000_001, fill(3))
+    assert {*first.parent.iterdir()} == {*kept, first.parent / "notes.txt", newest}
+    assert (run.folder / "mine.jsonl").read_text() == '{"mine": 1}\n'
+
+
+def test_a_place_that_cannot_be_written_to_is_named(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("mine")
+    for place in (tmp_path / "file", tmp_path / "file" / "run", tmp_path / ("x" * 300)):
+        with pytest.raises(NotWritten, match=r"no folder that can be written to.*output_dir"):
+            Run(place, CONFIG)
+    assert (tmp_path / "file").read_text() == "mine"
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(NotWritten, match=r"environment.json cannot be written.*make room"):
+            Run(tmp_path / "run", CONFIG)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+    with Run(tmp_path / "run", CONFIG) as run:
+        run.log({"step": 0})
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", full)
+            with pytest.raises(NotWritten, match=r"metrics.jsonl cannot be written"):
+                run.rewind(0)
+        assert run.logged() == [{"step": 0}]
+
+
+def test_a_folder_that_is_written_aside_is_whole_or_as_it_was(tmp_path):
+    target = tmp_path / "model"
+    for content in ("one", "two"):
+        with written_aside(target) as aside:
+            (aside / "weights").write_text(content)
+        with pytest.raises(NotWritten, match="model cannot be written"):  # noqa: SIM117
+            with written_aside(target) as aside:
+                (aside / "weights").write_text("half")
+                raise OSError(errno.ENOSPC, "No space left on device")
+        assert [path.name for path in tmp_path.iterdir()] == ["model"]
+        assert (target / "weights").read_text() == content
 
 
 class Crash(BaseException):

@@ -20,7 +20,7 @@ An example is a row of `examples`, in a run folder a line of `examples.jsonl`:
 import hashlib
 import json
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -95,10 +95,7 @@ def evaluate_examples(
             identity = evaluation_identity(policy, task, rows, sampler, **how)
             since = {"sampler": SamplerConfig().to_dict()}
             run = stack.enter_context(Run(output_dir, identity, since, device=policy.device))
-        batches = run.logged() if run else []
-        if run:
-            run.rewind(len(batches), by="batch")
-        examples = run.logged("examples") if run else []
+        batches, examples = _kept(run) if run else ([], [])
         shown = progress and len(batches) < len(places)
         size, unit = len(items) * len(seeds), "completion"
         bar = stack.enter_context(Progress(task.name, len(examples), size, shown, unit))
@@ -119,6 +116,17 @@ def evaluate_examples(
     numbers = [name for name in frame if name == "score" or name.startswith("reward")]
     frame = frame.astype(dict.fromkeys(numbers, float))
     return Evaluation(frame, _averages(frame, batches, task.metric is not None))
+
+
+def _kept(run: Run) -> tuple[list[dict], list[dict]]:
+    """What a run has of its first batches, up to one of which a row is lost, and their examples;
+    what stands behind is dropped, to be drawn again."""
+    batches, examples = run.logged(by="batch"), run.logged("examples", by="batch")
+    made = Counter(example["batch"] for example in examples)
+    whole = [(row["batch"], row.get("rows")) == (i, made[i]) for i, row in enumerate(batches)]
+    count = [*whole, False].index(False)
+    run.rewind(count, by="batch")
+    return batches[:count], [example for example in examples if example["batch"] < count]
 
 
 def evaluation_identity(

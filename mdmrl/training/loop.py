@@ -208,6 +208,9 @@ def train(
     writes = accelerator.is_main_process
     if writes:
         run.rewind(first)
+        if lost := first - len(run.logged()):
+            said = f"{run.folder}/metrics.jsonl lacks {lost} of the rows of its {first} updates"
+            warnings.warn(f"{said}, which were logged and are lost; the run goes on", stacklevel=2)
 
     gathered = first
 
