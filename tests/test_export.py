@@ -108,3 +108,6 @@ def test_a_folder_that_holds_something_is_left_alone(mdm, tmp_path):
     (tmp_path / "mine").write_text("mine")
     with pytest.raises(InputError, match="is not empty"):
         export(mdm, tmp_path)
+    with pytest.raises(InputError, match="mine is not empty: expected a new folder"):
+        export(mdm, tmp_path / "mine")
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import errno
 import json
 import os
 import random
@@ -16,8 +17,9 @@ import torch
 from conftest import Cut, Interrupted, nested, parity
 from safetensors.torch import load_file
 
-from mdmrl import GRPOConfig, train_grpo
+from mdmrl import GRPOConfig, SFTConfig, load_policy, train_grpo, train_sft
 from mdmrl.config import InputError
+from mdmrl.policies.export import export
 from mdmrl.runs import NotWritten, Run, RunFolderError, read_rows
 
 ROWS = [{"prompt": f"What is {i}?"} for i in range(4)]

@@ -8,7 +8,7 @@ from mdmrl.policies.families import Policy
 from mdmrl.policies.lora import merge_lora
 from mdmrl.policies.network import no_progress_bars
 from mdmrl.policies.published import PUBLISHED
-from mdmrl.runs import write_atomically
+from mdmrl.runs import write_atomically, written_aside
 
 LAYOUTS = {"plain": None, "dream": "Dream", "llada": "llada"}
 
@@ -27,12 +27,14 @@ def export(policy: Policy, folder: str | Path, layout: str = "plain") -> None:
     if layout not in LAYOUTS:
         raise unknown("layout", layout, LAYOUTS)
     folder, name = Path(folder), LAYOUTS[layout]
-    empty = not folder.exists() or not any(folder.iterdir())
-    require(empty, f"{folder} is not empty: expected a new folder to export to")
+    new = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+    require(new, f"{folder} is not empty: expected a new folder to export to")
     if policy.uses_lora:
         merge_lora(policy)
     if name is None:
-        return policy.save_pretrained(folder)
+        with written_aside(folder.absolute()) as aside:
+            policy.save_pretrained(aside)
+        return
     family, model = PUBLISHED[name], policy.model
     require(
         type(model) is family.model,
@@ -40,7 +42,7 @@ def export(policy: Policy, folder: str | Path, layout: str = "plain") -> None:
     )
     fields = family.published(model.config, name)
     weights = {family.published_name(n): weight for n, weight in model.state_dict().items()}
-    with no_progress_bars():
-        model.save_pretrained(folder, state_dict=weights)
-        policy.tokenizer.save_pretrained(folder)
-    write_atomically(folder / "config.json", json.dumps(fields, indent=1) + "\n")
+    with written_aside(folder.absolute()) as aside, no_progress_bars():
+        model.save_pretrained(aside, state_dict=weights)
+        policy.tokenizer.save_pretrained(aside)
+        write_atomically(aside / "config.json", json.dumps(fields, indent=1) + "\n")

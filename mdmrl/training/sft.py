@@ -19,10 +19,17 @@ from torch import Tensor
 from mdmrl.config import resolve
 from mdmrl.evaluation.accuracy import evaluate
 from mdmrl.policies import Policy, merge_lora
-from mdmrl.runs import derived_seed, generator_for, kept_random_state
+from mdmrl.runs import derived_seed, generator_for, kept_random_state, written_aside
 from mdmrl.training.config import SFTConfig
 from mdmrl.training.data import listed, refuse_learnt, rows_of_step
-from mdmrl.training.loop import Metrics, Optimizer, accelerator_for, open_run, train
+from mdmrl.training.loop import (
+    Metrics,
+    Optimizer,
+    accelerator_for,
+    open_run,
+    require_kinds,
+    train,
+)
 from mdmrl.training.supervised import Pair, collate, encode_pairs
 
 ALGORITHM = "sft-1"  # part of a run's identity: raise it when results change
@@ -86,7 +93,8 @@ def train_sft(
         if policy.uses_lora:
             merge_lora(policy)
         if accelerator.is_main_process:
-            policy.save_pretrained(run.folder / "model")
+            with written_aside(run.folder / "model") as aside:
+                policy.save_pretrained(aside)
         return run.folder
 
 

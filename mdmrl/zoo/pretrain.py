@@ -36,6 +36,7 @@ from mdmrl.runs import (
     kept_random_state,
     read_rows,
     write_atomically,
+    written_aside,
 )
 from mdmrl.tasks import load_task
 from mdmrl.training.checkpoints import load_optimizer, save_optimizer
@@ -211,7 +212,8 @@ def pretrain(config: PretrainConfig, tokenizer, stream, folder: str | Path) -> P
             run.save_checkpoint(step, write)
     bar.close()
     policy.model.eval().to(torch.bfloat16)
-    policy.save_pretrained(run.folder / "model")
+    with written_aside(run.folder / "model") as aside:
+        policy.save_pretrained(aside)
     return load_policy(run.folder / "model", device="cpu")
 
 
