@@ -1,8 +1,10 @@
 """Completions by a server: one of the test's own, which a policy answers from, token by token."""
 
 import json
+import socket
 import threading
-from contextlib import contextmanager
+import time
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -194,6 +196,61 @@ def test_what_no_server_does_is_refused(named, mdm):
         draw(named, PROMPTS, greedily(), record=True)
 
 
+NO_SETTINGS = {"url": ["localhost:8000/v1", "file:///etc/passwd", None], "model": [None]}
+NO_SETTINGS |= {"refresh": ["x"], "at_once": [0], "timeout": [0, -1, float("nan")]}
+
+
+@pytest.mark.parametrize(("field", "value"), [(k, v) for k, vs in NO_SETTINGS.items() for v in vs])
+def test_a_server_is_asked_by_settings_that_make_sense(field, value):
+    with pytest.raises(InputError, match=rf"^{field}=.*: expected "):
+        Served(**{"url": "http://a/v1", "model": "m", field: value})
+
+
+def test_a_key_stands_in_no_error(named, monkeypatch):
+    for key, message in (("secret\n", None), ("sec\nret", "OPENAI_API_KEY"), ("sécret", "OPENAI")):
+        monkeypatch.setenv("OPENAI_API_KEY", key)
+        with server(vllm(named)) as (url, requests):
+            if message is None:
+                Served(url, "tiny")(named, PROMPTS[:1], greedily())
+                assert requests[0][1] == "Bearer secret"
+                continue
+            with pytest.raises(InputError, match=message) as error:
+                Served(url, "tiny")(named, PROMPTS[:1], greedily())
+            assert "ret" not in str(error.value)
+
+
+def raw(sent, seconds=0.0):
+    """A server that writes these bytes, one after the other where it takes `seconds` for each."""
+
+    @contextmanager
+    def serving():
+        with socket.create_server(("127.0.0.1", 0)) as door:
+
+            def serve():
+                line, _ = door.accept()
+                with line, suppress(OSError):
+                    line.recv(2**16)
+                    for part in [sent] if not seconds else [bytes([byte]) for byte in sent]:
+                        line.sendall(part)
+                        time.sleep(seconds)
+
+            thread = threading.Thread(target=serve, daemon=True)
+            thread.start()
+            yield f"http://127.0.0.1:{door.getsockname()[1]}/v1"
+            thread.join()
+
+    return serving()
+
+
+def test_an_answer_that_breaks_off_or_takes_too_long_is_named():
+    broken = b"HTTP/1.1 500 Busy\r\nTransfer-Encoding: chunked\r\n\r\n100\r\nhalf"
+    with raw(broken) as url, pytest.raises(InputError, match="refuses with 500: Busy"):
+        Served(url, "tiny")._post({})
+    slow = b"HTTP/1.1 200 OK\r\n\r\n" + b" " * 80  # a byte now and then, none of them late
+    with raw(slow, 0.02) as url, pytest.raises(InputError, match=r"no whole answer in timeout"):
+        Served(url, "tiny", timeout=0.5)._post({})
+
+
 def lone(body):
     return lambda asked: (200, body)
 
@@ -201,6 +258,16 @@ def lone(body):
 def drop_ids(choice):
     del choice["token_ids"]
     choice["logprobs"]["tokens"] = ["fever"] * len(choice["logprobs"]["tokens"])
+
+
+def older_with(tokens):
+    """A server that gives these tokens and no ids."""
+
+    def change(choice):
+        del choice["token_ids"]
+        choice["logprobs"]["tokens"] = tokens
+
+    return change
 
 
 @pytest.mark.parametrize(
@@ -216,6 +283,17 @@ def drop_ids(choice):
         (drop_ids, "gives no token ids: expected vLLM 0.10.2"),
         (lambda c: c["logprobs"]["token_logprobs"].pop(), "tokens with . log-probabilities"),
         (lambda c: c.update(finish_reason="abort"), "ended a text by 'abort' after . tokens"),
+        (lone(b"[" * 100_000), "answers no JSON"),
+        (lambda c: c["logprobs"].update(token_logprobs=None), "gives log-probabilities None"),
+        (lambda c: c["logprobs"].update(token_logprobs=["-1"] * 6), "gives log-probabilities"),
+        (lambda c: c.update(token_ids=["9"] * 6), "gives token ids .*expected whole numbers below"),
+        (lambda c: c.update(token_ids=[9.5] * 6), "gives token ids"),
+        (lambda c: c.update(token_ids=[-1] * 6), "gives token ids"),
+        (lambda c: c.update(token_ids=[10**6] * 6), "gives token ids"),
+        (lambda c: c.update(token_ids="abc"), "gives token ids"),
+        (older_with(["token_id:x"] * 6), "gives no token ids"),
+        (older_with([9] * 6), "gives no token ids"),
+        (older_with(None), "gives no token ids"),
     ],
 )
 def test_what_goes_wrong_is_named(named, answer, message):

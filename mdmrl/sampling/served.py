@@ -10,10 +10,13 @@ with `--logprobs-mode processed_logprobs`.
 import http.client
 import json
 import os
+import re
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +28,7 @@ from mdmrl.runs import generator_for
 from mdmrl.sampling.config import SamplerConfig
 from mdmrl.sampling.output import SamplerOutput
 
-AS_ID = "token_id:"  # how older vLLMs write a token
+AS_TOKEN = re.compile(r"token_id:([0-9]{1,18})")  # how older vLLMs write one
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,16 @@ class Served:
     refresh: Callable[[Policy], None] | None = None
     at_once: int = 64
     timeout: float = 600.0
+
+    def __post_init__(self) -> None:
+        url, scheme = self.url, str(self.url).partition("://")[0]
+        wanted = "expected an address, as http://localhost:8000/v1"
+        require(isinstance(url, str) and scheme in ("http", "https"), f"url={url!r}: {wanted}")
+        require(isinstance(self.model, str), f"model={self.model!r}: expected its name there")
+        fit = self.refresh is None or callable(self.refresh)
+        require(fit, f"refresh={self.refresh!r:.80}: expected a function of the policy")
+        require(self.at_once >= 1, f"at_once={self.at_once}: expected 1 or more")
+        require(0 < self.timeout < 1e6, f"timeout={self.timeout}: expected seconds, more than 0")
 
     def fingerprint(self) -> str:
         """What a run's identity depends on: not where the server is."""
@@ -84,13 +97,16 @@ class Served:
         rows = [ids[real].tolist() for ids, real in pairs]
         shape, device = (len(rows), config.max_new_tokens), policy.device
         seeds = torch.randint(2**31, shape[:1], generator=generator, device=device).tolist()
-        ends = policy.end_token_ids
+        ends, known = policy.end_token_ids, len(policy.model.get_input_embeddings().weight)
 
         def one(row: list[int], seed: int) -> tuple[list[int], list[float]]:
-            return self._completion(row, seed, ends, config)
+            return self._completion(row, seed, ends, config, known)
 
-        with ThreadPoolExecutor(self.at_once) as pool:
+        pool = ThreadPoolExecutor(self.at_once)
+        try:
             found = [*pool.map(one, rows, seeds)]
+        finally:  # where one has failed, or by Ctrl-C, nobody waits for the others
+            pool.shutdown(wait=False, cancel_futures=True)
         completion = torch.full(shape, policy.pad_token_id, device=device)
         logprobs = torch.zeros(shape, device=device)
         for row, (ids, logps) in enumerate(found):
@@ -105,9 +121,10 @@ class Served:
         return SamplerOutput.of(policy, sequences, encoded.attention_mask, logprobs, **costs)
 
     def _completion(
-        self, prompt: list[int], seed: int, ends: tuple[int, ...], config: SamplerConfig
+        self, prompt: list[int], seed: int, ends: tuple[int, ...], config: SamplerConfig, rows: int
     ) -> tuple[list[int], list[float]]:
-        """Token ids of one completion, its end among them, and their log-probabilities."""
+        """Token ids of one completion, its end among them, all below `rows`, and their
+        log-probabilities."""
         asked = {
             "model": self.model,
             "prompt": prompt,
@@ -128,10 +145,15 @@ class Served:
             ids, reason = choice.get("token_ids"), choice["finish_reason"]
         except (KeyError, TypeError, ValueError):
             raise self._error(f"answers {json.dumps(answer)[:200]}: expected one choice") from None
+        said = f"gives log-probabilities {logps!r:.80}: expected a list of numbers, one a token"
+        self._require(isinstance(logps, list) and all(map(_is_logprob, logps)), said)
         if ids is None:
-            as_ids = all(token.startswith(AS_ID) for token in tokens)
+            found = [AS_TOKEN.fullmatch(str(token)) for token in tokens or ()]
+            as_ids = isinstance(tokens, list) and all(found)
             self._require(as_ids, "gives no token ids: expected vLLM 0.10.2, a newer SGLang")
-            ids = [int(token.removeprefix(AS_ID)) for token in tokens]
+            ids = [int(token[1]) for token in found]
+        fit = isinstance(ids, list) and all(type(i) is int and 0 <= i < rows for i in ids)
+        self._require(fit, f"gives token ids {ids!r:.80}: expected whole numbers below {rows}")
         counts = f"{len(ids)} tokens with {len(logps)} log-probabilities"
         self._require(len(ids) == len(logps), f"gives {counts}")
         if reason == "stop" and not (ids and ids[-1] in ends):  # which some leave out
@@ -144,19 +166,29 @@ class Served:
 
     def _post(self, asked: dict) -> dict:
         headers = {"Content-Type": "application/json"}
-        if key := os.environ.get("OPENAI_API_KEY"):
+        if key := os.environ.get("OPENAI_API_KEY", "").strip():
+            require(key.isascii() and key.isprintable(), "OPENAI_API_KEY holds what no header can")
             headers["Authorization"] = f"Bearer {key}"
         place, body = f"{self.url.rstrip('/')}/completions", json.dumps(asked).encode()
+        ends, parts = time.monotonic() + self.timeout, []
         try:
             request = urllib.request.Request(place, body, headers)
             with urllib.request.urlopen(request, timeout=self.timeout) as answer:
-                return json.load(answer)
+                while part := answer.read1(2**16):
+                    parts.append(part)
+                    if time.monotonic() > ends:
+                        raise TimeoutError(f"no whole answer in timeout={self.timeout} seconds")
         except urllib.error.HTTPError as error:
-            said = " ".join(error.read(400).decode(errors="replace").split())
-            raise self._error(f"refuses with {error.code}: {said}") from None
-        except (OSError, http.client.HTTPException) as error:
-            raise self._error(f"does not answer: {getattr(error, 'reason', error)}") from None
-        except ValueError as error:
+            said = ""
+            with suppress(OSError, http.client.HTTPException):  # it may break off
+                said = " ".join(error.read(400).decode(errors="replace").split())
+            raise self._error(f"refuses with {error.code}: {said or error.reason}") from None
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            said = getattr(error, "reason", None) or error or type(error).__name__
+            raise self._error(f"does not answer: {said}") from None
+        try:
+            return json.loads(b"".join(parts))
+        except (ValueError, RecursionError) as error:
             raise self._error(f"answers no JSON: {error}") from None
 
     def _require(self, fit: bool, said: str) -> None:
@@ -165,3 +197,8 @@ class Served:
 
     def _error(self, said: str) -> InputError:
         return InputError(f"the server of {self.model} at {self.url} {said}")
+
+
+def _is_logprob(value) -> bool:
+    """Of a token, or null where a server knows none."""
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
