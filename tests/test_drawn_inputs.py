@@ -184,6 +184,19 @@ def test_what_is_no_prompt_is_refused(ar, prompt):
             use()
 
 
+def test_parts_of_a_content_are_one_text(ar):
+    parts = [{"type": "text", "text": text} for text in ("What is ", "fever?")]
+    found = ar.token_lists([[{"role": "user", "content": parts}]])
+    assert found == ar.token_lists(["What is fever?"])
+
+
+def test_a_template_that_refuses_a_conversation_is_an_error_of_ours(ar):
+    for template in ("{{ raise_exception('no system') }}", "{{ x.y.z }}", "{% for %}"):
+        ar.tokenizer.chat_template = template
+        with pytest.raises(InputError, match=r"^the chat template refuses a conversation \("):
+            ar.token_lists(["x"])
+
+
 def test_a_prompt_works_whatever_it_is_made_of(ar):
     for prompt in PROMPTS:
         assert len(generate(ar, [prompt], SamplerConfig(max_new_tokens=2)).completions) == 1

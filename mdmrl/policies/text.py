@@ -10,7 +10,7 @@ from jinja2 import TemplateError
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from mdmrl.config import require
+from mdmrl.config import InputError, require
 
 Prompt = str | list[dict]
 BROKEN = "\ufffd"  # what bytes of an unfinished character decode to
@@ -45,16 +45,15 @@ def _is_message(given) -> bool:
         return False
     content = given.get("content")
     parts = content if isinstance(content, list) else ()
-    return isinstance(content, str | list) and all(isinstance(part, Mapping) for part in parts)
+    written = all(isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in parts)
+    return isinstance(content, str | list) and written
 
 
 def _written(prompt: Prompt) -> Iterator[str]:
     """The texts in a prompt that are the user's own, not the chat template's."""
     for message in as_messages(prompt, "user"):
-        content = message.get("content")
-        for part in content if isinstance(content, list) else [{"text": content}]:
-            if isinstance(part.get("text"), str):
-                yield part["text"]
+        content = message["content"]
+        yield from [content] if isinstance(content, str) else [part["text"] for part in content]
 
 
 @dataclass
@@ -133,11 +132,20 @@ class Text:
     def render(
         self, conversations: Sequence[list[dict]], add_generation_prompt: bool = False
     ) -> list[str]:
-        """Lists of messages as the chat template writes them."""
+        """Lists of messages as the chat template writes them, parts of a content as one text; an
+        InputError for what it refuses."""
         # Qwen3 answers at once; other templates have no such switch.
         options = {"tokenize": False, "enable_thinking": False}
         options["add_generation_prompt"] = add_generation_prompt
-        return self.tokenizer.apply_chat_template(conversations, **options)
+        texts = [
+            [{**message, "content": "".join(_written([message]))} for message in messages]
+            for messages in conversations
+        ]
+        try:
+            return self.tokenizer.apply_chat_template(texts, **options)
+        except TemplateError as error:
+            said = f"the chat template refuses a conversation ({error})"
+            raise InputError(f"{said}: mend its messages, or tokenizer.chat_template") from None
 
     def encode_texts(
         self, texts: Sequence[str], max_new_tokens: int = 0, add_special_tokens: bool = False
@@ -194,7 +202,7 @@ class Text:
             turns = [{"role": role, "content": "x"} for role in ("system", "user", "assistant")]
             try:
                 (text,) = self.render([turns])
-            except TemplateError:  # some know no system
+            except InputError:  # some know no system
                 (text,) = self.render([turns[1:]])
             added = named.added_tokens_decoder
             turn = named(text, add_special_tokens=False).input_ids
