@@ -671,6 +671,13 @@ def test_a_family_that_makes_no_policy_is_refused(tmp_path):
     )
 
 
+def test_what_makes_no_policy_is_no_family(tmp_path):
+    (tmp_path / "mine.py").write_text("three = 3\n")
+    for family in (3, f"{tmp_path}/mine.py:three"):
+        with pytest.raises(InputError, match=r"family=.*expected a subclass of Policy"):
+            load_policy("tiny-ar", family=family)
+
+
 def test_what_each_family_names_is_there():
     """Samplers, losses and estimators are of lower rooms, so that only their text is in this."""
     for family in (AutoregressivePolicy, MaskedDiffusionPolicy, BlockDiffusionPolicy):

@@ -487,6 +487,23 @@ def test_another_model_has_no_reference_of_the_old_one(policy):
     assert torch.equal(reference_logits(policy, ids), policy.logits(ids))
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("r", 0, "r=0: expected a rank of 1 or more"),
+        ("r", -1, "r=-1"),
+        ("lora_alpha", 0, "lora_alpha=0"),
+        ("lora_dropout", 1.5, r"lora_dropout=1.5: expected \[0, 1\)"),
+        ("target_modules", ["q_proj", "vproj"], "target module 'vproj': did you mean 'v_proj'"),
+    ],
+)
+def test_an_adapter_that_makes_no_sense_is_refused(policy, name, value, message):
+    with pytest.raises(InputError, match=message):
+        add_lora(policy, **{name: value})
+    with pytest.raises(InputError, match="no adapter to merge"):
+        merge_lora(policy)
+
+
 def test_a_second_adapter_is_refused(policy):
     add_lora(policy, r=4)
     with pytest.raises(InputError, match="has an adapter already"):
@@ -636,6 +653,31 @@ def test_an_adapter_without_its_base_is_refused(policy, tmp_path):
     (tmp_path / "adapter" / "adapter_config.json").write_text("{")
     with pytest.raises(InputError, match="adapter cannot be loaded: JSONDecodeError"):
         load_policy(tmp_path / "adapter")
+
+
+NO_CONFIGS = {"model_type": [[], {}, 3], "is_causal": [0, "false"], "logit_shift": ["no", 1]}
+NO_CONFIGS |= {"mask_token_id": ["4", 4.5, [4]], "block_length": ["4", 0, []]}
+
+
+@pytest.mark.parametrize(("name", "value"), [(n, v) for n, vs in NO_CONFIGS.items() for v in vs])
+def test_a_value_of_config_json_that_is_none_is_refused_by_name(mdm, tmp_path, name, value):
+    mdm.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
+    with pytest.raises(InputError, match=name.replace("_", "[ _]").removesuffix("[ _]id")):
+        load_policy(tmp_path)
+
+
+def test_an_adapter_of_a_base_that_is_no_name_is_refused(ar, tmp_path):
+    saved_adapter(ar, tmp_path)
+    shutil.rmtree(tmp_path / "base")
+    path = tmp_path / "adapter_config.json"
+    for name in (3, [], {}):
+        path.write_text(
+            json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": name})
+        )
+        with pytest.raises(InputError, match="names no base: load it by"):
+            load_policy(tmp_path)
 
 
 @torch.no_grad()

@@ -186,7 +186,8 @@ class MaskedDiffusionPolicy(Policy):
             f"mask token id {mask} in the config, but {named} in the tokenizer: they must agree",
         )
         rows = model.get_input_embeddings().weight.shape[0]
-        require(0 <= mask < rows, f"mask token id {mask} lies outside the embedding of {rows} rows")
+        fit = isinstance(mask, int) and 0 <= mask < rows
+        require(fit, f"mask token id {mask!r} lies outside the embedding of {rows} rows")
         taken = {*self.end_token_ids, self.pad_token_id}
         require(
             mask not in taken,
@@ -209,6 +210,8 @@ class MaskedDiffusionPolicy(Policy):
             tokenizer.add_special_tokens({"mask_token": token})
         if logit_shift is None:
             logit_shift = getattr(config, "logit_shift", False)
+        said = f"logit_shift={logit_shift!r:.80} in config.json: expected true or false"
+        require(isinstance(logit_shift, bool), said)
         config.is_causal = False
         self.mask_token_id = config.mask_token_id = mask
         self.logit_shift = config.logit_shift = logit_shift
@@ -232,9 +235,11 @@ class BlockDiffusionPolicy(MaskedDiffusionPolicy):
             "logit_shift=True: the first position of a block would be predicted from the block "
             "before, which does not see it; expected a checkpoint that predicts in place",
         )
+        length = getattr(model.config, "block_length", None)
         require(
-            getattr(model.config, "block_length", None) is not None,
-            "a block diffusion policy needs the length of its blocks: set config.block_length",
+            isinstance(length, int) and length >= 1,
+            f"config.block_length={length!r:.80}: a block diffusion policy needs the length of its "
+            "blocks, 1 or more",
         )
 
     @property

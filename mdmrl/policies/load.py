@@ -77,6 +77,7 @@ def load_policy(
     model.config.name_or_path = name  # which peft writes into an adapter's model card
     made_by = family or _family_of(model.config.to_dict())
     made_by = load_object(made_by) if isinstance(made_by, str) else made_by
+    require(callable(made_by), f"family={family!r}: expected a subclass of Policy, or a function")
     policy = made_by(model.to(device), tokenizer)
     require(
         isinstance(policy, Policy),
@@ -91,7 +92,10 @@ def load_policy(
 
 
 def _family_of(settings: dict) -> type[Policy]:
-    if settings.get("is_causal") is not False:
+    causal = settings.get("is_causal")
+    said = f"is_causal={causal!r:.80} in config.json: expected true or false"
+    require(isinstance(causal, bool | None), said)
+    if causal is not False:
         return FAMILIES["ar"]
     return FAMILIES["bd" if "block_length" in settings else "mdm"]
 
@@ -111,7 +115,7 @@ def _base_of(adapter: Path) -> str:
     if (adapter / "base").is_dir():
         return str(adapter / "base")
     call = f"load_policy(BASE, adapter={str(adapter)!r})"
-    require(bool(name), f"{adapter} names no base: load it by {call}")
+    require(name and isinstance(name, str), f"{adapter} names no base: load it by {call}")
     try:
         _source(name)
     except InputError as error:

@@ -11,7 +11,7 @@ import peft
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from mdmrl.config import require
+from mdmrl.config import require, unknown
 from mdmrl.policies.families import Policy
 from mdmrl.runs import kept_random_state
 
@@ -37,6 +37,14 @@ def add_lora(
         not policy.uses_lora,
         "the policy has an adapter already: train that one, or merge_lora(policy) first",
     )
+    require(r >= 1, f"r={r}: expected a rank of 1 or more")
+    require(lora_alpha > 0, f"lora_alpha={lora_alpha}: expected a positive number")
+    require(0 <= lora_dropout < 1, f"lora_dropout={lora_dropout}: expected [0, 1)")
+    weights = (name.split(".") for name, _ in policy.model.named_parameters())
+    modules = {name[-2] for name in weights}
+    for name in target_modules if isinstance(target_modules, list) else ():
+        if name.rpartition(".")[2] not in modules:
+            raise unknown("target module", name, modules)
     settings = {"lora_alpha": lora_alpha, "lora_dropout": lora_dropout}
     config = peft.LoraConfig("CAUSAL_LM", r=r, target_modules=target_modules, **settings)
     with kept_random_state(policy.device):
@@ -49,6 +57,7 @@ def add_lora(
 def merge_lora(policy: Policy) -> Policy:
     """Add the adapter to the weights it adapts, in place and in their dtype, and drop it; all of
     them are trainable again."""
+    require(policy.uses_lora, "the policy has no adapter to merge")
     policy.model = policy.model.merge_and_unload().requires_grad_(True).eval()
     return policy
 

@@ -259,6 +259,7 @@ def read_fields(source: str) -> dict:
     with loading(source):
         fields, _ = PreTrainedConfig.get_config_dict(source)
     model_type = fields.get("model_type")
+    require(isinstance(model_type, str | None), f"{source}: model_type={model_type!r:.80}, no text")
     encoders = modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
     encodes = model_type in encoders or fields.get("is_encoder_decoder")
     native = model_type in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not encodes
