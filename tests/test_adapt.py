@@ -96,6 +96,12 @@ def test_what_cannot_be_adapted_is_refused(ar, mdm):
     ar.tokenizer.mask_token = None
     with pytest.raises(InputError, match="'a' is a piece of ordinary text"):
         adapted(ar, mask_token="a")
+    for unseen in ("", " \n", "\ud800"):
+        with pytest.raises(InputError, match=r"mask_token=.*characters that can be seen"):
+            adapted(ar, mask_token=unseen)
+    ar.tokenizer.mask_token = "<|mask|>"
+    with pytest.raises(InputError, match=r"the tokenizer has '<\|mask\|>' already"):
+        adapted(ar, mask_token="<|gap|>")
     with pytest.raises(InputError, match="expected 'mdm' and an autoregressive start"):
         PretrainConfig(annealing=0.5)
 

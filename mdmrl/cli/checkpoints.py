@@ -53,7 +53,9 @@ def adapt(
     annealing: Annotated[
         float, Option(help="Share of the updates over which it comes to look ahead.")
     ] = 0.0,
-    mask_token: Annotated[str, Option(help="For a tokenizer that has none.")] = "<|mask|>",
+    mask_token: Annotated[
+        Name, Option(help="For a tokenizer that has none: <|mask|> unless given.")
+    ] = None,
     lora_r: Rank = 0,
     device: Device = "auto",
     dtype: Dtype = "float32",

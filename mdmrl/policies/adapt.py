@@ -12,6 +12,8 @@ from mdmrl.config import require
 from mdmrl.policies.families import MaskedDiffusionPolicy, Policy
 from mdmrl.policies.patterns import positions_of
 
+MASK = "<|mask|>"
+
 
 class AdaptedPolicy(MaskedDiffusionPolicy):
     """A masked diffusion policy that learns to look ahead little by little.
@@ -49,14 +51,15 @@ class AdaptedPolicy(MaskedDiffusionPolicy):
         return super().fingerprint() | {"annealing": self.annealing}
 
 
-def adapted(policy: Policy, annealing: float = 0.0, mask_token: str = "<|mask|>") -> AdaptedPolicy:
+def adapted(policy: Policy, annealing: float = 0.0, mask_token: str | None = None) -> AdaptedPolicy:
     """The masked diffusion policy that begins with the weights of an autoregressive one, which is
     used up.
 
     Args:
         annealing: see `AdaptedPolicy`.
         mask_token: for a tokenizer that has none: one of its added tokens, whose row is kept, or a
-            new one. A new one begins with the mean of all rows, in the embedding and in the head.
+            new one, `<|mask|>` where it is None. A new one begins with the mean of all rows, in the
+            embedding and in the head.
 
     Raises:
         InputError: a policy that is not autoregressive, or has an adapter; `annealing` outside
@@ -69,10 +72,18 @@ def adapted(policy: Policy, annealing: float = 0.0, mask_token: str = "<|mask|>"
     )
     require(0 <= annealing <= 1, f"annealing={annealing}: expected a share, from 0 to 1")
     tokenizer, model = policy.tokenizer, policy.model
-    if tokenizer.mask_token_id is None:
+    own = tokenizer.mask_token
+    said = f"mask_token={mask_token!r}: the tokenizer has {own!r} already; leave it out"
+    require(own is None or mask_token in (None, own), said)
+    if own is None:
+        mask_token = MASK if mask_token is None else mask_token
         known = mask_token in tokenizer.get_vocab()
         added = mask_token in tokenizer.get_added_vocab()
         require(not known or added, f"mask_token={mask_token!r} is a piece of ordinary text")
+        require(
+            mask_token != "" and mask_token.isprintable(),
+            f"mask_token={mask_token!r}: expected characters that can be seen, as in <|mask|>",
+        )
         tokenizer.add_special_tokens({"mask_token": mask_token})
         rows = len(model.get_input_embeddings().weight)
         if not known:
