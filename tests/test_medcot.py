@@ -253,6 +253,8 @@ BAD_LINES = {
     "no messages": (b'{"prompt": ["Why?"]}', "'prompt' is .'Why.'.: expected .*list of messages"),
     "no content": (b'{"prompt": [{"role": "user"}]}', "'prompt' is .*list of messages"),
     "bad UTF-8": (b'{"prompt": "\xff"}', "not UTF-8"),
+    "a number without end": (b'{"prompt": "x", "n": ' + b"1" * 5000 + b"}", "no JSON"),
+    "a depth without end": (b'{"prompt": ' + b"[" * 100_000, "no JSON"),
 }
 
 
@@ -263,6 +265,24 @@ def test_a_malformed_line_is_named(tmp_path, line, message):
     path.write_bytes(good + b"\n\n" + good + b"\n" + line + b"\n" + good)
     with pytest.raises(ValueError, match=rf"{re.escape(str(path))}:4: .*{message}"):
         load_rows(path)
+
+
+def test_lenient_a_malformed_line_is_left_out_and_counted(tmp_path):
+    path, good = tmp_path / "mine.jsonl", json.dumps(GOOD).encode()
+    lines = [good, *(line for line, _ in BAD_LINES.values()), good]
+    path.write_bytes(b"\n".join(lines))
+    said = rf"{len(BAD_LINES)} of {len(lines)} rows are left out.*mine.jsonl:2: no JSON"
+    with pytest.warns(UserWarning, match=said):
+        assert load_rows(path, lenient=True) == [GOOD, GOOD]
+    path.write_bytes(lines[1])
+    with pytest.warns(UserWarning, match="1 of 1"), pytest.raises(InputError, match="no rows"):
+        load_rows(path, lenient=True)
+
+
+def test_lines_of_other_systems_are_read(tmp_path):
+    path, good = tmp_path / "mine.jsonl", json.dumps(GOOD).encode()
+    path.write_bytes(b"\xef\xbb\xbf" + good + b"\r\n\r\n" + good + b"\r\n")
+    assert load_rows(path) == [GOOD, GOOD]
 
 
 @pytest.mark.parametrize("content", ["", "\n \n"])
@@ -280,6 +300,20 @@ def test_an_empty_file_is_refused(tmp_path, content):
         load_rows(path)
     with pytest.raises(InputError, match="no such file"):
         load_rows(tmp_path / "yours.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("Question", [{"role": "user", "content": "x"}]), ("Answer", 5), ("Response", ["x"])],
+)
+def test_a_field_of_the_real_format_that_is_no_text_is_named(tmp_path, name, value):
+    row = {"Question": "q", "Complex_CoT": "c", "Response": "r"}
+    path = tmp_path / "real.jsonl"
+    path.write_text(json.dumps(row) + "\n" + json.dumps(row | {name: value}))
+    with pytest.raises(InputError, match=rf"'{name}' is"):
+        load_task("medcot", data=path)
+    path.write_text(json.dumps(row | {"Question": "\ud800"}))
+    assert sum(map(len, load_task("medcot", data=path).splits.values())) == 1
 
 
 @pytest.mark.parametrize("suffix", ["json", "jsonl"])

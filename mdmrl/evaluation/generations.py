@@ -67,7 +67,7 @@ def _stored(path: Path, task: Task) -> list[tuple[str, dict]]:
     """The rows of a file as the task's metric reads them, each behind its place."""
     try:
         whole = json.loads(path.read_bytes())
-    except (OSError, ValueError):  # which `numbered_rows` says in words, or JSONL
+    except (OSError, ValueError, RecursionError):  # which `numbered_rows` says in words, or JSONL
         whole = None
     if isinstance(whole, dict) and isinstance(whole.get("generations"), list):
         require(len(whole["generations"]) > 0, f"{path}: no generations")

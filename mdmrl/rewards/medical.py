@@ -114,6 +114,9 @@ class Accuracy:
             f"each of the {len(completions)} completions, got {len(references) or 'none'}: add it "
             "to the rows",
         )
+        for index, reference in enumerate(references):
+            said = f"{self.column}={reference!r:.80} of completion {index}"
+            require(isinstance(reference, str | None), f"{said}: expected a text, or None")
         references = [(reference or "").strip() for reference in references]
         texts = [self.compared(completion_text(completion)) or "" for completion in completions]
         pairs = list(zip(texts, references, strict=True))

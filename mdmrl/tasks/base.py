@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from codecs import BOM_UTF8
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -86,7 +88,8 @@ def verdicts(metric: Callable, completions: Sequence[str], rows: Rows) -> Sequen
 def split_of(*parts: str, shares: Mapping[str, float] = SPLITS) -> str:
     """The split that an item falls into: a hash of what makes it itself, so that it never changes
     with the order or the number of items. The `shares` of the splits sum to 1."""
-    digest = hashlib.sha256("|".join(("split", *parts)).encode()).digest()
+    text = "|".join(("split", *parts)).encode(errors="surrogatepass")
+    digest = hashlib.sha256(text).digest()
     share = int.from_bytes(digest[:6], "big") / 2**48
     for name, width in shares.items():
         share -= width
@@ -100,23 +103,33 @@ def with_system(system: str, prompt: str) -> list[dict]:
     return [{"role": "system", "content": system}, {"role": "user", "content": prompt}]
 
 
-def load_rows(path: str | Path, required: Sequence[str] = ("prompt",)) -> list[dict]:
+def load_rows(
+    path: str | Path, required: Sequence[str] = ("prompt",), lenient: bool = False
+) -> list[dict]:
     """Read a JSONL file (or a JSON list) of rows.
+
+    Args:
+        lenient: leave a bad line out, and warn of how many there are.
 
     Raises:
         InputError: naming file:line, for a line that is no JSON object, is not UTF-8, or lacks a
             `required` field (present, a non-empty string or message list).
     """
-    numbered = numbered_rows(path)
-    for where, row in numbered:
-        found = f"missing or empty (fields found: {', '.join(row) or 'none'})"
-        wanted = 'expected a string or a list of messages like {"role": "user", "content": "..."}'
-        for name in required:
-            value, said = row.get(name), f"{where}: field {name!r} is"
-            require(isinstance(value, str | list) and len(value) > 0, f"{said} {found}")
-            fit = isinstance(value, str) or all(map(_is_message, value))
-            require(fit, f"{said} {value!r:.80}: {wanted}")
-    return [row for _, row in numbered]
+    rows, bad = [], []
+    for where, entry in _entries(path):
+        try:
+            row = _object(where, entry)
+            _require_fields(where, row, required)
+            rows.append(row)
+        except InputError as error:
+            if not lenient:
+                raise
+            bad.append(error)
+    if bad:
+        said = f"{path}: {len(bad)} of {len(bad) + len(rows)} rows are left out"
+        warnings.warn(f"{said}, the first for this: {bad[0]}", stacklevel=2)
+    require(len(rows) > 0, f"{path}: no rows")
+    return rows
 
 
 def numbered_rows(path: str | Path) -> list[tuple[str, dict]]:
@@ -125,34 +138,54 @@ def numbered_rows(path: str | Path) -> list[tuple[str, dict]]:
     Raises:
         InputError: as `load_rows`, whatever fields there are.
     """
+    rows = [(where, _object(where, entry)) for where, entry in _entries(path)]
+    require(len(rows) > 0, f"{path}: no rows")
+    return rows
+
+
+def _entries(path: str | Path) -> Iterator[tuple[str, object]]:
+    """Where each row of a file stands, and its line, or what a JSON list holds there."""
     path = Path(path)
     require(path.is_file(), f"{path}: there is no such file of rows")
-    raw = path.read_bytes()
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = raw[: error.start].count(b"\n") + 1
-        raise InputError(f"{path}:{line}: not UTF-8 ({error.reason})") from None
-
-    def parsed(text: str, first: int = 1):
-        try:
-            return json.loads(text)
-        except (ValueError, RecursionError) as error:  # numbers and nesting that Python won't read
-            line = first + getattr(error, "lineno", 1) - 1
-            said = getattr(error, "msg", error)
-            raise InputError(f"{path}:{line}: no JSON ({said})") from None
-
+    raw = path.read_bytes().removeprefix(BOM_UTF8)
     if path.suffix == ".json":
-        rows = parsed(text)
-        require(isinstance(rows, list), f"{path}:1: expected a JSON list of rows")
-        numbered = list(enumerate(rows, 1))
+        listed = _parsed(raw, path)
+        require(isinstance(listed, list), f"{path}:1: expected a JSON list of rows")
+        yield from ((f"{path}:{number}", row) for number, row in enumerate(listed, 1))
     else:
-        lines = enumerate(text.split("\n"), 1)
-        numbered = [(number, parsed(line, number)) for number, line in lines if line.strip()]
-    require(len(numbered) > 0, f"{path}: no rows")
-    for number, row in numbered:
-        require(isinstance(row, dict), f"{path}:{number}: expected an object, got {row!r:.80}")
-    return [(f"{path}:{number}", row) for number, row in numbered]
+        lines = enumerate(raw.split(b"\n"), 1)
+        yield from ((f"{path}:{number}", line) for number, line in lines if line.strip())
+
+
+def _parsed(raw: bytes, path: str | Path, first: int = 1):
+    """JSON whose first line has that number."""
+    try:
+        return json.loads(raw.decode())
+    except UnicodeDecodeError as error:
+        line = first + raw[: error.start].count(b"\n")
+        raise InputError(f"{path}:{line}: not UTF-8 ({error.reason})") from None
+    except (ValueError, RecursionError) as error:  # also for numbers, and depths, without end
+        line = first + getattr(error, "lineno", 1) - 1
+        raise InputError(f"{path}:{line}: no JSON ({getattr(error, 'msg', error)})") from None
+
+
+def _object(where: str, row) -> dict:
+    """An entry as an object, or an InputError that says where it stands."""
+    if isinstance(row, bytes):
+        path, _, number = where.rpartition(":")
+        row = _parsed(row, path, int(number))
+    require(isinstance(row, dict), f"{where}: expected an object, got {row!r:.80}")
+    return row
+
+
+def _require_fields(where: str, row: dict, required: Sequence[str]) -> None:
+    found = f"missing or empty (fields found: {', '.join(row) or 'none'})"
+    wanted = 'expected a string or a list of messages like {"role": "user", "content": "..."}'
+    for name in required:
+        value, said = row.get(name), f"{where}: field {name!r} is"
+        require(isinstance(value, str | list) and len(value) > 0, f"{said} {found}")
+        fit = isinstance(value, str) or all(map(_is_message, value))
+        require(fit, f"{said} {value!r:.80}: {wanted}")
 
 
 def hub_rows(name: str, config: str | None, split: str) -> list[dict]:
@@ -162,7 +195,11 @@ def hub_rows(name: str, config: str | None, split: str) -> list[dict]:
     except ImportError:
         raise InputError(f"{name} is no file; the hub needs pip install datasets") from None
 
-    return list(datasets.load_dataset(name, config, split=split))
+    try:
+        return list(datasets.load_dataset(name, config, split=split))
+    except Exception as error:  # of many classes
+        said = " ".join(str(error).split())[:200]
+        raise InputError(f"{name} cannot be loaded: {type(error).__name__}: {said}") from error
 
 
 def _is_message(value) -> bool:

@@ -18,6 +18,7 @@ from functools import lru_cache, partial
 from importlib import resources
 from pathlib import Path
 
+from mdmrl.config import require
 from mdmrl.rewards.medical import PACKAGED_ENCODER, medical_rewards
 from mdmrl.rewards.text import TAGS, exact_answer, repetition
 from mdmrl.tasks.base import MASKED, SPLITS, Task, hub_rows, load_rows, split_of
@@ -155,6 +156,10 @@ def load_real(source: str | Path) -> list[dict]:
         found = load_rows(source, required=("Question", "Complex_CoT", "Response"))
     else:
         found = hub_rows(str(source), "en", "train")
+    for number, row in enumerate(found, 1):
+        for name in ("Question", "Complex_CoT", "Response", "Answer"):
+            value, said = row.get(name), f"{source}: row {number}, field {name!r} is"
+            require(isinstance(value, str | None), f"{said} {value!r:.80}: expected a text")
     return [{"prompt": row["Question"], **row, "Answer": row.get("Answer") or ""} for row in found]
 
 
