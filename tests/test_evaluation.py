@@ -115,7 +115,6 @@ def test_the_averages_of_what_always_counts_keep_their_bits(ar):
 def test_weights_and_what_rewards_report(ar):
     def reporting(completions, log_metric, trainer_state, **columns):
         log_metric("share", trainer_state.global_step / trainer_state.max_steps)
-        log_metric("reward", 1e6)  # a name that is taken
         return [1.0] * len(completions)
 
     log = RewardLog(1, 4)

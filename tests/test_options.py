@@ -254,14 +254,14 @@ def test_gradient_norms_of_the_parts_change_nothing_else(mdm, tmp_path):
 # -- how a run ends, and goes on -------------------------------------------------------------------
 
 
-def run_of(train, policy, folder, steps, reward, lora=False):
+def run_of(train, policy, folder, steps, reward, lora=False, **changes):
     """A run of so many updates, evaluated every second and kept every fifth."""
     policy = fresh(policy)
     if lora:
         add_lora(policy, r=4, seed=3)
     asked = {"output_dir": str(folder), "max_steps": steps, "max_completion_length": 8}
     asked |= {"eval_steps": 2, "save_steps": 5, "ref_model_sync_steps": 2, "learning_rate": 3e-3}
-    asked |= {"sampler": {"steps": 4}}
+    asked |= {"sampler": {"steps": 4}, **changes}
     own = {"value_batches": 2} if train is train_ppo else {"logp_estimator": "one_step"}
     config = (PPOConfig if train is train_ppo else GRPOConfig)(**asked | own)
     train(policy, [reward], ROWS, config, ROWS[:1])
@@ -307,6 +307,22 @@ def test_a_run_in_which_nothing_counts_says_so_and_ends(mdm, tmp_path, train):
     assert steps == [0, 1, 2, 3]
     rows = rows_of(tmp_path / "run")
     assert [row["reward"] for row in rows] == [None] * 4
+
+
+@pytest.mark.parametrize("train", [train_grpo, train_ppo])
+def test_samples_for_which_a_reward_fails_stop_the_run_or_are_masked(mdm, tmp_path, train):
+    def breaks(prompts, completions, completion_ids, **columns):
+        found = parity(prompts, completions, completion_ids)
+        return [math.nan, *found[1:]]
+
+    with pytest.raises(InputError, match="reward 'breaks' returned nan"):
+        run_of(train, mdm, tmp_path / "stopped", 2, breaks)
+    with pytest.warns(UserWarning, match="reward 'breaks' failed for 1 of"):
+        run_of(train, mdm, tmp_path / "run", 2, breaks, failed_rewards="mask")
+    first = rows_of(tmp_path / "run")[0]
+    assert 0 < first["rewards/breaks/failed"] < 1 and math.isfinite(first["reward"])
+    with pytest.raises(InputError, match="unknown failed_rewards 'maks': did you mean 'mask'"):
+        settings(tmp_path, failed_rewards="maks")
 
 
 def test_a_process_without_rewards_has_no_part_in_the_mean_of_all(mdm, monkeypatch):

@@ -22,7 +22,7 @@ from mdmrl.rewards import (
     total_reward,
 )
 from mdmrl.rewards.medical import Accuracy
-from mdmrl.rewards.protocol import GIVEN
+from mdmrl.rewards.protocol import GIVEN, Masking
 
 NAN = math.nan
 TEXTS, IDS = ["a", "b", "c"], [[1], [2, 3], [3]]
@@ -133,6 +133,52 @@ def test_what_rewards_report_is_taken_down():
     assert log.extras == {"seen": [*TEXTS, "more"]}
 
 
+def test_what_a_reward_reports_has_a_name_of_its_own():
+    log = RewardLog()
+    report, extra = log.offered["log_metric"], log.offered["log_extra"]
+    for name, value in (("x", "many"), ("x", None), ("x", [1.0]), (3, 1.0), ("x", 10**400)):
+        with pytest.raises(InputError, match=r"log_metric\(.*expected a name and a number"):
+            report(name, value)
+    for column in ("step", "prompt", "completions", "rewards"):
+        with pytest.raises(InputError, match=rf"log_extra\('{column}'.*rename it"):
+            extra(column, TEXTS)
+    for column, values in (("x", "abc"), ("x", None), ("x", 3), (3, TEXTS)):
+        with pytest.raises(InputError, match=r"log_extra\(.*expected a .*list"):
+            extra(column, values)
+    for value in (1, True, math.nan, torch.tensor(2.0)):
+        report("own", value)
+    assert log.beside({"loss": 1.0}) == {"own": None, "loss": 1.0}
+    with pytest.raises(InputError, match="log_metric of own: the log has its own by this name"):
+        log.beside({"own": 1.0})
+    with pytest.raises(InputError, match="log_metric of own"):
+        log.beside({}, "own")
+
+
+def test_where_a_reward_fails_it_can_abstain():
+    def broken(completions, **columns):
+        return [1.0, math.nan, "2"]
+
+    def raising(completions, **columns):
+        raise KeyError("answer")
+
+    async def short(completions, **columns):
+        return [1.0]
+
+    for reward, expected, share in (
+        (broken, [1.0, None, None], 2 / 3),
+        (raising, [None] * 3, 1),
+        (short, [None] * 3, 1),
+    ):
+        log, name = RewardLog(), reward.__name__
+        with pytest.warns(UserWarning, match=rf"reward '{name}' failed for \d of 3 .*masked"):
+            found = values_of(Masking(reward), **log.offered)
+        assert [None if x != x else x for x in found.flatten().tolist()] == expected
+        assert log.metrics() == {f"rewards/{name}/failed": pytest.approx(share)}
+    log = RewardLog()
+    assert values_of(Masking(length), **log.offered).tolist() == values_of(length).tolist()
+    assert log.metrics() == {"rewards/length/failed": 0}
+
+
 def test_a_reward_cannot_change_what_the_next_one_gets():
     def greedy(prompts, completions, completion_ids, note, **columns):
         for items in (prompts, completions, completion_ids, note):
@@ -185,6 +231,7 @@ REFUSED = {
     "numpy's infinite": (np.array([0.0, -np.inf, 1.0]), r"\(float64\) for completion 1"),
     "a string": (["1", 0.0, 1.0], r"'1' \(str\) for completion 0"),
     "text": ("abc", r"'a' \(str\) for completion 0"),
+    "bytes": (b"abc", "returned bytes: expected a list of 3 values"),
     "a column": (torch.ones(3, 1), "returned Tensor: expected a list of 3 values"),
     "tensors that are no numbers": ([torch.ones(1)] * 3, r"\(Tensor\) for completion 0"),
     "a dict": ({0: 1.0, 1: 1.0, 2: 1.0}, "returned dict"),
@@ -207,6 +254,7 @@ def test_a_reward_that_raises_is_named():
     with pytest.raises(ZeroDivisionError) as info:
         values_of(culprit)
     assert "culprit" in "".join(traceback.format_exception(info.value))
+    assert info.value.__notes__ == ["raised by the reward 'culprit'"]
 
 
 # -- how they are summed ---------------------------------------------------------------------------

@@ -232,6 +232,9 @@ def test_missing_references_are_named(accuracy):
         accuracy(["", ""], ["a", "b"], Answer=["a", "b"])
     with pytest.raises(ValueError, match="got 1"):
         accuracy(["", ""], ["a", "b"], Response=["a"])
+    for reference in (5, ["a"], True):
+        with pytest.raises(InputError, match=r"Response=.* of completion 1: expected a text"):
+            accuracy(["", ""], ["a", "b"], Response=["a", reference])
 
 
 def test_an_encoder_that_cannot_be_loaded_is_named(monkeypatch):

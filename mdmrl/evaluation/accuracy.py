@@ -45,10 +45,12 @@ def evaluate(
     judge = Judge(policy, rows, config, rewards, metric, draw, watch, reward_weights)
     means: dict[str, list[Mean]] = defaultdict(list)
     for start in range(0, len(rows), batch_size):
-        for name, mean in judge(start, batch_size, seed, log).means().items():
+        found = judge(start, batch_size, seed, log).means()
+        log.beside(found)  # a name that is taken is found at once
+        for name, mean in found.items():
             means[name].append(mean)
     averages = {name: average(batches) for name, batches in means.items()}
-    return {prefix + name: value for name, value in (log.metrics() | averages).items()}
+    return {prefix + name: value for name, value in log.beside(averages).items()}
 
 
 Mean = tuple[float, int]  # of a batch, over how many

@@ -104,7 +104,7 @@ def evaluate_examples(
             batch = judge(start, batch_size, seed, log)
             made = _examples(batch, task, rows, number, seed, start, samples)
             monitors = {"batch": number, "rows": len(made)}
-            monitors |= {"monitors": log.metrics() | batch.monitors}
+            monitors |= {"monitors": log.beside(batch.monitors)}
             if run:
                 for example in made:
                     run.log(example, "examples")

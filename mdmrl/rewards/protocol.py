@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import math
-import sys
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 GIVEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_metric", "log_extra")
 NOT_GIVEN = ("prompt", "completion")  # columns that TRL, too, keeps from rewards
+LARGEST = 1e15  # float32 has its square, and sums of that
+SAMPLED = ("step", "prompt", "completions", "rewards")  # columns of samples.jsonl
 Rewards = Sequence[Callable[..., Sequence[float | None]]]
 
 
@@ -38,13 +40,64 @@ class RewardLog:
         self._metrics: dict[str, list[float]] = defaultdict(list)
         self.offered = {
             "trainer_state": SimpleNamespace(global_step=global_step, max_steps=max_steps),
-            "log_metric": lambda name, value: self._metrics[name].append(float(value)),
-            "log_extra": lambda column, values: self.extras[column].extend(values),
+            "log_metric": self._log_metric,
+            "log_extra": self._log_extra,
         }
+
+    def _log_metric(self, name: str, value: float) -> None:
+        number = plain(value)
+        fit = isinstance(name, str) and (isinstance(number, float | bool) or _is_number(number))
+        require(fit, f"log_metric({name!r}, {value!r:.80}): expected a name and a number")
+        self._metrics[name].append(float(number))
+
+    def _log_extra(self, column: str, values: Sequence) -> None:
+        said = f"log_extra({column!r}, {values!r:.80})"
+        require(column not in SAMPLED, f"{said}: samples.jsonl has its own {column}; rename it")
+        require(isinstance(column, str), f"{said}: expected a name and a list")
+        listed = isinstance(values, list | tuple) or getattr(values, "ndim", 0) > 0
+        require(listed, f"{said}: expected a list, of one value a completion")
+        self.extras[column].extend(values)
 
     def metrics(self) -> dict[str, float]:
         """By name, the mean of the values reported."""
         return {name: sum(values) / len(values) for name, values in self._metrics.items()}
+
+    def beside(self, found: Mapping, *more: str) -> dict:
+        """`metrics` and what else is `found` of a batch, or logged as `more`; an InputError where
+        one name is both."""
+        own = {name: None if x != x else x for name, x in self.metrics().items()}
+        both = ", ".join(sorted(own.keys() & {*found, *more}))
+        require(not both, f"log_metric of {both}: the log has its own by this name; rename it")
+        return own | found
+
+
+class Masking:
+    """A reward that abstains where the one it is made of fails: from a completion for which that
+    returns no number, from all of a batch where it raises, or returns no list of the right length.
+    It reports the share, `rewards/NAME/failed`."""
+
+    def __init__(self, reward: Callable):
+        self.reward, self.__name__ = reward, reward_name(reward)
+
+    def __call__(self, completions: Sequence, log_metric: Callable, **given) -> list[float | None]:
+        count, name, values, wrong = len(completions), self.__name__, [], []
+        try:
+            found = self.reward(completions=completions, log_metric=log_metric, **given)
+            found = _listed(name, found, count)
+        except Exception as error:
+            found, wrong = [None] * count, [f"{type(error).__name__}: {error}"] * count
+        for index, value in enumerate(found):
+            try:
+                number = _number(name, index, value)
+                values.append(None if number != number else number)
+            except InputError as error:
+                values.append(None)
+                wrong.append(str(error))
+        if wrong:
+            said = f"reward {name!r} failed for {len(wrong)} of {count} completions"
+            warnings.warn(f"{said}, which are masked: {wrong[0]}", stacklevel=3)
+        log_metric(f"rewards/{name}/failed", len(wrong) / count)
+        return values
 
 
 def reward_values(
@@ -77,11 +130,14 @@ def reward_values(
     values = []
     for reward in rewards:
         lists = {name: list(items) for name, items in (given | columns).items()}
-        found = reward(**lists, **(RewardLog().offered | offered))
-        if inspect.iscoroutine(found):  # in a thread, since a notebook's own loop is running
-            with ThreadPoolExecutor(1) as thread:
-                found = thread.submit(asyncio.run, found).result()
-        values.append(_checked(reward_name(reward), found, len(written)))
+        name = reward_name(reward)
+        try:
+            found = reward(**lists, **(RewardLog().offered | offered))
+            found = _listed(name, found, len(written))
+        except Exception as error:
+            error.add_note(f"raised by the reward {name!r}")
+            raise
+        values.append([_number(name, index, value) for index, value in enumerate(found)])
     return torch.tensor(values, dtype=torch.float64).T
 
 
@@ -139,12 +195,17 @@ def complete_rows(rows: Sequence[Mapping]) -> list[Mapping]:
     Raises:
         InputError: a row without `prompt`, or a column that rewards know as something else.
     """
-    for index, row in enumerate(rows):
-        if not isinstance(row, Mapping) or "prompt" not in row:
-            raise InputError(f"row {index}, {row!r:.80}: expected a dict with 'prompt'")
+    require_prompts(rows)
     _columns(rows)
     every = dict.fromkeys(name for row in rows for name in row)
     return [row if len(row) == len(every) else {**every, **row} for row in rows]
+
+
+def require_prompts(rows: Sequence[Mapping]) -> None:
+    """Refuse rows without `prompt`."""
+    for index, row in enumerate(rows):
+        fit = isinstance(row, Mapping) and "prompt" in row
+        require(fit, f"row {index}, {row!r:.80}: expected a dict with 'prompt'")
 
 
 def reward_name(reward: Callable) -> str:
@@ -164,26 +225,37 @@ def _columns(rows: Sequence[Mapping]) -> list[str]:
     return [name for name in names if name not in NOT_GIVEN]
 
 
-def _checked(name: str, found, count: int) -> list[float]:
-    """What the reward of that name returned, NaN for None."""
-    listed = isinstance(found, Sequence) or getattr(found, "ndim", 0) == 1
+def _listed(name: str, found, count: int) -> Sequence:
+    """What the reward of that name returned, awaited where it has to be, if that is a list of so
+    many."""
+    if inspect.iscoroutine(found):  # in a thread, since a notebook's own loop is running
+        with ThreadPoolExecutor(1) as thread:
+            found = thread.submit(asyncio.run, found).result()
+    listed = isinstance(found, Sequence) and not isinstance(found, bytes)
+    listed = listed or getattr(found, "ndim", 0) == 1
     size = len(found) if listed else type(found).__name__
     wanted = f"expected a list of {count} values, one a completion"
     require(size == count, f"reward {name!r} returned {size}: {wanted}")
-    values = []
-    for index, value in enumerate(found):
-        scalar = getattr(value, "ndim", None) == 0  # numpy's and torch's
-        number = math.nan if value is None else value.item() if scalar else value
-        said = f"{value!r} ({type(value).__name__}) for completion {index}"
-        require(
-            value is None or _is_number(number),
-            f"reward {name!r} returned {said}: expected a finite number, or None to abstain",
-        )
-        values.append(float(number))
-    return values
+    return found
+
+
+def _number(name: str, index: int, value) -> float:
+    """One value of the reward of that name, NaN for None."""
+    number = math.nan if value is None else plain(value)
+    said = f"{value!r} ({type(value).__name__}) for completion {index}"
+    require(
+        value is None or _is_number(number),
+        f"reward {name!r} returned {said}: expected a number, {LARGEST:.0e} at most, or None",
+    )
+    return float(number)
+
+
+def plain(value):
+    """A number of numpy's or torch's as one of Python's; anything else as it is."""
+    return value.item() if getattr(value, "ndim", None) == 0 else value
 
 
 def _is_number(value) -> bool:
-    """Whether it is a finite number that a float can hold."""
+    """Whether it is a finite number, `LARGEST` at most."""
     real = isinstance(value, Real) and not isinstance(value, bool)
-    return real and abs(value) <= sys.float_info.max
+    return real and abs(value) <= LARGEST

@@ -17,6 +17,7 @@ CLIPS = ("one_sided", "two_sided", "cispo")
 LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "wd1", "spg")
 RATIO_FREE = ("wd1", "spg")
 LEVELS = ("token", "sequence")
+FAILED = ("stop", "mask")
 SCALES = ("group", "batch", "none")
 
 
@@ -36,6 +37,8 @@ class RLConfig(TrainingConfig):
         clip: `one_sided` (PPO), `two_sided` (clip(rho) A whatever the sign of A) or `cispo`
             (clip(rho) A grad log pi, the ratio as a constant; the thesis's formula).
         ref_model_sync_steps: every so many updates the policy is copied into its reference.
+        failed_rewards: what becomes of samples for which a reward raises, or returns what is no
+            finite number: `stop` the run, or `mask` them out of their group, warned of and counted.
         log_kl: measure the KL at beta=0 too, which costs the reference's forward passes.
         log_gradients: log the gradient norms of the loss's two parts, which costs a second backward
             pass.
@@ -49,12 +52,13 @@ class RLConfig(TrainingConfig):
     epsilon_high: float | None = None
     clip: str = "one_sided"
     ref_model_sync_steps: int = 500
+    failed_rewards: str = "stop"
     log_kl: bool = False
     log_gradients: bool = False
 
     COUNTS: ClassVar = (*TrainingConfig.COUNTS, "num_iterations", "ref_model_sync_steps")
     POSITIVE: ClassVar = (*TrainingConfig.POSITIVE, "epsilon_high")
-    NAMED: ClassVar = TrainingConfig.NAMED | {"clip": CLIPS}
+    NAMED: ClassVar = TrainingConfig.NAMED | {"clip": CLIPS, "failed_rewards": FAILED}
     OWN_SAMPLER: ClassVar = {"remasking": "state_confidence"}
     LEAST_GROUP: ClassVar = 1
 

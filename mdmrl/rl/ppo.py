@@ -135,7 +135,7 @@ def train_ppo(
     charge = config.beta if config.kl_in_reward else 0.0
 
     def first_fit() -> float:
-        base = base_states(policy, rewards, rounds.rows, config, *rounds.share, draw)
+        base = base_states(policy, rounds.rewards, rounds.rows, config, *rounds.share, draw)
         return fit(values, ValueData.joined(list(base)), rounds.accelerator)
 
     def make_update(step: int) -> tuple[Metrics, dict]:

@@ -58,6 +58,7 @@ class RFTConfig(SFTConfig):
     POSITIVE: ClassVar = (*SFTConfig.POSITIVE, "temperature")
     OWN_SAMPLER: ClassVar = RLConfig.OWN_SAMPLER
     needs_reference: ClassVar = False
+    failed_rewards: ClassVar = "stop"
 
     def validate(self) -> None:
         super().validate()

@@ -167,7 +167,6 @@ def collect(
     groups = total.view(-1, num_generations)
     components = zip(map(reward_name, rewards), values.nanmean(0).tolist(), strict=True)
     metrics = {
-        **log.metrics(),
         "reward": total.nanmean().item(),
         "reward_std": groups.std(1, correction=min(1, num_generations - 1)).nanmean().item(),
         "frac_reward_zero_std": (advantages.view_as(groups) == 0).all(1).double().mean().item(),

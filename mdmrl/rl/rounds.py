@@ -10,8 +10,9 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from mdmrl.config import InputError
-from mdmrl.evaluation.accuracy import evaluate
+from mdmrl.evaluation.accuracy import evaluate, numbers
 from mdmrl.rewards import RewardLog, check_rewards, reward_values, total_reward
+from mdmrl.rewards.protocol import Masking
 from mdmrl.rl.rollout import Rollout, collect
 from mdmrl.runs import generator_for
 from mdmrl.sampling import SamplerConfig, SamplerOutput, generate
@@ -35,12 +36,14 @@ class Rounds:
         self.rows, self.eval_rows = checked_rows(policy, rows, eval_rows, length)
         self.weights = judging.get("reward_weights")
         self.names = check_rewards(rewards, self.weights, self.rows)
+        if config.failed_rewards == "mask":
+            self.rewards = [Masking(reward) for reward in rewards]
         self.drawing = {"draw": draw or generate, "watch": watch}
         self.judging = judging
         named = dict(zip(self.names, rewards, strict=True))
         self.parts = {"rewards": named, "eval_rows": self.eval_rows, "metric": metric}
         self.parts |= {"probe": probe, "watch": watch} | ({"draw": draw} if draw else {})
-        self.abstained = 0  # rounds in a row
+        self.log, self.abstained = RewardLog(), 0  # of the last round; rounds in a row
 
     def micro_batches(self, rows: int, purpose: str, step: int, index: int = 0) -> Iterator[tuple]:
         """The micro-batches of so many rows, and the random numbers of each for a round, or for its
@@ -71,7 +74,8 @@ class Rounds:
         config = self.config
         batch = rows_of_step(self.rows, config.prompts_per_process, step, *self.share, config.seed)
         asked = config.num_generations, sampler, None, record
-        ways = {"log": RewardLog(step, config.max_steps), **self.drawing, **self.judging}
+        self.log = RewardLog(step, config.max_steps)
+        ways = {"log": self.log, **self.drawing, **self.judging}
         ways["draw"] = partial(self.draw_parts, step)
         rollout, metrics, sample = collect(self.policy, batch, self.rewards, *asked, **ways)
         self._say_if_nothing_counts(rollout.counted, step)
@@ -125,10 +129,10 @@ class Rounds:
         policy, config = self.policy, self.config
 
         def updated(step: int) -> tuple[Metrics, dict]:
-            found = update(step)
+            found, sample = update(step)
             if config.needs_reference and (step + 1) % config.ref_model_sync_steps == 0:
                 policy.sync_reference()
-            return found
+            return self.log.beside(found, "step", "step_time"), sample
 
         self.optimizer = Optimizer(policy, groups, self.accelerator, config.max_grad_norm)
         with open_run(policy, self.rows, config, algorithm, self.accelerator, **self.parts) as run:
