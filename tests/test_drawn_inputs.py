@@ -21,16 +21,18 @@ from mdmrl import (
     GRPOConfig,
     PPOConfig,
     SFTConfig,
+    evaluate,
     generate,
     load_rows,
     train_dpo,
     train_grpo,
+    train_ppo,
     train_sft,
 )
 from mdmrl.config import InputError
 from mdmrl.rewards.protocol import check_rewards, reward_values
 from mdmrl.rl.kl import kl_form
-from mdmrl.rl.rejection import RFTConfig
+from mdmrl.rl.rejection import RFTConfig, train_rft
 from mdmrl.runs import as_json
 from mdmrl.sampling import SamplerConfig
 from mdmrl.sampling.guidance import GuideConfig
@@ -153,6 +155,7 @@ def test_a_sampler_that_is_taken_draws(shared_policies):
 
 MESSAGES = [[], [3], [{}], [{"role": "user"}], [{"content": "x"}], [{"role": 3, "content": "x"}]]
 MESSAGES += [[{"role": "user", "content": x}] for x in (None, 3, "", "\ud800", [3], "so <|end|>")]
+MESSAGES += [[{"role": "user", "content": [part]}] for part in ("x", {}, {"type": "image"})]
 MESSAGES += [{"role": "user", "content": "x"}, ({"role": "user", "content": "x"},)]
 NO_PROMPTS = [
     None,
@@ -303,3 +306,52 @@ def test_a_kl_of_ones_own_has_a_value_for_each_token(own):
     with pytest.raises(InputError, match=r"kl_estimator=.* gives .*expected a tensor, \(2, 3\)"):
         kl_form(own)(torch.ones(2, 3))
     assert kl_form(torch.square)(torch.ones(2, 3)).shape == (2, 3)
+
+
+BRINGS = {"metric": [3, "yes", lambda text, row: "yes", lambda text, row: 0.5]}
+BRINGS["metric"] += [lambda text, row: torch.ones(2)]
+BRINGS["probe"] = [3, lambda policy: None, lambda policy: {"x": "y"}, lambda policy: [1]]
+BRINGS["watch"] = ["x", lambda texts, ids: None, lambda texts, ids: {"x": None, "y": [1]}]
+BRINGS["draw"] = [3, lambda *given: None, lambda *given: "text"]
+BRINGS["draw"] += [lambda policy, prompts, *more: generate(policy, prompts[:1], *more)]
+ESTIMATORS = [lambda p, r, n: None, lambda p, r, n: 0.0, lambda p, r, n: torch.zeros(2, 9)]
+ODDITIES = [(name, odd) for name, odds in BRINGS.items() for odd in odds]
+ODDITIES += [("logp_estimator", odd) for odd in ESTIMATORS]
+
+
+@pytest.mark.parametrize(("name", "odd"), ODDITIES, ids=range(len(ODDITIES)))
+def test_what_a_user_brings_gives_what_it_should_or_is_refused(mdm, tmp_path, name, odd):
+    small = {"max_steps": 1, "max_completion_length": 4, "output_dir": str(tmp_path / "run")}
+    own = {"logp_estimator": odd if name == "logp_estimator" else "one_step"}
+    config = GRPOConfig(num_generations=2, per_device_train_batch_size=2, **own, **small)
+    brought = {} if name == "logp_estimator" else {name: odd}
+    with pytest.raises(InputError, match=r"expected (a|numbers|True|one) ?"):
+        train_grpo(mdm, [parity], ROWS, config, ROWS_APART, **brought)
+
+
+ROWS, ROWS_APART = [{"prompt": "x"}], [{"prompt": "y"}]
+
+
+def test_what_is_no_policy_and_no_config_is_refused(mdm, tmp_path):
+    rows = [{"prompt": "x", "completion": "y", "chosen": "y", "rejected": "z"}]
+    ways = {GRPOConfig: train_grpo, PPOConfig: train_ppo, RFTConfig: train_rft}
+    ways = {made: partial(train, rewards=[parity]) for made, train in ways.items()}
+    ways |= {SFTConfig: train_sft, DPOConfig: train_dpo}
+    for made, train in ways.items():
+        for policy in ("tiny-mdm", None, mdm.model):
+            with pytest.raises(InputError, match=r"^policy=.*expected a policy"):
+                train(policy, rows=rows, config=made())
+        for config in ({"max_steps": 1}, None, made, SamplerConfig()):
+            with pytest.raises(InputError, match=rf"^config=.*expected a {made.__name__}"):
+                train(mdm, rows=rows, config=config)
+
+
+@pytest.mark.parametrize("rows", [[{"x": 1}], [3], [None]])
+def test_what_is_no_row_is_not_evaluated(mdm, rows):
+    with pytest.raises(InputError, match=r"row 0, .*expected a dict with 'prompt'"):
+        evaluate(mdm, rows, SamplerConfig(max_new_tokens=4))
+    with pytest.raises(InputError, match="batch_size=0"):
+        evaluate(mdm, ROWS, SamplerConfig(max_new_tokens=4), batch_size=0)
+    with pytest.raises(InputError, match=r"row 0, .*expected a dict with 'prompt'|row 1 is"):
+        pairs = [{"prompt": "x", "chosen": "y", "rejected": "z"}]
+        train_dpo(mdm, pairs, DPOConfig(max_completion_length=4), rows)

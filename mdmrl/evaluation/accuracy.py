@@ -3,17 +3,21 @@
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import Tensor
 
+from mdmrl.config import require
 from mdmrl.policies import Policy
 from mdmrl.rewards import RewardLog, check_rewards, complete_rows, reward_values, total_reward
+from mdmrl.rewards.protocol import plain, require_prompts
 from mdmrl.rewards.text import repetition
 from mdmrl.runs import generator_for
 from mdmrl.sampling import SamplerConfig, SamplerOutput, generate
+from mdmrl.sampling.output import checked
 from mdmrl.tasks.base import MASKED, verdicts
 
 
@@ -41,6 +45,7 @@ def evaluate(
         rewards report and `completion_metrics`, each behind `prefix`. What all rewards, one reward
         or the metric abstain from is not in its mean, and a mean of none is None.
     """
+    require(batch_size >= 1, f"batch_size={batch_size}: expected 1 or more")
     log = log or RewardLog()
     judge = Judge(policy, rows, config, rewards, metric, draw, watch, reward_weights)
     means: dict[str, list[Mean]] = defaultdict(list)
@@ -100,6 +105,10 @@ class Judge:
     reward_weights: Sequence[float] | None = None
 
     def __post_init__(self) -> None:
+        require_prompts(self.rows)
+        for name in ("metric", "draw", "watch"):
+            part = getattr(self, name)
+            require(part is None or callable(part), f"{name}={part!r:.80}: expected a function")
         if self.rewards:
             self.rows = complete_rows(self.rows)
             self.names = check_rewards(self.rewards, self.reward_weights, self.rows)
@@ -110,7 +119,7 @@ class Judge:
         prompts = [row["prompt"] for row in rows]
         generator = generator_for(seed, "evaluate", index=start, device=self.policy.device)
         began = time.perf_counter()
-        output = self.draw(self.policy, prompts, self.config, generator)
+        output = checked(self.draw(self.policy, prompts, self.config, generator), len(rows))
         seconds = time.perf_counter() - began
         written, columns = output.completions, {}
         if self.rewards:
@@ -143,11 +152,11 @@ def completion_metrics(
     ended = torch.isin(ids, ids.new_tensor(policy.end_token_ids)).any(1)
     left = policy.tokenizer.mask_token_id
     written = [[MASKED if i == left else i for i in row] for row in output.token_lists()]
-    watched = watch(output.completions, written) if watch is not None else {}
+    watched = numbers(watch, output.completions, written) if watch is not None else {}
     metrics = {
         "completions/mean_length": lengths.mean().item(),
         "completions/clipped_ratio": 1 - ended.float().mean().item(),
-        **{name: float(value) for name, value in watched.items()},
+        **watched,
         "repetition": sum(map(repetition, written)) / len(written),
         "entropy": -(output.logprobs * mask).sum().item() / lengths.sum().item(),
     }
@@ -155,3 +164,15 @@ def completion_metrics(
         leftover = ((ids == policy.mask_token_id) & mask).any(1)
         metrics["leftover_mask_rate"] = leftover.float().mean().item()
     return metrics
+
+
+def numbers(function: Callable, *given) -> dict[str, float | None]:
+    """What a function of the user's measures of what it is `given`; an InputError for anything but
+    numbers by name."""
+    found, name = function(*given), getattr(function, "__name__", type(function).__name__)
+    require(isinstance(found, Mapping), f"{name} returned {found!r:.80}: expected numbers by name")
+    measured = {str(key): plain(value) for key, value in found.items()}
+    for key, value in measured.items():
+        said = f"{name} returned {key}={value!r:.80}: expected a number"
+        require(value is None or isinstance(value, Real), said)
+    return {key: value if value is None else float(value) for key, value in measured.items()}

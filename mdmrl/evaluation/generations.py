@@ -14,7 +14,7 @@ from mdmrl.evaluation.examples import prompt_hash
 from mdmrl.evaluation.stats import mcnemar, paired_interval
 from mdmrl.rewards.text import completion_text
 from mdmrl.tasks import Task, countdown
-from mdmrl.tasks.base import numbered_rows
+from mdmrl.tasks.base import numbered_rows, verdicts
 
 # LLaDA's end tokens, which d1's files keep; what stands behind the first is no part of the text.
 END = re.compile(r"<\|(?:eot_id|endoftext)\|>")
@@ -54,7 +54,7 @@ def _score(task: Task, text: str, row: dict, where: str) -> float | None:
     if "answer" in row and row["answer"] is None:
         return None
     try:
-        verdict = task.metric(text, row)
+        (verdict,) = verdicts(task.metric, [text], [row])
     except KeyError as error:
         wanted = f"no column {error}, which {task.name} is scored by"
         raise InputError(f"{where}: {wanted} (found: {', '.join(row)})") from None

@@ -43,7 +43,7 @@ from mdmrl.rl.rollout import Rollout
 from mdmrl.rl.rounds import Rounds
 from mdmrl.rl.scoring import adapted, charged, check_ratio, score_in_parts
 from mdmrl.sampling import generate
-from mdmrl.training.loop import Metrics, averaged
+from mdmrl.training.loop import Metrics, averaged, require_kinds
 
 ALGORITHM = "grpo-1"  # part of a run's identity: raise it when its law changes
 CHECKED = 2  # updates whose ratio is checked: fresh LoRA is 0 at the first, dropout unseen
@@ -83,6 +83,7 @@ def train_grpo(
         RuntimeError: new and old policy, which are still the same, score differently.
         FloatingPointError: several updates in a row that are not finite.
     """
+    require_kinds(policy, config, GRPOConfig)
     plain = estimator(config.logp_estimator, policy)
     scorer = sandwiched(plain, config) if config.loss_type == "spg" else plain
     sampler = config.sampler_for(policy)

@@ -65,7 +65,13 @@ class Estimator:
     denoising: bool = True
 
     def __call__(self, policy: Policy, rollout: Rollout, noise: Noise) -> Tensor:
-        return self.function(policy, rollout, noise)
+        """(B, L) or (B,); an InputError for anything else."""
+        found, shape = self.function(policy, rollout, noise), tuple(rollout.completion_ids.shape)
+        said = tuple(found.shape) if isinstance(found, Tensor) else f"{found!r:.80}"
+        name = getattr(self.function, "__name__", "of your own")
+        wanted = f"expected a tensor, {shape} or {shape[:1]}"
+        require(said in (shape, shape[:1]), f"logp_estimator {name} gives {said}: {wanted}")
+        return found
 
 
 ESTIMATORS = {

@@ -63,7 +63,7 @@ from mdmrl.rl.values import (
     normalised,
     value_loss,
 )
-from mdmrl.training.loop import Metrics, mean_count
+from mdmrl.training.loop import Metrics, mean_count, require_kinds
 
 ALGORITHM = "ppo-3"  # part of a run's identity: raise it when results change
 
@@ -122,6 +122,7 @@ def train_ppo(
         RuntimeError: new, old and reference policy, which are still the same, score differently.
         FloatingPointError: several updates in a row that are not finite.
     """
+    require_kinds(policy, config, PPOConfig)
     said = f"half_text={config.half_text} with a draw of its own: expected False, a whole canvas"
     require(draw is None or not config.half_text, said)
     sampler = config.sampler_for(policy)

@@ -37,7 +37,14 @@ from mdmrl.runs import generator_for
 from mdmrl.sampling import SamplerConfig
 from mdmrl.training.config import TrainingConfig
 from mdmrl.training.data import listed, refuse_learnt, rows_of_step
-from mdmrl.training.loop import Metrics, Optimizer, accelerator_for, open_run, train
+from mdmrl.training.loop import (
+    Metrics,
+    Optimizer,
+    accelerator_for,
+    open_run,
+    require_kinds,
+    train,
+)
 from mdmrl.training.supervised import Pair, collate, encode_pairs, require_fields
 
 ALGORITHM = "dpo-1"  # part of a run's identity: raise it when results change
@@ -99,6 +106,7 @@ def train_dpo(
             the steps in which a text was drawn, a held-out prompt among the training rows.
         FloatingPointError: several updates in a row that are not finite.
     """
+    require_kinds(policy, config, DPOConfig)
     scorer = estimator(config.estimator_for(policy), policy)
     require(
         not scorer.records,

@@ -30,7 +30,7 @@ from mdmrl.rl.values import prompts_of
 from mdmrl.runs import generator_for
 from mdmrl.training.config import SFTConfig
 from mdmrl.training.data import rows_of_step
-from mdmrl.training.loop import MAX_SKIPPED, Metrics
+from mdmrl.training.loop import MAX_SKIPPED, Metrics, require_kinds
 from mdmrl.training.sft import learn
 
 ALGORITHM = "rft-1"  # part of a run's identity: raise it when results change
@@ -100,6 +100,7 @@ def train_rft(
             online in several updates in a row.
         FloatingPointError: several updates in a row that are not finite.
     """
+    require_kinds(policy, config, RFTConfig)
     rounds = Rounds(policy, rewards, rows, config, eval_rows, metric, None, watch)
     none_right, pool, at_first = 0, [], {}
     if not config.online:

@@ -16,6 +16,7 @@ from mdmrl.rewards.protocol import Masking
 from mdmrl.rl.rollout import Rollout, collect
 from mdmrl.runs import generator_for
 from mdmrl.sampling import SamplerConfig, SamplerOutput, generate
+from mdmrl.sampling.output import checked
 from mdmrl.training.data import checked_rows, rows_of_step
 from mdmrl.training.loop import MAX_SKIPPED, Metrics, Optimizer, accelerator_for, open_run, train
 
@@ -60,7 +61,10 @@ class Rounds:
         parts, draw = [*self.micro_batches(len(prompts), "rollout", step)], self.drawing["draw"]
         if draw is not generate:
             parts = [(slice(None), parts[0][1])]
-        drawn = [draw(policy, prompts[part], sampler, numbers, record) for part, numbers in parts]
+        drawn = []
+        for part, random in parts:
+            output = draw(policy, prompts[part], sampler, random, record)
+            drawn.append(checked(output, len(prompts[part])))
         return SamplerOutput.joined(drawn, policy.pad_token_id)
 
     def collect(
@@ -111,7 +115,7 @@ class Rounds:
         judging = {"reward_weights": self.weights, "log": RewardLog(step, self.config.max_steps)}
         judging["batch_size"] = self.config.per_device_eval_batch_size
         found = evaluate(policy, *asked, "eval/", **judging, **self.drawing)
-        measured = self.probe(policy) if self.probe else {}
+        measured = numbers(self.probe, policy) if self.probe else {}
         return found | {f"eval/{name}": value for name, value in measured.items()}
 
     def train(

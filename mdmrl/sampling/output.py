@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mdmrl.config import require
 from mdmrl.policies import Policy
 
 EXACT, APPROXIMATE = "exact", "approximate"
@@ -128,3 +129,13 @@ class SamplerOutput:
         """Completion ids up to and including the first end token, one list a row."""
         pairs = zip(self.completion_ids, self.completion_mask, strict=True)
         return [ids[mask].tolist() for ids, mask in pairs]
+
+
+def checked(output, prompts: int) -> SamplerOutput:
+    """What a sampler gave for so many prompts, if that is a `SamplerOutput` of as many texts."""
+    count = len(output.completions) if isinstance(output, SamplerOutput) else f"{output!r:.80}"
+    require(
+        count == prompts,
+        f"the sampler gave {count}: expected a SamplerOutput of {prompts} completions",
+    )
+    return output

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mdmrl.config import InputError, require, unknown
+from mdmrl.rewards.protocol import plain
 
 if TYPE_CHECKING:
     from mdmrl.policies import Policy
@@ -80,9 +81,19 @@ class Task:
 
 
 def verdicts(metric: Callable, completions: Sequence[str], rows: Rows) -> Sequence[bool | None]:
-    """What a task's `metric` says of completions of `rows`."""
+    """What a task's `metric` says of completions of `rows`; an InputError where that is not True,
+    False or None for each."""
     of_batch = getattr(metric, "of_batch", None)
-    return of_batch(completions, rows) if of_batch else [*map(metric, completions, rows)]
+    found = [*(of_batch(completions, rows) if of_batch else map(metric, completions, rows))]
+    count, name = len(completions), getattr(metric, "__name__", type(metric).__name__)
+    said = f"metric {name!r} returned {len(found)} verdicts: expected one for each of {count} texts"
+    require(len(found) == count, said)
+    for index, verdict in enumerate(found):
+        number = plain(verdict)
+        fit = number is None or (isinstance(number, int | float) and number in (0, 1))
+        said = f"metric {name!r} returned {verdict!r:.80} for completion {index}"
+        require(fit, f"{said}: expected True, False, or None where it cannot be judged")
+    return found
 
 
 def split_of(*parts: str, shares: Mapping[str, float] = SPLITS) -> str:

@@ -32,6 +32,7 @@ from mdmrl.training.tracking import reporting
 
 MAX_SKIPPED = 5
 OTHERS = ("DEEPSPEED", "MEGATRON_LM")
+FUNCTIONS = {"metric", "probe", "watch", "draw"}  # what a run may be given
 TURN = 1e-3  # seconds between updates, in which a thread that waits for the policy gets it
 Metrics = dict[str, float | None]
 
@@ -89,6 +90,12 @@ def open_run(
     """The run's folder, known by all that decides its results: `algorithm`, its name and version,
     and `parts`, what else was brought along, functions and rows that are not trained on."""
     require_full_precision(policy)
+    if config.bf16 and policy.device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        require(native, "bf16=True, but this card has no bfloat16: leave it out")
+    for name in FUNCTIONS & parts.keys():
+        part = parts[name]
+        require(part is None or callable(part), f"{name}={part!r:.80}: expected a function")
     settings = config.settings_for(policy)
     identity = known(settings | parts) | {
         "algorithm": algorithm,
@@ -99,6 +106,15 @@ def open_run(
     since = known(type(config)().settings_for(policy))
     with accelerator.main_process_first():
         return Run(config.output_dir, identity, since, accelerator.is_main_process, policy.device)
+
+
+def require_kinds(policy: Policy, config: TrainingConfig, wanted: type[TrainingConfig]) -> None:
+    """Refuse what is no policy, and no config of the algorithm that is `wanted`."""
+    fits = {"policy": isinstance(policy, Policy), "config": isinstance(config, wanted)}
+    expected = {"policy": "a policy, of load_policy", "config": f"a {wanted.__name__}(...)"}
+    for name, given in {"policy": policy, "config": config}.items():
+        said = repr(given).partition("\n")[0]
+        require(fits[name], f"{name}={said:.80}: expected {expected[name]}")
 
 
 def require_full_precision(policy: Policy) -> None:

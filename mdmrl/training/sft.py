@@ -63,6 +63,7 @@ def train_sft(
             among the training rows.
         FloatingPointError: a loss or gradient that is not finite.
     """
+    require_kinds(policy, config, SFTConfig)
     accelerator = accelerator_for(policy)
     rank, processes = accelerator.process_index, accelerator.num_processes
     rows, eval_rows = listed(rows), listed(eval_rows, "eval_rows")
