@@ -377,6 +377,14 @@ def test_training_happens_on_the_card_and_gives_what_the_processor_gives(
         torch.testing.assert_close(found["cuda:1"][key], value, atol=1e-4, rtol=1e-3, msg=key)
 
 
+def test_a_card_without_bfloat16_is_not_asked_for_it(shared_policies, tmp_path, card, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    policy = moved(shared_policies["mdm"], card.device)
+    with pytest.raises(InputError, match="this card has no bfloat16"):
+        grpo(policy, tmp_path / "run", bf16=True)
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("name", ["mdm-ppo", "ar-lora"])
 def test_a_run_is_resumed_on_the_card(name, shared_policies, card, tmp_path):
     family, (train, changes) = name.partition("-")[0], TRAININGS[name]
