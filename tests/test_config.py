@@ -205,6 +205,15 @@ def test_the_ratio_of_k3_ratio_must_exist(beside):
         GRPOConfig(kl_estimator="k3_ratio", **beside)
 
 
+def test_the_thesis_takes_a_sampler_as_any_config_does():
+    for given in ({"steps": 4}, SamplerConfig(steps=4)):
+        made = GRPOConfig.thesis(sampler=given)
+        assert made.sampler == {"remasking": "low_confidence", "steps": 4}
+    for given in (3, None, [1]):
+        with pytest.raises(InputError, match="sampler="):
+            GRPOConfig.thesis(sampler=given)
+
+
 def test_scale_rewards_takes_what_trl_takes():
     found = [GRPOConfig(scale_rewards=value).scale_rewards for value in (True, False, "batch")]
     assert found == ["group", "none", "batch"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import ClassVar
 
@@ -149,7 +149,11 @@ class GRPOConfig(RLConfig):
         preset = {"logp_estimator": "ar_style", "kl_estimator": "k3", "beta": 1.0, "epsilon": 0.1}
         if settings.get("beta") == 0 and not settings.get("log_kl"):
             del preset["kl_estimator"]
-        sampler = {"remasking": "low_confidence"} | dict(settings.pop("sampler", {}))
+        sampler = settings.pop("sampler", {})
+        if isinstance(sampler, SamplerConfig):
+            sampler = sampler.changed()
+        if isinstance(sampler, Mapping):
+            sampler = {"remasking": "low_confidence", **sampler}
         return cls(**preset | settings, sampler=sampler)
 
     def __post_init__(self) -> None:
