@@ -175,6 +175,14 @@ def test_bad_pairs_and_estimators_are_refused_before_any_work(
     assert not (tmp_path / "run").exists()
 
 
+def test_held_out_rows_are_pairs_or_are_judged(mdm, tmp_path):
+    config, rows = settings(DPOConfig, tmp_path / "run", mdm, max_steps=1), [{"prompt": "A fish?"}]
+    with pytest.raises(ValueError, match="1 of 2 eval_rows are no pairs"):
+        train_dpo(mdm, ROWS, config, HELD_OUT + rows)
+    train_dpo(mdm, ROWS, config, HELD_OUT + rows, metric=lambda text, row: True)
+    assert read_rows(tmp_path / "run" / "metrics.jsonl")[0]["eval/accuracy"] == 1
+
+
 @pytest.mark.parametrize(
     ("kind", "name", "value"),
     [

@@ -29,6 +29,7 @@ from torch import Tensor
 from mdmrl.config import require
 from mdmrl.evaluation.accuracy import evaluate
 from mdmrl.policies import Policy
+from mdmrl.rewards.protocol import require_prompts
 from mdmrl.rl.config import RLConfig
 from mdmrl.rl.logprobs import Estimator, draw_noise, estimator
 from mdmrl.rl.reward_models import bradley_terry_loss
@@ -116,7 +117,11 @@ def train_dpo(
     rows, eval_rows = listed(rows), listed(eval_rows, "eval_rows")
     length = config.max_completion_length
     pairs = encode_preferences(policy, rows, length)
+    require_prompts(eval_rows)
     judged = [row for row in eval_rows if "chosen" in row]
+    others = len(eval_rows) - len(judged)
+    said = f"{others} of {len(eval_rows)} eval_rows are no pairs, and there is no metric of texts"
+    require(metric is not None or not others, f"{said}: expected chosen and rejected, or a metric")
     held_out_pairs = encode_preferences(policy, judged, length)
     refuse_learnt(rows, eval_rows)
     accelerator = accelerator_for(policy)
@@ -143,7 +148,8 @@ def train_dpo(
             policy.backward(part["loss"].sum() / len(drawn), parameters)
             seen.append({name: value.detach() for name, value in part.items()})
         metrics = means(seen)
-        metrics |= optimizer.step(metrics["loss"], f"step {step}")
+        asked = policy.tokenizer.batch_decode([prompt for (prompt, _), _ in drawn])
+        metrics |= optimizer.step(metrics["loss"], f"step {step} on prompts {asked}")
         return metrics | {"token_forwards/scoring": policy.positions_computed - before}, None
 
     parts = {"eval_rows": eval_rows, "metric": metric, "watch": watch}

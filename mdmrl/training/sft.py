@@ -120,6 +120,7 @@ def learn(
         slope = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         parameter.grad = slope.div_(mean)
     rate = config.learning_rate_at(step)
+    batch += f" on prompts {policy.tokenizer.batch_decode([prompt for prompt, _ in drawn])}"
     optimizer.adamw.param_groups[0]["lr"] = rate
     return {
         "loss": loss / mean,
