@@ -17,6 +17,7 @@ from scipy import stats
 from test_sampling import ender
 
 import mdmrl.rl.ppo as ppo
+from mdmrl.config import InputError
 from mdmrl.policies import add_lora
 from mdmrl.rl.config import PPOConfig
 from mdmrl.rl.episodes import (
@@ -639,6 +640,13 @@ def test_a_value_head_is_saved_and_loaded(tmp_path):
     values.save_pretrained(tmp_path / "values")
     assert {p.name for p in (tmp_path / "values").iterdir()} == {"config.json", "model.safetensors"}
     assert torch.equal(ValueHead.from_pretrained(tmp_path / "values")(x), values(x))
+    for name in ("config.json", "model.safetensors"):
+        path = tmp_path / "values" / name
+        whole = path.read_bytes()
+        path.write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(InputError, match="values cannot be loaded: "):
+            ValueHead.from_pretrained(tmp_path / "values")
+        path.write_bytes(whole)
 
 
 def ends(prompts, completions, completion_ids, **columns):

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mdmrl.policies import MaskedDiffusionPolicy
+from mdmrl.policies.published import loading
 from mdmrl.rl.config import PPOConfig
 from mdmrl.rl.episodes import score_episodes
 from mdmrl.rl.rollout import Rollout, collect
@@ -47,9 +48,10 @@ class Head(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path):
-        """The head that `save_pretrained` wrote."""
-        head = cls(**json.loads((Path(folder) / "config.json").read_text()))
-        head.load_state_dict(load_file(Path(folder) / "model.safetensors"))
+        """The head that `save_pretrained` wrote; an InputError for files that are none."""
+        with loading(str(folder)):
+            head = cls(**json.loads((Path(folder) / "config.json").read_text()))
+            head.load_state_dict(load_file(Path(folder) / "model.safetensors"))
         return head
 
 
