@@ -7,8 +7,9 @@ from test_sampling import double
 
 from mdmrl.bench import peers
 from mdmrl.bench import samplers as bench
+from mdmrl.bench.judging import bench_judge
 from mdmrl.bench.tables import bench_tables
-from mdmrl.bench.updates import bench_estimators
+from mdmrl.bench.updates import bench_estimators, bench_update
 from mdmrl.config import InputError
 
 
@@ -122,3 +123,16 @@ def test_what_an_update_is_set_beside_is_refused_by_name(asked, said, monkeypatc
     monkeypatch.setattr(peers, "find_spec", lambda name: name)
     with pytest.raises(InputError, match=said):
         peers.bench_against(*asked)
+
+
+@pytest.mark.parametrize("counts", [{"repeats": 0}, {"lengths": [0]}, {"batches": [2, 0]}])
+def test_counts_below_one_are_refused(counts):
+    with pytest.raises(InputError, match="=0: expected at least 1"):
+        bench.bench_samplers("tiny-mdm", **counts)
+    with pytest.raises(InputError, match="block_length=0"):
+        bench.bench_samplers("tiny-mdm", block_length=0)
+    for timed in (bench_estimators, bench_judge, bench_update):
+        with pytest.raises(InputError, match="repeats=0: expected at least 1"):
+            timed(repeats=0)
+    with pytest.raises(InputError, match="unknown dtype 'float16'"):
+        bench.bench_policy("random-ar:smollm2", 32, dtype="float16")

@@ -152,6 +152,17 @@ def test_an_adapter_is_put_on_a_policy(call, saved, ar):
     assert texts["adapted"] == texts["folder"] != texts["plain"]
 
 
+def test_a_table_that_is_none_is_found_before_any_work_and_left_alone(call, saved):
+    words = ("mdm", "--task", "tasks.py:half", "--csv", "mine.csv", "--output-dir", "kept")
+    for content in (b"", b"\xff\xfe\x00", b"a,b\n1,2,3\n4,5,6,7\n"):
+        Path("mine.csv").write_bytes(content)
+        assert "mine.csv is no CSV to append to" in call(*words)
+        assert Path("mine.csv").read_bytes() == content
+    assert not Path("kept").exists()
+    Path("file").touch()
+    assert "no folder that can be written" in call(*words[:3], "--output-dir", "file")
+
+
 def test_several_seeds_and_pass_at_k(call, saved):
     words = ["ar", "--task", "tasks.py:drawn", "--sampler", "max_new_tokens=4"]
     words += ["--sampler", "temperature=1", "--json", "out.json"]

@@ -56,5 +56,6 @@ def test_a_plan_is_a_table(monkeypatch, capsys):
     assert "GB on each of 2 x 24 GB" in text
     row = next(line for line in text.splitlines() if line.startswith("│ 03 "))
     assert "every weight" in row and "2 x 16+16" in row and "yes" in row
-    with pytest.raises(InputError, match="--gpus 80: expected how many and GB of each"):
-        print_plan("paper", "80")
+    for gpus in ("80", "1x\u00b2", "0x80", "1x-80", "x", ""):
+        with pytest.raises(InputError, match=f"--gpus {gpus}: expected how many and GB of each"):
+            print_plan("paper", gpus)

@@ -1,5 +1,6 @@
 """The set-up: make, environment.yml, and the command line's first answers."""
 
+import json
 import os
 import re
 import shutil
@@ -233,6 +234,48 @@ def test_samplers_are_refused_by_name(monkeypatch, capsys):
     assert "did you mean 'block_length'" in capsys.readouterr().err
     assert call(monkeypatch, "sample", "tiny-mdm", "x", "--sampler", "cache") == 2
     assert "--sampler cache: expected KEY=VALUE" in capsys.readouterr().err
+
+
+def test_what_a_bench_would_ignore_is_refused(monkeypatch, capsys):
+    for words, message in (
+        ("import --policy tiny-ar", "bench import would ignore --policy"),
+        ("judge --prompt-length 3 --dtype bfloat16", "ignore --dtype, --prompt-length"),
+        ("update --lengths 4", "bench update would ignore --lengths"),
+        ("estimators --against trl", "bench estimators would ignore --against"),
+        ("update --against trl --lengths 4 --lengths 8", "takes one of --lengths, got 2"),
+        ("imort", "unknown bench 'imort': did you mean 'import'"),
+    ):
+        assert call(monkeypatch, "bench", *words.split()) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_numbers_of_a_bench_are_kept_in_a_folder_that_is_not_there_yet(monkeypatch, tmp_path):
+    monkeypatch.setattr("mdmrl.bench.updates.bench_import", lambda: {"import_time": 1})
+    assert call(monkeypatch, "bench", "import", "--json", str(tmp_path / "new" / "x.json")) == 0
+    assert json.loads((tmp_path / "new" / "x.json").read_text()) == {"import_time": 1}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["output_dir=2026-13-01"], "expected YAML"),
+        (["n=" + "1" * 5000], "expected YAML"),
+        (["sampler=3", "sampler.steps=4"], "sampler.steps=4: sampler=3 has no settings inside"),
+        (["sampler=", "sampler.step=4"], "setting of the sampler 'step': did you mean 'steps'"),
+        (["output_dir=file/run", "max_steps=1"], "no folder that can be written to"),
+        (["--lora-r", "-3"], "r=-3: expected a rank"),
+    ],
+)
+def test_settings_that_are_none_are_one_line(monkeypatch, capsys, tmp_path, words, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "x"}\n')
+    (tmp_path / "mine.py").write_text("def none(completions, **more): ...\n")
+    given = ["--data", str(rows), "--reward", "mine.py:none", "--device", "cpu", *words]
+    assert call(monkeypatch, "train", *given) == 2
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1
 
 
 def test_one_prompt_is_completed(monkeypatch, capsys):

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
+from mdmrl.config import require
 from mdmrl.provenance import environment
 from mdmrl.rewards.code import Verdict, judge
 from mdmrl.rewards.code.sandbox import why_not_bubblewrap
@@ -20,6 +21,7 @@ def bench_judge(repeats: int = 3, programs: int = PROGRAMS) -> dict:
     """Right programs of one function with three tests, as many at a time as there are cores: by
     each box, and by the usual way, which anything that a program says or does can deceive. Medians
     over `repeats` turns, after one to warm up, of programs a second; rows `way`, `per_second`."""
+    require(repeats >= 1, f"repeats={repeats}: expected at least 1")
     sources = [f"def f(x):\n    return x * x + {k}\n" for k in range(programs)]
     tests = [[f"assert f({x}) == {x * x + k}" for x in (0, 3, -5)] for k in range(programs)]
     boxes = ["monty"] + ["bubblewrap"] * (why_not_bubblewrap() is None)

@@ -38,7 +38,10 @@ def bench_against(
     if peer != "trl":
         raise unknown("trainer", peer, ["trl"])
     require(find_spec("trl") is not None, "--against trl needs its package: pip install trl")
+    require(repeats >= 1, f"repeats={repeats}: expected at least 1")
     loaded = load_policy(policy, device=device)
+    most = loaded.context_length - 1
+    require(1 <= length <= most, f"lengths={length}: expected 1 to {most}, its prompt left out")
     require(not loaded.denoises, f"policy={policy!r}: trl has no diffusion; expected tiny-ar")
     place = environment(loaded.device)
     with tempfile.TemporaryDirectory() as folder:

@@ -186,7 +186,7 @@ def print_plan(profile: str, gpus: str) -> None:
             update's completions of its own.
     """
     count, _, size = gpus.partition("x")
-    fit = count.isdigit() and size.isdigit() and int(count) and int(size)
+    fit = count.isdecimal() and size.isdecimal() and int(count) and int(size)
     require(bool(fit), f"--gpus {gpus}: expected how many and GB of each, as in 1x80")
     parts = ("weights", "trained", "reference", "activations", "logits", "cache", *PHASES)
     names = ["", "policy", "trains", "completions", *parts, "fits"]

@@ -68,8 +68,11 @@ def bench_samplers(
         memory above what was held before; `speedup` over the plain loop with the same blocks, and
         the `agreement` with it, the share of equal tokens. And the machine.
     """
-    require(repeats >= 1, f"repeats={repeats}: expected at least 1")
-    loaded = bench_policy(policy, block_length or 32, device, dtype)
+    for name, counts in {"repeats": [repeats], "lengths": lengths, "batch": batches}.items():
+        require(min(counts) >= 1, f"{name}={min(counts)}: expected at least 1")
+    blocks = 32 if block_length is None else block_length
+    require(blocks >= 1, f"block_length={blocks}: expected at least 1")
+    loaded = bench_policy(policy, blocks, device, dtype)
     require(loaded.denoises or not steps, f"steps={steps}: {policy} has no denoising steps")
     require(
         block_length in (None, loaded.block_length)
@@ -80,7 +83,7 @@ def bench_samplers(
         (
             {"batch": batch, "length": length, "steps": count},
             _prompts(loaded, batch, prompt_length),
-            _chosen(_samplers(loaded, length, count, block_length or 32), samplers),
+            _chosen(_samplers(loaded, length, count, blocks), samplers),
         )
         for length in lengths
         for batch in batches
@@ -113,6 +116,8 @@ def bench_policy(
     if not colon:
         return load_policy(name, device=device, dtype=dtype)
     kind = kind.removeprefix("random-")
+    if dtype not in DTYPES:
+        raise unknown("dtype", dtype, DTYPES)
     require(
         kind in FAMILIES and shape in SHAPES,
         f"policy={name!r}: expected random-KIND:SHAPE with KIND of {', '.join(FAMILIES)} and SHAPE "

@@ -12,6 +12,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
+from mdmrl.config import require
 from mdmrl.policies import Policy, load_policy
 from mdmrl.provenance import environment
 from mdmrl.rl.config import GRPOConfig
@@ -24,10 +25,11 @@ from mdmrl.tasks import load_task
 
 
 def bench_update(
-    policy: str = "tiny-mdm", repeats: int = 5, device: str = "auto", dtype: str = "float32"
+    policy: str = "tiny-mdm", repeats: int = 3, device: str = "auto", dtype: str = "float32"
 ) -> dict:
     """Seconds of one GRPO update, 2 prompts of 6 completions, 128 new tokens, 64 steps: medians of
     the whole and of its rollout and reward parts over `repeats`, after one to warm up."""
+    require(repeats >= 1, f"repeats={repeats}: expected at least 1")
     task, loaded = load_task("medcot"), load_policy(policy, device=device, dtype=dtype)
     with tempfile.TemporaryDirectory() as folder:
         config = GRPOConfig.thesis(
@@ -48,6 +50,7 @@ def bench_estimators(repeats: int = 5, length: int = 128, device: str = "auto") 
     """Seconds of one GRPO update without its sampling, by estimator, on the same 2 x 6 completions
     of `length` tokens, which all count: policy, reference and both backward passes. Medians, also
     of the ratio to the autoregressive twin's update, which takes turns with it."""
+    require(repeats >= 1, f"repeats={repeats}: expected at least 1")
     task, runs = load_task("medcot"), {}
     prompts = [row["prompt"] for row in task.rows("rl", 2) for _ in range(6)]
     for name in ("exact", "one_step", "complementary", "coupled"):

@@ -32,6 +32,7 @@ from mdmrl.cli.options import (
     read_settings,
     read_yaml,
     require_one_kind,
+    require_used,
     resumable,
 )
 from mdmrl.config import InputError, load_object, require, unknown
@@ -239,6 +240,7 @@ def train(
 
 @app.command()
 def bench(
+    context: typer.Context,
     what: Annotated[str, Argument(help="samplers, update, estimators, judge or import.")],
     policy: Annotated[str, Option(help="As elsewhere, or random-KIND:SHAPE.")] = "tiny-mdm",
     lengths: Annotated[Counts, Option(help="New tokens; repeatable.")] = None,
@@ -258,7 +260,11 @@ def bench(
     from json import dumps
 
     from mdmrl.bench import judging, peers, samplers, updates
+    from mdmrl.runs import write_atomically
 
+    require_used(context, what, against)
+    given = len(lengths or ())
+    require(not against or given < 2, f"--against takes one of --lengths, got {given}")
     shape = (lengths or [128], steps or [], batch or [1, 16], block_length, prompt_length)
     how = (repeats, sampler or [], device, dtype)
     benches = {
@@ -266,7 +272,7 @@ def bench(
         "update": lambda: (
             peers.bench_against(against, policy, shape[0][0], repeats, device)
             if against
-            else updates.bench_update(policy, device=device, dtype=dtype)
+            else updates.bench_update(policy, repeats, device, dtype)
         ),
         "estimators": lambda: updates.bench_estimators(repeats, device=device),
         "judge": lambda: judging.bench_judge(repeats),
@@ -276,7 +282,7 @@ def bench(
         raise unknown("bench", what, benches)
     numbers = benches[what]()
     if json is not None:  # first, since printing ends where a pipe was closed
-        json.write_text(dumps(numbers, indent=1) + "\n")
+        write_atomically(json, dumps(numbers, indent=1) + "\n")
     if what == "samplers":
         samplers.print_bench(numbers)
     else:

@@ -45,7 +45,9 @@ def read_settings(given: Words) -> dict:
         if not equals:
             found |= _from_file(Path(word))
         elif inner:
-            found[outer] = {**found.get(outer, {}), inner: read_yaml(value, repr(value))}
+            beside = {} if found.get(outer) is None else found[outer]
+            require(isinstance(beside, dict), f"{word}: {outer}={beside!r} has no settings inside")
+            found[outer] = {**beside, inner: read_yaml(value, repr(value))}
         else:
             found[outer] = read_yaml(value, repr(value))
     return found
@@ -64,7 +66,7 @@ def read_yaml(text: str | bytes, where: object):
     """What a text in YAML says; `where` is what an error calls it."""
     try:
         return yaml.safe_load(text)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # as of the date 2026-13-01
         wanted = "expected YAML, as in 3, 1e-5 or [1, 2]"
         raise InputError(f"{where}: {wanted} ({' '.join(str(error).split())})") from None
 
@@ -80,15 +82,40 @@ def read_pairs(given: Words) -> dict:
 def require_one_kind(context: typer.Context) -> None:
     """Of `mdmrl eval`: a policy, stored generations or a comparison, and what goes with it."""
     goes_with = {"generations": {"task", "output_dir", "json"}, "compare": {"json"}}
-    given = {
-        name for name in context.params if context.get_parameter_source(name).name != "DEFAULT"
-    }
+    given = given_in(context)
     kinds = [kind for kind in ("policy", *goes_with) if kind in given]
     said = ", ".join(kinds) or "none of them"
     require(len(kinds) == 1, f"got {said}: expected one of a policy, --generations, --compare")
     ignored = given - {kinds[0]} - goes_with.get(kinds[0], given)
     named = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(ignored))
     require(not ignored, f"--{kinds[0]} would ignore {named}: leave it out")
+
+
+# What of the options of `mdmrl bench` each of them goes by.
+BENCHES = {
+    "samplers": "policy lengths steps batch block_length prompt_length repeats sampler device "
+    "dtype",
+    "update": "policy repeats device dtype",
+    "update --against": "policy lengths repeats device against",
+    "estimators": "repeats device",
+    "judge": "repeats",
+    "import": "",
+}
+
+
+def require_used(context: typer.Context, what: str, against: Name) -> None:
+    """Refuse an option that a bench would ignore."""
+    name = f"{what} --against" if against and what == "update" else what
+    used = {"what", "json", *BENCHES.get(name, "").split()}
+    ignored = [f"--{option.replace('_', '-')}" for option in sorted(given_in(context) - used)]
+    said = f"bench {name} would ignore {', '.join(ignored)}: leave it out"
+    require(name not in BENCHES or not ignored, said)
+
+
+def given_in(context: typer.Context) -> set[str]:
+    """The options that a command line names."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return {name for name, source in sources.items() if source.name != "DEFAULT"}
 
 
 def at_length_of(task: mdmrl.Task, given: dict) -> dict:

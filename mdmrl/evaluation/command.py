@@ -11,7 +11,13 @@ from mdmrl.config import require
 from mdmrl.evaluation.examples import evaluate_examples, evaluation_identity, summary
 from mdmrl.evaluation.generations import compare, score_generations
 from mdmrl.evaluation.stats import Interval
-from mdmrl.evaluation.tables import append_rows, print_table, samplers_of, table_row
+from mdmrl.evaluation.tables import (
+    append_rows,
+    print_table,
+    rows_before,
+    samplers_of,
+    table_row,
+)
 from mdmrl.identity import described, digest
 from mdmrl.policies import Policy
 from mdmrl.provenance import environment
@@ -50,6 +56,8 @@ def evaluate_policy(
     for k in ks:
         require(1 <= k <= drawn, f"k={k}: expected 1 to {drawn}, the completions of a prompt")
     ks = ks or ([1, drawn] if samples > 1 else [])
+    if csv is not None and csv.exists():
+        rows_before(csv)  # which has to be one
     asked = SamplerConfig.from_dict(task.sampler_for(policy, **given))
     for sampler in samplers_of(policy, asked, steps):
         if output_dir is None:

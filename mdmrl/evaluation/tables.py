@@ -8,7 +8,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from mdmrl.config import require
+from mdmrl.config import InputError, require
 from mdmrl.evaluation.examples import Evaluation, summary
 from mdmrl.policies import Policy
 from mdmrl.runs import write_atomically
@@ -60,10 +60,19 @@ def print_table(frame: pd.DataFrame) -> None:
     Console().print(f"{where}, {sampled}", table)
 
 
+def rows_before(path: Path) -> pd.DataFrame:
+    """The rows of a CSV that is to be appended to."""
+    try:
+        return pd.read_csv(path)
+    except (OSError, ValueError) as error:
+        said = f"{path} is no CSV to append to ({str(error).strip()})"
+        raise InputError(f"{said}: move it away, or name another file") from None
+
+
 def append_rows(frame: pd.DataFrame, path: str | Path) -> None:
     """Add rows to a CSV, made if missing; families differ in their columns."""
     path = Path(path)
-    rows = pd.concat([pd.read_csv(path), frame]) if path.exists() else frame
+    rows = pd.concat([rows_before(path), frame]) if path.exists() else frame
     write_atomically(path, rows.to_csv(index=False, float_format="%.6g"))
 
 

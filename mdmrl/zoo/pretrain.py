@@ -227,6 +227,7 @@ def pretrain_by_name(
     (`log.csv`) and a model card (`README.md`).
     """
     if name == "tokenizer":
+        require(tokens is None, f"tokens={tokens}: the tokenizer has no such budget; leave it out")
         train_tokenizer(tokenizer_corpus.texts(seed or 0), VOCABULARY).save_pretrained(folder)
         return folder
     if name in TUNED:
