@@ -4,6 +4,7 @@ import platform
 import shutil
 import urllib.request
 from functools import partial
+from http.client import HTTPException
 from importlib import metadata
 
 import psutil
@@ -133,7 +134,7 @@ def _hub() -> Finding:
     try:
         with urllib.request.urlopen(constants.ENDPOINT, timeout=HUB_WAITS):
             return True, constants.ENDPOINT
-    except OSError as error:
+    except (OSError, HTTPException, ValueError) as error:  # of an address that is none, too
         reason = getattr(error, "reason", error)
         return False, f"{constants.ENDPOINT} does not answer ({reason}): what ships is enough"
 

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from mdmrl.config import InputError
 from mdmrl.progress import duration
 from mdmrl.runs import write_atomically
 from mdmrl.study.outputs import project_root
@@ -174,4 +175,7 @@ def recorded(profile: str) -> Path:
 
 def read_json(path: Path) -> dict:
     """What a file holds; nothing where there is none."""
-    return json.loads(path.read_text()) if path.exists() else {}
+    try:
+        return json.loads(path.read_text()) if path.exists() else {}
+    except ValueError as error:
+        raise InputError(f"{path} is no JSON ({error}): delete it") from None
