@@ -32,6 +32,7 @@ from mdmrl.policies import (
     MaskedDiffusionPolicy,
     add_lora,
 )
+from mdmrl.policies.adapt import adapted
 from mdmrl.policies.patterns import positions_of
 from mdmrl.rl.logprobs import ESTIMATORS, draw_noise, estimator
 from mdmrl.rl.rollout import Rollout
@@ -580,6 +581,31 @@ def test_other_decoders_work_or_are_refused_in_one_line(tmp_path, model_type):
     expected = policy.model(input_ids=ids_of()).logits
     torch.testing.assert_close(policy.logits(ids_of())[:, 1:], expected[:, :-1])
     assert generate(policy, ["low", "lower"], SamplerConfig(max_new_tokens=3)).nfe == 3
+
+
+@pytest.mark.parametrize("call", ["load", "adapt"])
+def test_a_decoder_that_looks_back_alone_is_no_diffusion_model(tmp_path, call):
+    """Its mask is its own, whatever config.json says."""
+    sizes = {"vocab_size": ROWS, "hidden_size": 16, "num_layers": 2, "num_heads": 2}
+    config = CONFIG_MAPPING["gpt_neo"](**sizes, attention_types=[[["global", "local"], 1]])
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    llada_tokenizer().save_pretrained(tmp_path)
+    policy = load_policy(tmp_path)
+    assert policy.kind == "ar"
+    if call == "load":
+        mask = policy.tokenizer.convert_tokens_to_ids("<|mdm_mask|>")
+        edit_json(tmp_path / "config.json", is_causal=False, mask_token_id=mask)
+        message = one_line(load_policy, tmp_path)
+    else:
+        message = one_line(adapted, policy)
+    assert "a gpt_neo looks back alone, and cannot denoise: expected" in message
+
+
+def test_a_decoder_whose_layers_are_not_apart_is_refused_in_one_line(tmp_path):
+    config = CONFIG_MAPPING["llama4_text"](**TINY, head_dim=8, num_local_experts=2)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    llada_tokenizer().save_pretrained(tmp_path)
+    assert "a llama4_text has no layers apart from its head" in one_line(load_policy, tmp_path)
 
 
 def test_a_broken_folder_is_refused_in_one_line(tmp_path):

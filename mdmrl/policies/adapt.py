@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mdmrl.config import require
-from mdmrl.policies.families import MaskedDiffusionPolicy, Policy
+from mdmrl.policies.families import MaskedDiffusionPolicy, Policy, require_both_sides
 from mdmrl.policies.patterns import positions_of
 
 MASK = "<|mask|>"
@@ -62,8 +62,8 @@ def adapted(policy: Policy, annealing: float = 0.0, mask_token: str | None = Non
             embedding and in the head.
 
     Raises:
-        InputError: a policy that is not autoregressive, or has an adapter; `annealing` outside
-            [0, 1]; a mask token that is text, or ends one.
+        InputError: a policy that is not autoregressive, has an adapter, or cannot look ahead;
+            `annealing` outside [0, 1]; a mask token that is text, ends one, or cannot be seen.
     """
     require(
         policy.kind == "ar" and not policy.uses_lora,
@@ -90,6 +90,7 @@ def adapted(policy: Policy, annealing: float = 0.0, mask_token: str | None = Non
             _give_row(model, tokenizer.mask_token_id, rows)
     made = AdaptedPolicy(model, tokenizer, tokenizer.mask_token_id, logit_shift=True)
     made.annealing = annealing
+    require_both_sides(made)
     return made
 
 

@@ -88,6 +88,11 @@ class Policy(Text, Network, Reference):
             f"a {model.config.model_type} does not say how long its context is: expected a decoder "
             "with max_position_embeddings in its config",
         )
+        require(
+            model.base_model is not model,
+            f"a {model.config.model_type} has no layers apart from its head, which are asked for "
+            "alone: expected another decoder",
+        )
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
 
@@ -215,6 +220,21 @@ class MaskedDiffusionPolicy(Policy):
         config.is_causal = False
         self.mask_token_id = config.mask_token_id = mask
         self.logit_shift = config.logit_shift = logit_shift
+
+
+def require_both_sides(policy: MaskedDiffusionPolicy) -> None:
+    """Refuse a network that looks back alone, whatever `is_causal` says: some have a mask of their
+    own."""
+    first, other = policy.end_token_ids[0], policy.mask_token_id
+    ids = torch.tensor([[first, first], [first, other]], device=policy.device)
+    with torch.no_grad():
+        one, two = policy.hidden_states(ids)[:, 0]
+    policy.positions_computed -= ids.numel()
+    require(
+        not torch.equal(one, two),
+        f"a {policy.model.config.model_type} looks back alone, and cannot denoise: expected a "
+        "decoder that sees both sides where its config has is_causal=False",
+    )
 
 
 class BlockDiffusionPolicy(MaskedDiffusionPolicy):

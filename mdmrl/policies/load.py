@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from mdmrl.config import InputError, load_object, require, unknown
-from mdmrl.policies.families import FAMILIES, Policy
+from mdmrl.policies.families import FAMILIES, Policy, require_both_sides
 from mdmrl.policies.published import TOKENIZERS, load_model, loading, read_fields
 from mdmrl.provenance import pick_device
 
@@ -83,6 +83,8 @@ def load_policy(
         isinstance(policy, Policy),
         f"family={family!r} made a {type(policy).__name__}: expected a Policy",
     )
+    if policy.denoises:
+        require_both_sides(policy)
     policy.name = name
     if adapter is not None:
         policy.model = _with_adapter(policy.model, str(adapter)).eval()
