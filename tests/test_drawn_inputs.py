@@ -156,6 +156,7 @@ def test_a_sampler_that_is_taken_draws(shared_policies):
 MESSAGES = [[], [3], [{}], [{"role": "user"}], [{"content": "x"}], [{"role": 3, "content": "x"}]]
 MESSAGES += [[{"role": "user", "content": x}] for x in (None, 3, "", "\ud800", [3], "so <|end|>")]
 MESSAGES += [[{"role": "user", "content": [part]}] for part in ("x", {}, {"type": "image"})]
+MESSAGES += [[{"role": "mask", "content": "x"}]]
 MESSAGES += [{"role": "user", "content": "x"}, ({"role": "user", "content": "x"},)]
 NO_PROMPTS = [
     None,
@@ -330,6 +331,12 @@ def test_what_a_user_brings_gives_what_it_should_or_is_refused(mdm, tmp_path, na
 
 
 ROWS, ROWS_APART = [{"prompt": "x"}], [{"prompt": "y"}]
+
+
+def test_what_is_no_sampler_config_is_refused(ar):
+    for config in ({"max_new_tokens": 2}, "greedy", 3, SamplerConfig, GRPOConfig()):
+        with pytest.raises(InputError, match=r"^config=.*: expected a SamplerConfig"):
+            generate(ar, ["x"], config)
 
 
 def test_what_is_no_policy_and_no_config_is_refused(mdm, tmp_path):

@@ -44,6 +44,7 @@ from mdmrl.rl.values import (
     value_loss,
 )
 from mdmrl.runs import derived_seed, generator_for
+from mdmrl.sampling import generate
 from mdmrl.training.data import rows_of_step
 
 ROWS = [{"prompt": f"A patient has {x}. Which test is decisive?"} for x in ("fever", "a rash", "x")]
@@ -625,6 +626,16 @@ def test_the_two_parts_add_up(denoiser):
 
 
 # -- the value function ----------------------------------------------------------------------------
+
+
+def test_a_draw_that_records_nothing_is_refused(mdm, tmp_path):
+    def unrecorded(policy, prompts, config, generator, record=False):
+        return generate(policy, prompts, config, generator)
+
+    small = {"max_steps": 1, "num_generations": 2, "per_device_train_batch_size": 2}
+    config = PPOConfig(output_dir=str(tmp_path), max_completion_length=4, value_batches=2, **small)
+    with pytest.raises(InputError, match="its draw has to record one"):
+        train_ppo(mdm, [parity], [{"prompt": "x"}], config, draw=unrecorded)
 
 
 def test_a_value_head_is_saved_and_loaded(tmp_path):

@@ -149,3 +149,11 @@ def test_sample_takes_watch(monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main()
     assert stop.value.code == 0 and capsys.readouterr().out.strip()
+
+
+def test_an_address_of_the_hub_that_is_none_is_a_finding(monkeypatch):
+    monkeypatch.setattr(doctor.constants, "HF_HUB_OFFLINE", False)
+    for address in ("localhost", "http://localhost:x", "http://["):
+        monkeypatch.setattr(doctor.constants, "ENDPOINT", address)
+        well, said = doctor._hub()
+        assert not well and said.startswith(f"{address} does not answer (")

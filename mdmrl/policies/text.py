@@ -113,7 +113,11 @@ class Text:
         asked = prompts if plain else self.render([as_messages(p, "user") for p in prompts], True)
         if begun is not None:
             asked = [prompt + text for prompt, text in zip(asked, begun, strict=True)]
-        return self._fitting(asked, max_new_tokens, add_special_tokens=plain)
+        rows = self._fitting(asked, max_new_tokens, add_special_tokens=plain)
+        for number, row in enumerate(rows if begun is None else ()):  # of a role, say
+            said = f"prompt {number} has a mask token behind its template: {prompts[number]!r:.200}"
+            require(self.tokenizer.mask_token_id not in row, said)
+        return rows
 
     def _refuse_reserved_tokens(self, prompts: Sequence[Prompt]) -> None:
         """Refuse what a user wrote if it would end or mask the text that it stands in. The tokens

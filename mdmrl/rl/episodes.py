@@ -112,7 +112,8 @@ def score_episodes(
 ) -> OldPolicyScores:
     """Look at every state of a recorded `rollout` with the policy as it is and its reference; or
     without `reference` with the policy alone, whose KL then counts as 0."""
-    rule = rollout.sampler.rule
+    known, rule = rollout.revealed_at is not None, rollout.sampler.rule
+    require(known, "an episode has a trajectory, and this rollout none: its draw has to record one")
     require(
         rule.before_drawing,
         f"remasking={rule.name}: expected a rule that looks at the state alone (state_confidence), "
