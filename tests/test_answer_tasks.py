@@ -351,6 +351,8 @@ def test_the_options_of_a_file_are_ordered_by_the_seed(tmp_path):
         ("countdown", {"nums": [1, "x"], "target": 3}, r"field 'nums' is \[1, 'x'\]: expected"),
         ("countdown", {"nums": [True, 2], "target": 3}, "field 'nums' is"),
         ("countdown", {"nums": [1, 2], "target": "3.5"}, "field 'target' is '3.5': expected"),
+        ("countdown", {"nums": [1, 2], "target": "1" * 5000}, "field 'target' is '111"),
+        ("countdown", {"nums": ["1" * 5000], "target": 3}, "field 'nums' is"),
         ("countdown", {"input": "a,b", "output": "3"}, "field 'input' is 'a,b': expected"),
         ("countdown", {"input": "3", "output": "1+2=3"}, "field 'input' holds the target alone"),
         ("countdown", {"input": "1,2"}, "field 'output' is missing"),

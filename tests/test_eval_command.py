@@ -399,6 +399,9 @@ def test_what_cannot_be_paired_is_refused():
             compare(one, examples(name, scores))
     with pytest.raises(InputError, match="there is no such file of examples"):
         compare(one, "none.jsonl")
+    for odd in (3, None, ["p"]):
+        with pytest.raises(InputError, match=r"odd\.jsonl:1: expected prompt_hash"):
+            compare(one, write("odd.jsonl", [{"prompt_hash": odd, "score": 1}]))
     rows = [{"prompt_hash": "p", "score": 1, "seed": s, "sample": 0} for s in (0, 1)]
     with pytest.raises(InputError, match=r"twice\.jsonl has 2 completions of an item"):
         compare(write("twice.jsonl", rows), one)

@@ -613,7 +613,7 @@ def test_a_broken_folder_is_refused_in_one_line(tmp_path):
     whole = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     load_policy(tmp_path)
     for name in ("config.json", "tokenizer_config.json", "model.safetensors"):
-        for kept in (whole[name][: len(whole[name]) // 2], b"", None):
+        for kept in (whole[name][: len(whole[name]) // 2], b"", b"[]", b"null", None):
             path = tmp_path / name
             path.unlink() if kept is None else path.write_bytes(kept)
             if (name, kept) != ("tokenizer_config.json", None):  # then vocab.json is all there is

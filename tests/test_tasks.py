@@ -136,3 +136,9 @@ def test_the_command_line_takes_a_task_of_ones_own(monkeypatch, capsys, file, tm
     assert first["rewards/right/mean"] == 0
     assert first["digits"] == 0
     assert "format_rate" not in first
+
+
+@pytest.mark.parametrize("splits", [None, [{"prompt": "x"}], "test"])
+def test_splits_have_names(splits):
+    with pytest.raises(InputError, match=r"task mine: splits=.*: expected rows by name"):
+        Task("mine", splits)

@@ -186,6 +186,7 @@ def _scores(
     found, seen, drawn = {}, Counter(), set()
     for where, row in numbered:
         fit = {"prompt_hash", "score"} <= row.keys() and row["score"] in (0, 1, None)
+        fit = fit and isinstance(row["prompt_hash"], str)
         require(fit, f"{where}: expected prompt_hash and a score of 0, 1 or null, got {row!r:.80}")
         drawn.add((row.get("seed"), row.get("sample")))
         key = row["prompt_hash"], seen[row["prompt_hash"]]

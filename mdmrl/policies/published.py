@@ -258,6 +258,7 @@ def read_fields(source: str) -> dict:
     `model_type` that no native class here computes."""
     with loading(source):
         fields, _ = PreTrainedConfig.get_config_dict(source)
+    require(isinstance(fields, dict), f"{source}: config.json holds {fields!r:.80}, no object")
     model_type = fields.get("model_type")
     require(isinstance(model_type, str | None), f"{source}: model_type={model_type!r:.80}, no text")
     encoders = modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES

@@ -56,6 +56,12 @@ class Task:
     sampler: Mapping[str, Any] = field(default_factory=dict)
     extract: Callable[[str], str | None] | None = None
 
+    def __post_init__(self) -> None:
+        fit = isinstance(self.splits, Mapping)
+        require(
+            fit, f"task {self.name}: splits={self.splits!r:.80}: expected rows by name of a split"
+        )
+
     def rows(self, split: str, limit: int | None = None, system: str | None = None) -> list[dict]:
         """Rows of a split, the first `limit`; `system` puts a system message before each prompt,
         for a model that was not pre-trained on the task's format."""

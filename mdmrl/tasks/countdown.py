@@ -22,7 +22,7 @@ from mdmrl.rewards.countdown import countdown_expression, countdown_reward, coun
 from mdmrl.tasks.base import Task
 from mdmrl.tasks.items import Generator, Gym, Original, task_of, text_of
 
-WHOLE = re.compile(r"-?[0-9]+")
+WHOLE = re.compile(r"-?[0-9]{1,18}")  # longer ones int() may not read
 LARGEST_NUMBER = 20
 LARGEST_RESULT = 99
 OPERATORS: dict[str, Callable] = {
