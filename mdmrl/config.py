@@ -7,12 +7,13 @@ import difflib
 import functools
 import importlib
 import importlib.util
+import inspect
 import os
 import re
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
 
@@ -34,6 +35,18 @@ def require(condition: bool, message: str) -> None:
     """Raise `InputError(message)` unless `condition` holds."""
     if not condition:
         raise InputError(message)
+
+
+def require_function(given: object, name: str, arguments: Sequence[str]) -> None:
+    """Refuse what cannot be called with these arguments, by position."""
+    wanted = f"expected a function of {', '.join(arguments)}"
+    require(callable(given), f"{name}={given!r:.80}: {wanted}")
+    try:
+        inspect.signature(given).bind(*arguments)
+    except ValueError:  # a builtin may have no signature that can be read
+        return
+    except TypeError as error:
+        raise InputError(f"{name}={given!r:.80}: {error}; {wanted}") from None
 
 
 def resolve(named: str | Callable) -> Callable:

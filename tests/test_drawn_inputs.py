@@ -309,11 +309,17 @@ def test_a_kl_of_ones_own_has_a_value_for_each_token(own):
     assert kl_form(torch.square)(torch.ones(2, 3)).shape == (2, 3)
 
 
-BRINGS = {"metric": [3, "yes", lambda text, row: "yes", lambda text, row: 0.5]}
+BRINGS = {"metric": [3, "yes", lambda text: True, lambda text, row: "yes", lambda text, row: 0.5]}
 BRINGS["metric"] += [lambda text, row: torch.ones(2)]
-BRINGS["probe"] = [3, lambda policy: None, lambda policy: {"x": "y"}, lambda policy: [1]]
+BRINGS["probe"] = [
+    3,
+    lambda: {},
+    lambda policy: None,
+    lambda policy: {"x": "y"},
+    lambda policy: [1],
+]
 BRINGS["watch"] = ["x", lambda texts, ids: None, lambda texts, ids: {"x": None, "y": [1]}]
-BRINGS["draw"] = [3, lambda *given: None, lambda *given: "text"]
+BRINGS["draw"] = [3, lambda prompts: prompts, lambda *given: None, lambda *given: "text"]
 BRINGS["draw"] += [lambda policy, prompts, *more: generate(policy, prompts[:1], *more)]
 ESTIMATORS = [lambda p, r, n: None, lambda p, r, n: 0.0, lambda p, r, n: torch.zeros(2, 9)]
 ODDITIES = [(name, odd) for name, odds in BRINGS.items() for odd in odds]

@@ -698,9 +698,9 @@ def test_a_family_that_makes_no_policy_is_refused(tmp_path):
 
 
 def test_what_makes_no_policy_is_no_family(tmp_path):
-    (tmp_path / "mine.py").write_text("three = 3\n")
-    for family in (3, f"{tmp_path}/mine.py:three"):
-        with pytest.raises(InputError, match=r"family=.*expected a subclass of Policy"):
+    (tmp_path / "mine.py").write_text("three = 3\nclass No: ...\n")
+    for family in (3, f"{tmp_path}/mine.py:three", f"{tmp_path}/mine.py:No", lambda model: model):
+        with pytest.raises(InputError, match=r"family=.*expected a function of model, tokenizer"):
             load_policy("tiny-ar", family=family)
 
 

@@ -10,7 +10,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from mdmrl.config import require
+from mdmrl.config import require, require_function
 from mdmrl.policies import Policy
 from mdmrl.rewards import RewardLog, check_rewards, complete_rows, reward_values, total_reward
 from mdmrl.rewards.protocol import plain, require_prompts
@@ -19,6 +19,14 @@ from mdmrl.runs import generator_for
 from mdmrl.sampling import SamplerConfig, SamplerOutput, generate
 from mdmrl.sampling.output import checked
 from mdmrl.tasks.base import MASKED, verdicts
+
+# What functions of the user's are called with; `draw` in training with `record` too.
+ARGUMENTS = {
+    "metric": ("completion", "row"),
+    "watch": ("texts", "token_ids"),
+    "probe": ("policy",),
+    "draw": ("policy", "prompts", "config", "generator"),
+}
 
 
 def evaluate(
@@ -106,9 +114,10 @@ class Judge:
 
     def __post_init__(self) -> None:
         require_prompts(self.rows)
-        for name in ("metric", "draw", "watch"):
-            part = getattr(self, name)
-            require(part is None or callable(part), f"{name}={part!r:.80}: expected a function")
+        given = {"metric": self.metric, "draw": self.draw, "watch": self.watch}
+        for name, part in given.items():
+            if part is not None:
+                require_function(part, name, ARGUMENTS[name])
         if self.rewards:
             self.rows = complete_rows(self.rows)
             self.names = check_rewards(self.rewards, self.reward_weights, self.rows)

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
-from mdmrl.config import InputError, load_object, require, unknown
+from mdmrl.config import InputError, load_object, require, require_function, unknown
 from mdmrl.policies.families import FAMILIES, Policy, require_both_sides
 from mdmrl.policies.published import TOKENIZERS, load_model, loading, read_fields
 from mdmrl.provenance import pick_device
@@ -77,7 +77,7 @@ def load_policy(
     model.config.name_or_path = name  # which peft writes into an adapter's model card
     made_by = family or _family_of(model.config.to_dict())
     made_by = load_object(made_by) if isinstance(made_by, str) else made_by
-    require(callable(made_by), f"family={family!r}: expected a subclass of Policy, or a function")
+    require_function(made_by, "family", ("model", "tokenizer"))
     policy = made_by(model.to(device), tokenizer)
     require(
         isinstance(policy, Policy),

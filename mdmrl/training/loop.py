@@ -20,7 +20,8 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from mdmrl.config import require
+from mdmrl.config import require, require_function
+from mdmrl.evaluation.accuracy import ARGUMENTS
 from mdmrl.identity import known, named
 from mdmrl.policies import Policy
 from mdmrl.policies.sharding import ShardedAdamW
@@ -32,7 +33,7 @@ from mdmrl.training.tracking import reporting
 
 MAX_SKIPPED = 5
 OTHERS = ("DEEPSPEED", "MEGATRON_LM")
-FUNCTIONS = {"metric", "probe", "watch", "draw"}  # what a run may be given
+CALLED = ARGUMENTS | {"draw": (*ARGUMENTS["draw"], "record")}
 TURN = 1e-3  # seconds between updates, in which a thread that waits for the policy gets it
 Metrics = dict[str, float | None]
 
@@ -93,9 +94,9 @@ def open_run(
     if config.bf16 and policy.device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         require(native, "bf16=True, but this card has no bfloat16: leave it out")
-    for name in FUNCTIONS & parts.keys():
-        part = parts[name]
-        require(part is None or callable(part), f"{name}={part!r:.80}: expected a function")
+    for name in CALLED.keys() & parts.keys():
+        if parts[name] is not None:
+            require_function(parts[name], name, CALLED[name])
     settings = config.settings_for(policy)
     identity = known(settings | parts) | {
         "algorithm": algorithm,
