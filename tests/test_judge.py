@@ -301,6 +301,14 @@ def test_extraction():
         f"\n{whole}\n```\nDone, as in\n```python\nf(2)\n```",
     ):
         assert extract_code(text).strip() == whole
+    for head in (
+        "# Doubles.\nimport math",
+        "X = 2",
+        '"""Doubles."""',
+        "@cache",
+        "from a.b import c",
+    ):
+        assert extract_code(f"{head}\n{whole}\n```\nDone.").strip() == f"{head}\n{whole}"
     assert extract_code("```def f(x): return 2 * x```") == "def f(x): return 2 * x"
     assert extract_code(whole, prompt) == f"import math\n\n\n{whole}"
     for body in ("    y = 2 * x\n    return y", "y = 2 * x\n    return y", "y = 2 * x\nreturn y"):

@@ -21,6 +21,7 @@ _SIGNATURE = re.compile(r"^(?:@[^\n]*\n)*(?:async\s+)?def\s+(\w+)", re.M)
 _BODY = re.compile(r":[ \t]*(?:#.*)?\n(?:[ \t]*\n)*([ \t]+)\S")
 # How a text begins that is code from its first line on.
 _CODE = r"(?:async\s+)?def\s+\w+\s*\(|class\s+\w+\s*[:(]|(?:from\s+[\w.]+\s+)?import\b|@\w"
+_CODE += r"|[A-Za-z_]\w*\s*=\s*\S|\"{3}|'{3}"
 _CODE = re.compile(rf"(?:\s*#.*\n)*\s*(?:{_CODE})|(?:\s*\n)?(?: {{2,}}|\t)\S")
 
 
