@@ -66,6 +66,7 @@ CHEATS = {
     "a module": "module A { }\n" + HEAD + "{ r := x; }",
     "include": 'include "/etc/passwd"\n' + HEAD + "{ r := x; }",
     "long": "r := x;" * 10_000,
+    "long, a fence": "```" + " " * 100_000 + "`;",
 }
 
 

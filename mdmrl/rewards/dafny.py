@@ -29,6 +29,7 @@ from pathlib import Path
 
 from mdmrl.config import require
 from mdmrl.rewards.answers import column, written
+from mdmrl.rewards.text import fenced
 
 LIMIT = 60.0  # seconds for a program, of which it needs 2 on a machine that does nothing else
 RESOURCES = 1_000_000  # of Z3's for a proof, some seconds; unlike them the same under load
@@ -82,7 +83,6 @@ _TOKEN = re.compile(
     re.ASCII,
 )
 _tokens = _TOKEN.findall
-_FENCE = re.compile(r"```[ \t]*(\w*)[^\n`]*$", re.MULTILINE)
 _FORBIDDEN = {
     r"\bassume\b": "assume",
     r"\bexpect\b": "expect, which is assumed",
@@ -110,11 +110,12 @@ def assemble(completion: str | list[dict], specification: str | None = None) -> 
 
     Args:
         completion: a program, or the body of the specification's method with or without its
-            braces; in a chat's answer the last fenced block that has any Dafny.
+            braces; in a chat's answer the last block with a statement or a brace in it.
         specification: functions and the head of the method, which the program must contain as they
             stand; None for a program that brings its own.
     """
-    text = _fenced(written(completion)).strip()
+    found = fenced(written(completion), ("", "dafny", "dfy"))
+    text = [*found[:1], *(block for block in found if re.search("[{;]", block))][-1].strip()
     if len(text) > LONGEST:
         return "", f"{len(text)} characters, of at most {LONGEST}"
     program = _without_comments(text)
@@ -123,15 +124,6 @@ def assemble(completion: str | list[dict], specification: str | None = None) -> 
         whole = body[:1] == "{" and _closing(_tokens(body), 0) == len(_tokens(body)) - 1
         program = specification.rstrip() + (f"\n{body}\n" if whole else f"\n{{\n{body}\n}}\n")
     return program, _cheat(program, specification) or ""
-
-
-def _fenced(text: str) -> str:
-    """Of the text before the first fence and the blocks, but those of other languages, the last
-    that has a statement or a brace: what stands before a fence may go on in one of the prompt's."""
-    before, *parts = _FENCE.split(text)
-    blocks = zip(parts[::4], parts[1::4], strict=True)
-    found = [before, *(block for label, block in blocks if label.lower() in ("", "dafny", "dfy"))]
-    return max(enumerate(found), key=lambda pair: (bool(re.search("[{;]", pair[1])), pair[0]))[1]
 
 
 def _cheat(program: str, specification: str | None) -> str | None:
@@ -173,11 +165,9 @@ def _has_body(tokens: Sequence[str], start: int) -> bool:
             return False
         place = 1 + (_closing(tokens, place) if tokens[place] in "([{" else place)
     head = tokens[start:place]
-    if place >= len(tokens):
-        return False
     anything = head[-1] == "*" and head[-2] in _CLAUSES
     of_type = head[-1] == ">" and not _CLAUSES & set(head)
-    return anything or of_type or re.fullmatch(r"[\w'?]+|[)\]}]", head[-1]) is not None
+    return place < len(tokens) and bool(anything or of_type or re.match(r"[\w)\]}]", head[-1]))
 
 
 def _closing(tokens: Sequence[str], start: int) -> int:
@@ -297,10 +287,9 @@ def _verified(program: str, limit: float, command: tuple[str, ...]) -> Verdict:
             process.communicate()
             _running.discard(process)
     errors = _errors(output)
-    proved = re.search(r"(\d+) verified, 0 errors\s*$", output)
-    if process.returncode == 0 and proved:
-        reason = "no body" if "has no body" in output else ""  # its warning of what it believed
-        reason = reason if int(proved[1]) else "nothing to verify"
+    if process.returncode == 0 and (proved := re.search(r"(\d+) verified, 0 errors\s*$", output)):
+        bare = "has no body" in output  # its warning of what it believed
+        reason = "nothing to verify" if proved[1] == "0" else "no body" * bare
         return Verdict("refused" if reason else "verified", detail=reason, program=program)
     if not errors:
         raise OSError(f"dafny ended with {process.returncode}: {output[-500:]}")

@@ -12,6 +12,7 @@ NGRAM = 4
 TAGS = ("<reasoning>", "</reasoning>", "<answer>", "</answer>")
 ANSWER_PHRASE = "the answer is"
 
+_FENCE = re.compile(r"```([^\n`]*)$", re.MULTILINE)
 # A full stop ends a sentence only before white space or the end: "5.5 mg" stays whole.
 _SENTENCE_END = re.compile(r"\n|\.(?=\s|\Z)")
 
@@ -34,6 +35,14 @@ def _content_text(content: str | list[dict] | None) -> str:
     if isinstance(content, list):
         return "".join(part.get("text", "") for part in content)
     return content or ""
+
+
+def fenced(text: str, languages: Sequence[str]) -> list[str]:
+    """What stands before the first fence (it may go on in one that the prompt has opened), and the
+    fenced blocks that are said to be in one of the languages, "" where nothing is said."""
+    before, *parts = _FENCE.split(text)
+    blocks = zip(parts[::4], parts[1::4], strict=True)
+    return [before, *(x for said, x in blocks if "".join(said.lower().split()[:1]) in languages)]
 
 
 def repetition(ids: Sequence[int]) -> float:
