@@ -133,6 +133,13 @@ print(outcome)"""
 
 @needs_bubblewrap
 @each_box
+def test_a_wall_limit_that_is_below_that_of_the_processor_ends_what_computes(box):
+    started, limits = time.monotonic(), Limits(cpu=60, wall=3)
+    (verdict,) = judge(["def f(x):\n    while True: pass"], [SQUARES], box=box, limits=limits)
+    assert verdict.outcome == "timeout" and time.monotonic() - started < 15
+
+
+@each_box
 def test_what_monty_lacks_is_judged_in_cpython(box):
     rows = programs("awkward")
     found = outcomes(rows, box)

@@ -66,15 +66,15 @@ class Ended(Exception):
 def monty(limits: Limits, workers: int) -> Iterator[Session]:
     """pydantic-monty: an interpreter without an operating system, on every platform, without
     privileges. A fresh process for each program, so that none sees another's remains. On Linux the
-    kernel limits its processor time, and the wall limit is that of sleep: what computes on a busy
-    machine has `PATIENCE` times as long."""
+    kernel limits its processor time, and a longer wall limit is that of sleep: what computes on a
+    busy machine has `PATIENCE` times as long."""
     import pydantic_monty
 
     closing = Event()
     # `import string`, which Monty lacks, as far as programs want it.
     constants = {name: value for name, value in vars(string).items() if isinstance(value, str)}
     path, script = _limited_binary(limits.cpu)
-    wall = limits.wall * (1 if script is None else PATIENCE)
+    wall = limits.wall * (1 if script is None or limits.wall <= limits.cpu else PATIENCE)
     late = wall - limits.wall
     seconds = {"max_feed_duration_secs": wall, "max_suspensions": 10**7}
     rules = {
