@@ -9,7 +9,7 @@ from transformers import DynamicCache
 from mdmrl.config import require
 from mdmrl.policies import Policy, Prompt, Prompts
 from mdmrl.sampling.choose import draw_tokens
-from mdmrl.sampling.config import SamplerConfig
+from mdmrl.sampling.config import SamplerConfig, require_config
 from mdmrl.sampling.output import EXACT, SamplerOutput
 
 
@@ -17,6 +17,7 @@ def sample(
     policy: Policy, prompts: Sequence[Prompt], config: SamplerConfig, generator, record=False
 ) -> SamplerOutput:
     """Complete `prompts`; see `mdmrl.sampling.generate`."""
+    require_config(config)
     require(not record, "record=True: an autoregressive policy has no denoising trajectory")
     config.refuse_denoising_options()
     return extend(policy, policy.encode(prompts, config.max_new_tokens), config, generator)

@@ -16,6 +16,13 @@ FOR_EVERY_FAMILY = ("max_new_tokens", "temperature", "top_k", "top_p")
 LARGEST = 1e30  # beyond it, and below its inverse, float32 soon has no numbers
 
 
+def require_config(config) -> None:
+    """Refuse what is no `SamplerConfig`. The samplers ask, since `generate`, source and all, is part
+    of the identity of recorded runs."""
+    fit = isinstance(config, SamplerConfig)
+    require(fit, f"config={config!r:.80}: expected a SamplerConfig(...)")
+
+
 def require_at_least(config: Config, **lowest: float) -> None:
     """Refuse settings that are given and below their lowest value, or that float32 cannot bear."""
     for name, least in lowest.items():

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from mdmrl.policies import Policy, Prompt, Prompts
 from mdmrl.sampling.choose import reveal
-from mdmrl.sampling.config import SamplerConfig
+from mdmrl.sampling.config import SamplerConfig, require_config
 from mdmrl.sampling.output import APPROXIMATE, EXACT, SamplerOutput, Step
 from mdmrl.sampling.schedule import evenly, revealed_after
 from mdmrl.sampling.windows import Predictor
@@ -53,6 +53,7 @@ def sample(
     policy: Policy, prompts: Sequence[Prompt], config: SamplerConfig, generator, record=False
 ) -> SamplerOutput:
     """Complete `prompts`; see `mdmrl.sampling.generate`."""
+    require_config(config)
     config, length = config.in_blocks_of(policy.block_length), config.max_new_tokens
     canvas = Canvas.behind(policy.encode(prompts, length), length, policy.mask_token_id)
     return denoise(policy, *canvas, config, generator, record)

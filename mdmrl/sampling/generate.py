@@ -33,13 +33,10 @@ def generate(
     >>> policy = load_policy("tiny-mdm")
     >>> generate(policy, ["A patient has ..."], SamplerConfig(steps=64)).completions
     """
-    config = SamplerConfig() if config is None else config
-    fit = isinstance(config, SamplerConfig)
-    require(fit, f"config={config!r:.80}: expected a SamplerConfig(...)")
     generator = generator or generator_for(0, "generate", device=policy.device)
     sample = resolve(type(policy).sampler)
     with policy.lock:
-        return sample(policy, prompts, config, generator, record)
+        return sample(policy, prompts, config or SamplerConfig(), generator, record)
 
 
 def infill(

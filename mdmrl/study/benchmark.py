@@ -174,7 +174,8 @@ def tuned_on(
         return pd.DataFrame(right).reset_index(), {}
 
     slug = f"{Path(name).name}-tuned-on-{task.name}-s{config.seed}"
-    table = cached_table(profile, slug, identity, compute)
+    since = {"settings": known(type(config)().settings_for(policy))}
+    table = cached_table(profile, slug, identity, compute, since)
     return table.melt(["index", "run"], var_name="row", value_name="score").dropna()
 
 
