@@ -17,8 +17,8 @@ LARGEST = 1e30  # beyond it, and below its inverse, float32 soon has no numbers
 
 
 def require_config(config) -> None:
-    """Refuse what is no `SamplerConfig`. The samplers ask, since `generate`, source and all, is part
-    of the identity of recorded runs."""
+    """Refuse what is no `SamplerConfig`. Samplers ask, since `generate`, source and all, is part of
+    the identity of recorded runs."""
     fit = isinstance(config, SamplerConfig)
     require(fit, f"config={config!r:.80}: expected a SamplerConfig(...)")
 
