@@ -12,14 +12,17 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 
+import peft
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mdmrl.config import require, unknown
-from mdmrl.policies import load_policy
+from mdmrl.policies import add_lora, load_policy
+from mdmrl.policies.lora import THESIS_TARGETS
 from mdmrl.provenance import environment
 from mdmrl.rl.config import GRPOConfig
 from mdmrl.rl.grpo import CHECKED, train_grpo
@@ -28,17 +31,26 @@ from mdmrl.tasks import load_task
 
 GROUP, BETA, RATE = 6, 0.04, 1e-6
 PROMPTS = 2
+TARGETS = [name for name in THESIS_TARGETS if name != "lm_head"]  # whose adapters TRL refuses
 
 
 def bench_against(
-    peer: str, policy: str = "tiny-ar", length: int = 128, repeats: int = 3, device: str = "auto"
+    peer: str,
+    policy: str = "tiny-ar",
+    length: int = 128,
+    repeats: int = 3,
+    device: str = "auto",
+    lora_r: int = 0,
 ) -> dict:
     """Median seconds of an update of 2 x 6 completions of `length` tokens, KL included, and bytes
-    at the peak, of ours, of the textbook and of `peer` ("trl"), and both as ratios to ours."""
+    at the peak, of ours, of the textbook and of `peer` ("trl"), and both as ratios to ours. All
+    weights are trained, or adapters of rank `lora_r` on `TARGETS`, whose reference is the network
+    without them."""
     if peer != "trl":
         raise unknown("trainer", peer, ["trl"])
     require(find_spec("trl") is not None, "--against trl needs its package: pip install trl")
     require(repeats >= 1, f"repeats={repeats}: expected at least 1")
+    require(lora_r >= 0, f"lora_r={lora_r}: expected a rank, or 0 to train every weight")
     loaded = load_policy(policy, device=device)
     most = loaded.context_length - 1
     require(1 <= length <= most, f"lengths={length}: expected 1 to {most}, its prompt left out")
@@ -50,13 +62,14 @@ def bench_against(
         kind, rows = loaded.device.type, {}
         del loaded
         for who in RUNNERS:
-            asked = [who, folder, str(length), str(repeats), kind]
+            asked = [who, folder, str(length), str(repeats), kind, str(lora_r)]
             command = [sys.executable, "-m", __name__, *asked]
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
             rows[who] = json.loads(done.stdout.splitlines()[-1])
     for row in rows.values():
         row |= {f"{name}_ratio": row[name] / rows["mdmrl"][name] for name in ("seconds", "memory")}
-    return {"policy": policy, "length": length, "repeats": repeats, "rows": rows, **place}
+    trained = f"{policy}, LoRA of rank {lora_r}" if lora_r else policy
+    return {"policy": trained, "length": length, "repeats": repeats, "rows": rows, **place}
 
 
 def _without_an_end(policy) -> None:
@@ -77,8 +90,17 @@ def prompts() -> list[dict]:
     return [{"prompt": row["prompt"]} for row in load_task("medcot").rows("rl", PROMPTS)]
 
 
-def of_ours(folder: str, length: int, repeats: int, device: str) -> Iterator[float]:
+def adapters(lora_r: int) -> peft.LoraConfig | None:
+    """As `add_lora` has them, without dropout; None for every weight."""
+    settings = {"lora_alpha": 128, "lora_dropout": 0.0, "target_modules": TARGETS}
+    return peft.LoraConfig("CAUSAL_LM", r=lora_r, **settings) if lora_r else None
+
+
+def of_ours(folder: str, length: int, repeats: int, device: str, lora_r: int) -> Iterator[float]:
     """Seconds of each update, those left out in which a ratio is checked."""
+    policy = load_policy(folder, device=device)
+    if lora_r:
+        add_lora(policy, lora_r, lora_dropout=0.0, target_modules=TARGETS)
     with tempfile.TemporaryDirectory() as output:
         config = GRPOConfig(
             output_dir=f"{output}/run",
@@ -93,17 +115,24 @@ def of_ours(folder: str, length: int, repeats: int, device: str) -> Iterator[flo
             save_steps=CHECKED + repeats,
             gradient_checkpointing=True,
         )
-        run = train_grpo(load_policy(folder, device=device), [odd], prompts(), config)
+        run = train_grpo(policy, [odd], prompts(), config)
         rows = read_rows(run / "metrics.jsonl")
         yield from (row["step_time"] for row in rows[CHECKED:-1])
 
 
-def of_textbook(folder: str, length: int, repeats: int, device: str) -> Iterator[float]:
+def of_textbook(
+    folder: str, length: int, repeats: int, device: str, lora_r: int
+) -> Iterator[float]:
     """The algorithm as it is written down, whole logits and all."""
     words = AutoTokenizer.from_pretrained(folder, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
-    reference = copy.deepcopy(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.0)
+    if lora_r:
+        model = reference = peft.get_peft_model(model, adapters(lora_r))
+        as_it_was = model.disable_adapter
+    else:
+        reference, as_it_was = copy.deepcopy(model), nullcontext
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.0)
     asked = [row["prompt"] for row in prompts() for _ in range(GROUP)]
     if words.chat_template is not None:
         asked = [[{"role": "user", "content": text}] for text in asked]
@@ -125,7 +154,9 @@ def of_textbook(folder: str, length: int, repeats: int, device: str) -> Iterator
         groups = rewards.view(-1, GROUP)
         advantages = (groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)
         with torch.no_grad():
-            old, ref = logps(model, ids, mask), logps(reference, ids, mask)
+            old = logps(model, ids, mask)
+            with as_it_was():
+                ref = logps(reference, ids, mask)
         new = logps(model, ids, mask)
         ratio, d = (new - old).exp(), ref - new
         gain = torch.min(
@@ -138,7 +169,7 @@ def of_textbook(folder: str, length: int, repeats: int, device: str) -> Iterator
         yield time.perf_counter() - start
 
 
-def of_trl(folder: str, length: int, repeats: int, device: str) -> Iterator[float]:
+def of_trl(folder: str, length: int, repeats: int, device: str, lora_r: int) -> Iterator[float]:
     """TRL's GRPO trainer, its defaults where they are not the others' settings."""
     from datasets import Dataset
     from transformers import TrainerCallback
@@ -176,6 +207,7 @@ def of_trl(folder: str, length: int, repeats: int, device: str) -> Iterator[floa
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         data = Dataset.from_list(rows)
         parts = {"args": config, "train_dataset": data, "processing_class": words}
+        parts |= {"peft_config": adapters(lora_r)}
         GRPOTrainer(model, odd, callbacks=[Clock()], **parts).train()
     yield from times[1:]
 
@@ -192,6 +224,6 @@ def peak(device: str) -> int:
 
 
 if __name__ == "__main__":
-    who, folder, length, repeats, device = sys.argv[1:]
-    seconds = [*RUNNERS[who](folder, int(length), int(repeats), device)]
+    who, folder, length, repeats, device, lora_r = sys.argv[1:]
+    seconds = [*RUNNERS[who](folder, int(length), int(repeats), device, int(lora_r))]
     print(json.dumps({"seconds": statistics.median(seconds), "memory": peak(device)}))

@@ -251,6 +251,7 @@ def bench(
     repeats: Annotated[int, Option(help="Medians over so many.")] = 3,
     sampler: Annotated[Words, Option(help="Only that of this name; repeatable.")] = None,
     against: Annotated[str | None, Option(help="Set `update` beside this trainer, trl.")] = None,
+    lora_r: Rank = 0,
     device: Device = "auto",
     dtype: Dtype = "float32",
     json: Annotated[File, Option(help="Write the numbers to this file.")] = None,
@@ -270,7 +271,7 @@ def bench(
     benches = {
         "samplers": lambda: samplers.bench_samplers(policy, *shape, *how),
         "update": lambda: (
-            peers.bench_against(against, policy, shape[0][0], repeats, device)
+            peers.bench_against(against, policy, shape[0][0], repeats, device, lora_r)
             if against
             else updates.bench_update(policy, repeats, device, dtype)
         ),
