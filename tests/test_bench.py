@@ -11,6 +11,7 @@ from mdmrl.bench.judging import bench_judge
 from mdmrl.bench.tables import bench_tables
 from mdmrl.bench.updates import bench_estimators, bench_update
 from mdmrl.config import InputError
+from mdmrl.policies import load_policy
 
 
 def rows_of(policy, monkeypatch, **options):
@@ -117,12 +118,27 @@ def test_estimators_are_timed_against_the_twin():
 
 
 @pytest.mark.parametrize(
-    ("asked", "said"), [(("tlr",), "did you mean 'trl'"), (("trl", "tiny-mdm"), "no diffusion")]
+    ("asked", "said"),
+    [
+        ({"peer": "tlr"}, "did you mean 'trl'"),
+        ({"policy": "tiny-mdm"}, "no diffusion"),
+        ({"lora_r": -1}, "lora_r=-1: expected a rank"),
+        ({"batch": 4}, "batch=4: expected 6 or 12 of the 12 completions"),
+    ],
 )
 def test_what_an_update_is_set_beside_is_refused_by_name(asked, said, monkeypatch):
     monkeypatch.setattr(peers, "find_spec", lambda name: name)
     with pytest.raises(InputError, match=said):
-        peers.bench_against(*asked)
+        peers.bench_against(**{"peer": "trl"} | asked)
+
+
+@pytest.mark.parametrize(("lora_r", "batch"), [(0, 12), (4, 6)])
+def test_ours_and_the_textbook_make_updates(lora_r, batch, tmp_path):
+    policy = load_policy("tiny-ar")
+    peers._without_an_end(policy)
+    policy.save_pretrained(tmp_path)
+    for run in (peers.of_ours, peers.of_textbook):
+        assert len([*run(str(tmp_path), 4, 2, "cpu", lora_r, batch)]) == 2
 
 
 @pytest.mark.parametrize("counts", [{"repeats": 0}, {"lengths": [0]}, {"batches": [2, 0]}])

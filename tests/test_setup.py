@@ -243,6 +243,8 @@ def test_what_a_bench_would_ignore_is_refused(monkeypatch, capsys):
         ("update --lengths 4", "bench update would ignore --lengths"),
         ("estimators --against trl", "bench estimators would ignore --against"),
         ("update --against trl --lengths 4 --lengths 8", "takes one of --lengths, got 2"),
+        ("update --against trl --batch 6 --batch 12", "takes one of --batch, got 2"),
+        ("update --lora-r 4", "bench update would ignore --lora-r"),
         ("imort", "unknown bench 'imort': did you mean 'import'"),
     ):
         assert call(monkeypatch, "bench", *words.split()) == 2

@@ -31,6 +31,7 @@ from mdmrl.tasks import load_task
 
 GROUP, BETA, RATE = 6, 0.04, 1e-6
 PROMPTS = 2
+ROWS = PROMPTS * GROUP
 TARGETS = [name for name in THESIS_TARGETS if name != "lm_head"]  # whose adapters TRL refuses
 
 
@@ -41,16 +42,19 @@ def bench_against(
     repeats: int = 3,
     device: str = "auto",
     lora_r: int = 0,
+    batch: int = ROWS,
 ) -> dict:
     """Median seconds of an update of 2 x 6 completions of `length` tokens, KL included, and bytes
     at the peak, of ours, of the textbook and of `peer` ("trl"), and both as ratios to ours. All
     weights are trained, or adapters of rank `lora_r` on `TARGETS`, whose reference is the network
-    without them."""
+    without them; both trainers, not the textbook, take `batch` completions at once."""
     if peer != "trl":
         raise unknown("trainer", peer, ["trl"])
     require(find_spec("trl") is not None, "--against trl needs its package: pip install trl")
     require(repeats >= 1, f"repeats={repeats}: expected at least 1")
     require(lora_r >= 0, f"lora_r={lora_r}: expected a rank, or 0 to train every weight")
+    fit = batch in range(GROUP, ROWS + 1, GROUP)
+    require(fit, f"batch={batch}: expected {GROUP} or {ROWS} of the {ROWS} completions at once")
     loaded = load_policy(policy, device=device)
     most = loaded.context_length - 1
     require(1 <= length <= most, f"lengths={length}: expected 1 to {most}, its prompt left out")
@@ -62,14 +66,15 @@ def bench_against(
         kind, rows = loaded.device.type, {}
         del loaded
         for who in RUNNERS:
-            asked = [who, folder, str(length), str(repeats), kind, str(lora_r)]
+            asked = [who, folder, str(length), str(repeats), kind, str(lora_r), str(batch)]
             command = [sys.executable, "-m", __name__, *asked]
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
             rows[who] = json.loads(done.stdout.splitlines()[-1])
     for row in rows.values():
         row |= {f"{name}_ratio": row[name] / rows["mdmrl"][name] for name in ("seconds", "memory")}
-    trained = f"{policy}, LoRA of rank {lora_r}" if lora_r else policy
-    return {"policy": trained, "length": length, "repeats": repeats, "rows": rows, **place}
+    said = [policy, f"LoRA of rank {lora_r}" if lora_r else "", f"{batch} at once"]
+    said = ", ".join(filter(None, said if batch < ROWS else said[:2]))
+    return {"policy": said, "length": length, "repeats": repeats, "rows": rows, **place}
 
 
 def _without_an_end(policy) -> None:
@@ -96,7 +101,9 @@ def adapters(lora_r: int) -> peft.LoraConfig | None:
     return peft.LoraConfig("CAUSAL_LM", r=lora_r, **settings) if lora_r else None
 
 
-def of_ours(folder: str, length: int, repeats: int, device: str, lora_r: int) -> Iterator[float]:
+def of_ours(
+    folder: str, length: int, repeats: int, device: str, lora_r: int, batch: int
+) -> Iterator[float]:
     """Seconds of each update, those left out in which a ratio is checked."""
     policy = load_policy(folder, device=device)
     if lora_r:
@@ -105,7 +112,8 @@ def of_ours(folder: str, length: int, repeats: int, device: str, lora_r: int) ->
         config = GRPOConfig(
             output_dir=f"{output}/run",
             max_steps=CHECKED + repeats,
-            per_device_train_batch_size=PROMPTS * GROUP,
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=ROWS // batch,
             num_generations=GROUP,
             max_completion_length=length,
             beta=BETA,
@@ -121,7 +129,7 @@ def of_ours(folder: str, length: int, repeats: int, device: str, lora_r: int) ->
 
 
 def of_textbook(
-    folder: str, length: int, repeats: int, device: str, lora_r: int
+    folder: str, length: int, repeats: int, device: str, lora_r: int, batch: int
 ) -> Iterator[float]:
     """The algorithm as it is written down, whole logits and all."""
     words = AutoTokenizer.from_pretrained(folder, padding_side="left")
@@ -169,7 +177,9 @@ def of_textbook(
         yield time.perf_counter() - start
 
 
-def of_trl(folder: str, length: int, repeats: int, device: str, lora_r: int) -> Iterator[float]:
+def of_trl(
+    folder: str, length: int, repeats: int, device: str, lora_r: int, batch: int
+) -> Iterator[float]:
     """TRL's GRPO trainer, its defaults where they are not the others' settings."""
     from datasets import Dataset
     from transformers import TrainerCallback
@@ -193,7 +203,8 @@ def of_trl(folder: str, length: int, repeats: int, device: str, lora_r: int) -> 
         config = Config(
             output_dir=output,
             max_steps=1 + repeats,
-            per_device_train_batch_size=PROMPTS * GROUP,
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=ROWS // batch,
             num_generations=GROUP,
             max_completion_length=length,
             beta=BETA,
@@ -224,6 +235,6 @@ def peak(device: str) -> int:
 
 
 if __name__ == "__main__":
-    who, folder, length, repeats, device, lora_r = sys.argv[1:]
-    seconds = [*RUNNERS[who](folder, int(length), int(repeats), device, int(lora_r))]
+    who, folder, length, repeats, device, *more = sys.argv[1:]
+    seconds = [*RUNNERS[who](folder, int(length), int(repeats), device, *map(int, more))]
     print(json.dumps({"seconds": statistics.median(seconds), "memory": peak(device)}))

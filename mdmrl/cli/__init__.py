@@ -245,7 +245,7 @@ def bench(
     policy: Annotated[str, Option(help="As elsewhere, or random-KIND:SHAPE.")] = "tiny-mdm",
     lengths: Annotated[Counts, Option(help="New tokens; repeatable.")] = None,
     steps: Annotated[Counts, Option(help="Denoising steps; repeatable.")] = None,
-    batch: Annotated[Counts, Option(help="Prompts a batch; repeatable.")] = None,
+    batch: Annotated[Counts, Option(help="Prompts, or an update's texts, at once.")] = None,
     block_length: Annotated[int | None, Option(help="Of samplers with blocks, else 32.")] = None,
     prompt_length: Annotated[int, Option(help="Tokens of the longest prompt.")] = 128,
     repeats: Annotated[int, Option(help="Medians over so many.")] = 3,
@@ -264,14 +264,16 @@ def bench(
     from mdmrl.runs import write_atomically
 
     require_used(context, what, against)
-    given = len(lengths or ())
-    require(not against or given < 2, f"--against takes one of --lengths, got {given}")
+    for name, several in (("lengths", lengths), ("batch", batch)):
+        given = len(several or ())
+        require(not against or given < 2, f"--against takes one of --{name}, got {given}")
+    at_once = batch[0] if batch else peers.ROWS
     shape = (lengths or [128], steps or [], batch or [1, 16], block_length, prompt_length)
     how = (repeats, sampler or [], device, dtype)
     benches = {
         "samplers": lambda: samplers.bench_samplers(policy, *shape, *how),
         "update": lambda: (
-            peers.bench_against(against, policy, shape[0][0], repeats, device, lora_r)
+            peers.bench_against(against, policy, shape[0][0], repeats, device, lora_r, at_once)
             if against
             else updates.bench_update(policy, repeats, device, dtype)
         ),

@@ -96,7 +96,7 @@ BENCHES = {
     "samplers": "policy lengths steps batch block_length prompt_length repeats sampler device "
     "dtype",
     "update": "policy repeats device dtype",
-    "update --against": "policy lengths repeats device against lora_r",
+    "update --against": "policy lengths repeats device against lora_r batch",
     "estimators": "repeats device",
     "judge": "repeats",
     "import": "",
