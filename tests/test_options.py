@@ -5,9 +5,11 @@ import copy
 import gc
 import json
 import math
+import random
 import warnings
 import weakref
 
+import numpy as np
 import pytest
 import torch
 from conftest import Cut, nested, parity
@@ -280,6 +282,27 @@ def test_a_run_that_is_extended_is_the_one_made_at_once(mdm, tmp_path, train, lo
     assert rows_of(tmp_path / "run", "samples") == rows_of(tmp_path / "whole", "samples")
     held = (json.loads((tmp_path / n / "config.json").read_text()) for n in ("run", "whole"))
     assert next(held) == next(held)
+
+
+def drawn(prompts, completions, completion_ids, **columns):
+    """A reward that is noise, of all three global generators."""
+    return [random.random() + np.random.rand() + torch.rand(()).item() for _ in completion_ids]
+
+
+@pytest.mark.parametrize("train", [train_grpo, train_ppo])
+def test_a_reward_may_draw_from_the_global_random_numbers(mdm, tmp_path, train):
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    whole = run_of(train, mdm, tmp_path / "whole", 5, drawn)
+    after = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    assert after == before
+    run_of(train, mdm, tmp_path / "run", 3, drawn)
+    random.random(), np.random.rand(), torch.rand(())  # as in another process
+    extended = run_of(train, mdm, tmp_path / "run", 5, drawn)
+    assert same(bits(extended), bits(whole))
+    assert timeless(tmp_path / "run") == timeless(tmp_path / "whole")
+    rewards = [row["reward"] for row in rows_of(tmp_path / "run") if row.get("reward")]
+    assert len({*rewards}) == len(rewards) == 5
 
 
 def test_a_key_press_leaves_a_run_that_goes_on(mdm, tmp_path):

@@ -1,7 +1,8 @@
 """The loop that GRPO, PPO and supervised fine-tuning share: open, resume, look, update, log, save.
 
 An update is a function of its number: which rows it takes and what it draws derive from (seed,
-purpose, step, process), so that a run that was cut off goes on with the same bits.
+purpose, step, process), so that a run that was cut off goes on with the same bits. So do the global
+random numbers, which are put back after it.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from mdmrl.identity import known, named
 from mdmrl.policies import Policy
 from mdmrl.policies.sharding import ShardedAdamW
 from mdmrl.progress import Progress
-from mdmrl.runs import NotWritten, Run, Stopped, flushed_denormals
+from mdmrl.runs import NotWritten, Run, Stopped, flushed_denormals, seeded
 from mdmrl.training.checkpoints import restore, save
 from mdmrl.training.config import TrainingConfig
 from mdmrl.training.tracking import reporting
@@ -253,6 +254,9 @@ def train(
             said = f"{run.folder}: stopped as asked after {step} of {last} updates"
             raise Stopped(f"{said}; the same call goes on from there")
 
+    def random_at(step: int):
+        return seeded(config.seed, step, accelerator.process_index, policy.device)
+
     shown = Progress(run.folder.name, first, last, shown=writes)
     told = reporting(run, config.report_to if writes else "none")
     computing = policy.computing(config.bf16, config.gradient_checkpointing)
@@ -261,10 +265,11 @@ def train(
             stop_if_asked(step)
             looked = {}
             if held_out and step % config.eval_steps == 0:
-                looked = held_out(step)
+                with random_at(step):
+                    looked = held_out(step)
                 stop_if_asked(step)
             start = time.perf_counter()
-            with policy.lock:
+            with policy.lock, random_at(step):
                 found, sample = update(step)
             metrics = averaged(looked | found | {"step_time": time.perf_counter() - start})
             if writes:
@@ -277,7 +282,8 @@ def train(
             progress.update(step + 1, metrics)
             time.sleep(TURN)
         stop_if_asked(last)
-        looked = held_out(last) if held_out else {}
+        with random_at(last):
+            looked = held_out(last) if held_out else {}
         if writes:
             run.log({"step": last, **looked})
             report({"step": last, **looked})
