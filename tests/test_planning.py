@@ -1,5 +1,8 @@
 """What a profile takes of a card's memory, against sums over published shapes."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import random_policy
@@ -25,6 +28,15 @@ def test_a_7b_model_with_the_thesis_s_lora_takes_what_its_shapes_say():
     everything = memory(Work("mdm", "qwen2.5-7b", 12, 256, 256, lora_r=0))
     assert everything["trained"] == 3 * everything["weights"] == 3 * everything["reference"]
     assert everything["cache"] == 0 and verdict(everything, 80) == "no"
+
+
+def test_an_update_of_smollm2_was_planned_within_a_quarter_of_what_it_took():
+    """Of what `mdmrl bench update --policy smollm2-135m --against trl` measured: a whole process."""
+    folder = Path(__file__).parents[1] / "figures" / "data"
+    measured = json.loads((folder / "bench_update_smollm2-135m_trl.json").read_text())
+    prompt = 48  # tokens of the longer of its two prompts
+    planned = memory(Work("ar", "smollm2", 12, measured["length"], prompt, lora_r=0))
+    assert planned["checkpointed"] == pytest.approx(measured["rows"]["mdmrl"]["memory"], rel=0.25)
 
 
 def test_what_autograd_keeps_on_meta_is_what_it_keeps(tokenizer):
