@@ -38,7 +38,7 @@ html: $(INSTALLED) ## write the notebooks that were reproduced as pages, in runs
 test: $(INSTALLED) ## run the tests
 	$(PYTEST)
 
-test-all: $(INSTALLED) ## run the slow tests too
+test-all: $(INSTALLED) ## run the slow tests and those in a browser too
 	$(PYTEST) -m ""
 
 lint: $(INSTALLED) ## check style

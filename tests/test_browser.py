@@ -26,10 +26,11 @@ FOLDER = Path(__file__).parents[1] / "notebooks"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 MISSING = [] if importlib.util.find_spec("playwright") else ["the package playwright"]
 MISSING += [] if CHROMIUM else ["chromium"]
-pytestmark = pytest.mark.skipif(
-    bool(MISSING), reason=f"no browser: {' and '.join(MISSING)} missing"
-)
-QUICK = {"01_masked_diffusion", "02_rewards"}  # these and the tour run in `make test` too
+pytestmark = [
+    pytest.mark.skipif(bool(MISSING), reason=f"no browser: {' and '.join(MISSING)} missing"),
+    pytest.mark.browser,
+]
+QUICK = {"01_masked_diffusion", "02_rewards"}  # these and the tour run with each change
 PATIENCE = 300  # seconds for what takes one on an idle machine
 NOTHING_EMPTY = """() => {
     const shown = document.querySelector(".jp-Notebook");
