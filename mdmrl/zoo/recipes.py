@@ -5,8 +5,8 @@ autoregressive model needs a fraction of the tokens; `tiny-mdm-equal` and `tiny-
 are the masked diffusion models at that budget, and do not ship. Nor does `tiny-mdm-adapted`, made
 of `tiny-ar` by `mdmrl.policies.adapt`, at a tenth of tiny-mdm's. Those of reasoning and code begin
 with the weights of their autoregressive twin, as Dream did with Qwen's: from scratch they learn too
-slowly for two cores. That of Dafny begins with the one of code. A start's tokens come on top of
-those named.
+slowly for two cores. The one of Dafny is autoregressive, and begins with the one of code. A start's
+tokens come on top of those named.
 
 Of Countdown there are six pairs, one a seed: the masked diffusion model, and an autoregressive twin
 trained, decay included, just so long that its greedy accuracy on the test items is within three
@@ -151,8 +151,8 @@ RECIPES = {
     "tiny-ar-code": CODE.replace(family="ar", tokens=1e6),
     "tiny-mdm-code": CODE.replace(start="tiny-ar-code", tokens=6e6),
     "tiny-bd-code": CODE.replace(family="bd", start="tiny-mdm-code", tokens=1e6, bf16=False),
-    "tiny-mdm-dafny": PretrainConfig(
-        task="dafny", start="tiny-mdm-code", tokens=6e6, max_position_embeddings=320
+    "tiny-ar-dafny": PretrainConfig(
+        family="ar", task="dafny", start="tiny-ar-code", tokens=2e6, max_position_embeddings=320
     ),
 }
 for pair, matched in enumerate(MATCHED_TOKENS):
