@@ -31,7 +31,7 @@ def test_a_7b_model_with_the_thesis_s_lora_takes_what_its_shapes_say():
 
 
 def test_an_update_of_smollm2_was_planned_within_a_quarter_of_what_it_took():
-    """Of what `mdmrl bench update --policy smollm2-135m --against trl` measured: a whole process."""
+    """Of what `bench update --policy smollm2-135m --against trl` measured: a whole process."""
     folder = Path(__file__).parents[1] / "figures" / "data"
     measured = json.loads((folder / "bench_update_smollm2-135m_trl.json").read_text())
     prompt = 48  # tokens of the longer of its two prompts

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import random_policy
+from safetensors.torch import load_file
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import mdmrl.zoo
@@ -653,6 +654,19 @@ def test_an_adapter_without_its_base_is_refused(policy, tmp_path):
     (tmp_path / "adapter" / "adapter_config.json").write_text("{")
     with pytest.raises(InputError, match="adapter cannot be loaded: JSONDecodeError"):
         load_policy(tmp_path / "adapter")
+
+
+def test_weights_in_pickles_are_not_read(policy, tmp_path):
+    policy.save_pretrained(tmp_path / "base")
+    saved_adapter(load_policy(tmp_path / "base"), tmp_path / "adapter")
+    for folder in (tmp_path / "adapter", tmp_path / "base"):
+        (weights,) = folder.glob("*.safetensors")
+        pickled = folder / {"model": "pytorch_model.bin"}.get(weights.stem, "adapter_model.bin")
+        torch.save(load_file(weights), pickled)
+        load_policy(folder)  # with both, safetensors are read
+        weights.unlink()
+        with pytest.raises(InputError, match=f"{folder.name} has its weights in {pickled.name}"):
+            load_policy(folder)
 
 
 NO_CONFIGS = {"model_type": [[], {}, 3], "is_causal": [0, "false"], "logit_shift": ["no", 1]}

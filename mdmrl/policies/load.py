@@ -13,7 +13,13 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from mdmrl.config import InputError, load_object, require, require_function, unknown
 from mdmrl.policies.families import FAMILIES, Policy, require_both_sides
-from mdmrl.policies.published import TOKENIZERS, load_model, loading, read_fields
+from mdmrl.policies.published import (
+    TOKENIZERS,
+    load_model,
+    loading,
+    read_fields,
+    require_safetensors,
+)
 from mdmrl.provenance import pick_device
 
 ZOO = tuple(sorted(f.name for f in resources.files("mdmrl.zoo").iterdir() if "tiny-" in f.name))
@@ -49,8 +55,8 @@ def load_policy(
 
     Raises:
         InputError: an unknown name (the nearest is suggested), dtype or device; files that cannot
-            be read; an architecture or weights that no native class has (see `published`); a
-            tokenizer or mask token that does not fit the embedding.
+            be read, or are pickles; an architecture or weights that no native class has (see
+            `published`); a tokenizer or mask token that does not fit the embedding.
     """
     device = torch.device(pick_device(device))
     if device.index is not None:  # what follows the policy, such as a reward's encoder, comes here
@@ -107,6 +113,7 @@ def _with_adapter(model, adapter: str):
 
     # By way of the processor: else of the first card, whichever the policy is on.
     options = {"is_trainable": True, "torch_device": "cpu"}
+    require_safetensors(adapter)
     with loading(adapter):
         return peft.PeftModel.from_pretrained(model, adapter, **options)
 

@@ -10,6 +10,7 @@ import contextlib
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import MappingProxyType
 
 import torch
@@ -33,6 +34,17 @@ def loading(what: str):
     except Exception as error:
         said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
         raise InputError(f"{what} cannot be loaded: {type(error).__name__}: {said}") from error
+
+
+def require_safetensors(source: str) -> None:
+    """Refuse a folder whose weights are in pickles alone, which can run code."""
+    folder = Path(source)
+    pickled = sorted(path.name for path in folder.glob("*.bin"))
+    require(
+        not pickled or any(folder.glob("*.safetensors")),
+        f"{source} has its weights in {', '.join(pickled[:2])}: expected safetensors, since "
+        "pickles are not read; load it with transformers or peft and save_pretrained it again",
+    )
 
 
 OTHER = ("architectures", "auto_map", "layer_types", "model_type", "use_sliding_window")
@@ -287,6 +299,8 @@ def load_model(source: str, fields: dict, tokenizer, dtype: torch.dtype) -> PreT
     """
     # Mismatched sizes are let through here to be refused below, with both.
     options = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    options["use_safetensors"] = True
+    require_safetensors(source)
     family, native = PUBLISHED.get(fields["model_type"]), AutoModelForCausalLM
     with loading(source):
         if family is None:
