@@ -110,8 +110,7 @@ def test_redrawing_leaves_the_provenance_and_writes_the_same_bytes(tmp_path, mon
 
 
 def test_every_row_that_is_judged_has_a_figure():
-    """But Dafny's, whose evidence is two programs."""
     rows = {row for of in FIGURES.values() for row in of.rows}
     assert rows == {row.number for row in ROWS}
     judged = {claim.row for claim in ledger.load(FOLDER / "claims.json") if claim.row}
-    assert judged - pictures(FOLDER).keys() == {21}
+    assert judged <= pictures(FOLDER).keys()
