@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 import os
-import random
 import re
 import shutil
 import warnings
@@ -14,7 +13,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
-import numpy as np
 import torch
 from filelock import FileLock, Timeout
 
@@ -42,23 +40,6 @@ def kept_random_state(device: torch.device):
     """A context that puts back the global random state of the processor and of `device`, and makes
     nothing on any other card."""
     return torch.random.fork_rng([device] if device.type == "cuda" else [])
-
-
-@contextmanager
-def seeded(seed: int, step: int, index: int, device: torch.device) -> Iterator[None]:
-    """A context in which the global random numbers of Python, NumPy and torch, which a function of
-    one's own may draw, follow from these; the state before is put back."""
-    drawn = derived_seed(seed, "global", step, index)
-    python, numpy = random.getstate(), np.random.get_state()
-    with kept_random_state(device):
-        random.seed(drawn)
-        np.random.seed(drawn % 2**32)
-        torch.manual_seed(drawn)
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)
 
 
 @contextmanager

@@ -27,9 +27,10 @@ from mdmrl.identity import known, named
 from mdmrl.policies import Policy
 from mdmrl.policies.sharding import ShardedAdamW
 from mdmrl.progress import Progress
-from mdmrl.runs import NotWritten, Run, Stopped, flushed_denormals, seeded
+from mdmrl.runs import NotWritten, Run, Stopped, flushed_denormals
 from mdmrl.training.checkpoints import restore, save
 from mdmrl.training.config import TrainingConfig
+from mdmrl.training.seeding import seeded
 from mdmrl.training.tracking import reporting
 
 MAX_SKIPPED = 5
