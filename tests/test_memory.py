@@ -156,7 +156,9 @@ def test_completions_drawn_in_parts_are_those_drawn_at_once(family, request):
             assert torch.equal(getattr(one, name), getattr(other, name)), name
 
 
-def test_a_rollout_takes_one_micro_batch_at_a_time(mdm, tmp_path, monkeypatch):
+@pytest.mark.parametrize("own, drawn", [({}, 4), ({"per_device_rollout_batch_size": 6}, 6)])
+@pytest.mark.parametrize("train, made", [(train_grpo, GRPOConfig), (train_ppo, PPOConfig)])
+def test_a_rollout_takes_no_more_at_a_time(train, made, own, drawn, mdm, tmp_path, monkeypatch):
     sizes = []
 
     def counted(policy, prompts, *others):
@@ -165,8 +167,9 @@ def test_a_rollout_takes_one_micro_batch_at_a_time(mdm, tmp_path, monkeypatch):
 
     monkeypatch.setattr(type(mdm), "sampler", staticmethod(counted))
     changes = {"steps": 2, "gradient_accumulation_steps": 3, "num_generations": 6}
-    train_grpo(mdm, [parity], ROWS, settings(GRPOConfig, tmp_path / "run", max_steps=1, **changes))
-    assert sizes == [4, 4, 4]
+    changes |= {"value_batches": 2} if made is PPOConfig else {}
+    train(mdm, [parity], ROWS, settings(made, tmp_path / "run", max_steps=1, **changes | own))
+    assert set(sizes) == {drawn} and sum(sizes) == 12
 
 
 def test_an_epoch_is_shuffled_once_and_prompts_are_not_padded_together(ar, monkeypatch):

@@ -24,7 +24,7 @@ drawn = shape | {"num_generations": 2, "sampler": {"steps": 3}}
 ways = {
     "grpo": {},
     "dr_grpo": {"loss_type": "dr_grpo", "scale_rewards": "batch", "num_iterations": 2,
-                "ref_model_sync_steps": 1},
+                "ref_model_sync_steps": 1, "per_device_rollout_batch_size": 2},
     "dapo": {"loss_type": "dapo", "kl_in_reward": True, "kl_estimator": "k1"},
     "wd1": {"loss_type": "wd1", "beta": 0, "logp_estimator": "one_step", "p_mask_prompt": 0.2},
     "spg": {"loss_type": "spg", "beta": 0, "logp_estimator": "complementary"},

@@ -47,7 +47,8 @@ def bench_against(
     """Median seconds of an update of 2 x 6 completions of `length` tokens, KL included, and bytes
     at the peak, of ours, of the textbook and of `peer` ("trl"), and both as ratios to ours. All
     weights are trained, or adapters of rank `lora_r` on `TARGETS`, whose reference is the network
-    without them; both trainers, not the textbook, take `batch` completions at once."""
+    without them; both trainers, not the textbook, learn from `batch` completions at once, and draw
+    them all at once, as TRL does."""
     if peer != "trl":
         raise unknown("trainer", peer, ["trl"])
     require(find_spec("trl") is not None, "--against trl needs its package: pip install trl")
@@ -63,11 +64,12 @@ def bench_against(
     with tempfile.TemporaryDirectory() as folder:
         _without_an_end(loaded)
         loaded.save_pretrained(folder)
-        kind, rows = loaded.device.type, {}
+        asked = {"folder": folder, "length": length, "repeats": repeats, "lora_r": lora_r}
+        asked |= {"batch": batch, "device": loaded.device.type}
         del loaded
+        rows = {}
         for who in RUNNERS:
-            asked = [who, folder, str(length), str(repeats), kind, str(lora_r), str(batch)]
-            command = [sys.executable, "-m", __name__, *asked]
+            command = [sys.executable, "-m", __name__, who, json.dumps(asked)]
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
             rows[who] = json.loads(done.stdout.splitlines()[-1])
     for row in rows.values():
@@ -114,6 +116,7 @@ def of_ours(
             max_steps=CHECKED + repeats,
             per_device_train_batch_size=batch,
             gradient_accumulation_steps=ROWS // batch,
+            per_device_rollout_batch_size=ROWS,
             num_generations=GROUP,
             max_completion_length=length,
             beta=BETA,
@@ -235,6 +238,6 @@ def peak(device: str) -> int:
 
 
 if __name__ == "__main__":
-    who, folder, length, repeats, device, *more = sys.argv[1:]
-    seconds = [*RUNNERS[who](folder, int(length), int(repeats), device, *map(int, more))]
-    print(json.dumps({"seconds": statistics.median(seconds), "memory": peak(device)}))
+    who, asked = sys.argv[1], json.loads(sys.argv[2])
+    seconds = [*RUNNERS[who](**asked)]
+    print(json.dumps({"seconds": statistics.median(seconds), "memory": peak(asked["device"])}))

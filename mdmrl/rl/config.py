@@ -28,6 +28,8 @@ class RLConfig(TrainingConfig):
     Attributes:
         num_generations: completions of one prompt; `per_device_train_batch_size` x
             `gradient_accumulation_steps` is a multiple of it.
+        per_device_rollout_batch_size: completions that are drawn at once, which takes less memory
+            than learning from them and is faster with many; None draws a micro-batch.
         num_iterations: updates on one batch of rollouts.
         beta: weight of the KL from the reference policy; 0 leaves the reference out.
         kl_in_reward: charge the reward with beta times the KL, instead of the loss (`train_ppo`:
@@ -45,6 +47,7 @@ class RLConfig(TrainingConfig):
     """
 
     num_generations: int = 6
+    per_device_rollout_batch_size: int | None = None
     num_iterations: int = 1
     beta: float = 0.05
     kl_in_reward: bool = False
@@ -70,6 +73,12 @@ class RLConfig(TrainingConfig):
             f"num_generations={group}, per_device_train_batch_size x gradient_accumulation_steps = "
             f"{self.batch}: expected at least {least}, and a batch that is a multiple of it",
         )
+        at_once = self.rollout_batch
+        require(
+            at_once >= 1 and self.batch % at_once == 0,
+            f"per_device_rollout_batch_size={at_once}: expected at least 1, and a divisor of "
+            f"per_device_train_batch_size x gradient_accumulation_steps = {self.batch}",
+        )
         require(0 <= self.beta < math.inf, f"beta={self.beta}: expected 0 or more")
         require(0 < self.epsilon < 1, f"epsilon={self.epsilon}: expected (0, 1)")
         for name, ignored, why in (
@@ -86,6 +95,12 @@ class RLConfig(TrainingConfig):
     @property
     def prompts_per_process(self) -> int:
         return self.batch // self.num_generations
+
+    @property
+    def rollout_batch(self) -> int:
+        """Completions that are drawn at once on each process."""
+        own = self.per_device_rollout_batch_size
+        return self.per_device_train_batch_size if own is None else own
 
     @property
     def needs_reference(self) -> bool:

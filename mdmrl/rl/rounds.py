@@ -46,19 +46,23 @@ class Rounds:
         self.parts |= {"probe": probe, "watch": watch} | ({"draw": draw} if draw else {})
         self.log, self.abstained = RewardLog(), 0  # of the last round; rounds in a row
 
-    def micro_batches(self, rows: int, purpose: str, step: int, index: int = 0) -> Iterator[tuple]:
+    def micro_batches(
+        self, rows: int, purpose: str, step: int, index: int = 0, size: int | None = None
+    ) -> Iterator[tuple]:
         """The micro-batches of so many rows, and the random numbers of each for a round, or for its
         `index`-th update: those that it would have on a process of its own."""
         rank, processes = self.share
-        first, each = index * processes + rank, self.config.gradient_accumulation_steps
-        for i, part in enumerate(self.config.micro_batches(rows)):
+        parts = self.config.micro_batches(rows, size)
+        first, each = index * processes + rank, len(parts)
+        for i, part in enumerate(parts):
             numbers = self.config.seed, purpose, step, first * each + i
             yield part, generator_for(*numbers, self.policy.device)
 
     def draw_parts(self, step, policy, prompts, sampler, _, record) -> SamplerOutput:
-        """Completions of a round's prompts, micro-batch by micro-batch; a `draw` of one's own gets
-        them all at once."""
-        parts, draw = [*self.micro_batches(len(prompts), "rollout", step)], self.drawing["draw"]
+        """Completions of a round's prompts, as many at once as `per_device_rollout_batch_size`
+        says; a `draw` of one's own gets them all."""
+        size, draw = self.config.rollout_batch, self.drawing["draw"]
+        parts = [*self.micro_batches(len(prompts), "rollout", step, size=size)]
         if draw is not generate:
             parts = [(slice(None), parts[0][1])]
         drawn = []

@@ -249,8 +249,8 @@ def base_states(
     of a `draw` of one's own are looked at afterwards.
     """
     sampler, seed = config.sampler_for(policy), derived_seed(config.seed, "values")
-    first = rank * config.gradient_accumulation_steps
-    micro = [*enumerate(config.micro_batches(config.batch), first)]
+    parts = config.micro_batches(config.batch, config.rollout_batch)
+    micro = [*enumerate(parts, rank * len(parts))]
     for i, (index, part) in product(range(config.value_batches), micro):
         batch = rows_of_step(rows, config.batch, i, rank, processes, seed)[part]
         generator = generator_for(config.seed, "values", i, index, policy.device)

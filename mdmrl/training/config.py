@@ -112,9 +112,9 @@ class TrainingConfig(Config):
         """Completions of an update on each process."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps
 
-    def micro_batches(self, rows: int) -> list[slice]:
-        """What of so many rows one forward takes."""
-        size = self.per_device_train_batch_size
+    def micro_batches(self, rows: int, size: int | None = None) -> list[slice]:
+        """What of so many rows one forward takes, `per_device_train_batch_size` or `size`."""
+        size = size or self.per_device_train_batch_size
         return [slice(start, start + size) for start in range(0, rows, size)]
 
     def sampler_for(self, policy: Policy, greedy: bool = False) -> SamplerConfig:
