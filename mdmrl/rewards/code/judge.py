@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import builtins
 import json
+import math
 import os
 import re
 import sys
@@ -171,10 +172,21 @@ class _Batch:
         stack.callback(setattr, self, "stopped", True)
 
     def verdict(self, source: str, tests: tuple[str, ...]) -> Verdict:
-        program = self.reader.inspected(source)
+        program, deadline = self.reader.inspected(source), time.monotonic() + self.wall
         if wrong := _compiled(program):
             return wrong
-        deadline, wanted = time.monotonic() + self.wall, _wanted(tests)
+        helpers = _wanted(tests)["helpers"]
+        found = self._judged(source, program, (*helpers, *tests), deadline)
+        if not helpers or found.outcome == "passed":
+            return found
+        by_its_own = self._judged(source, program, tests, deadline)
+        if by_its_own.outcome == "passed":
+            said = f"it passes with its own alone of what the tests lack: {'; '.join(helpers)}"
+            return Verdict("unsupported", said, program["stub"])
+        return max(found, by_its_own, key=lambda x: math.inf if x.grade is None else x.grade)
+
+    def _judged(self, source: str, program: dict, tests: tuple, deadline: float) -> Verdict:
+        wanted = _wanted(tests)
         if wanted["foreign"]:
             said = f"the tests import {', '.join(wanted['foreign'])}, which no box has"
             return Verdict("unsupported", said, program["stub"])

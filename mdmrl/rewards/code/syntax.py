@@ -46,6 +46,12 @@ FILES = {*FILES.split()}
 APART = {"files": (FILES, FILES), "random numbers": ({"seed"}, {"random"})}
 APART |= {"an environment": ({"environ", "putenv"}, {"environ", "getenv"})}
 APART |= {"standard streams": ({"stdin", "stderr", "redirect_stderr"}, {"stdin", "stderr"})}
+# What tests that import nothing take for imported, by module; and modules that no box has.
+HELPERS = {"collections": "Counter OrderedDict defaultdict deque namedtuple", "copy": "deepcopy"}
+HELPERS |= {"math": "isclose isnan isinf sqrt ceil floor gcd factorial"}
+HELPERS |= {"fractions": "Fraction", "decimal": "Decimal", "datetime": "datetime date timedelta"}
+HELPERS = {name: module for module, names in HELPERS.items() for name in names.split()}
+FOREIGN = {"numpy", "np", "pandas", "pd", "torch", "scipy", "sympy", "pytest"}
 ALIKE = ("__init__", "__repr__", "__str__")
 BUILT_IN = (int, float, complex, str, bytes, list, tuple, dict, set, range, type)
 MEANINGLESS = (ast.Pass, ast.Return, ast.Raise, ast.Expr)
@@ -182,8 +188,9 @@ def wanted(tests: tuple[str, ...]) -> dict:
     that they take for imported, as in `math.isclose(f(2), 1.4)`; names that Python has `built_in`,
     the program's only where tests ask for no others, each with those in its calls; those they use
     as `classes`; the variables they set, `resets`; the classes they define, `given`; the modules
-    that they import and no box has, `foreign`; what they deal with that the ends have one each of,
-    `apart`; and whether they have any assert that runs.
+    that they import, or take for imported, and no box has, `foreign`; the statements that import
+    what they may take for imported, beside what is the program's, `helpers`; what they deal with
+    that the ends have one each of, `apart`; and whether they have any assert that runs.
 
     Raises:
         SyntaxError: tests that are no Python.
@@ -209,6 +216,10 @@ def wanted(tests: tuple[str, ...]) -> dict:
     }
     own, built_in = {*loaded} - modules, {*dir(builtins)}
     others = own - built_in - _given(nodes) - {x.arg for x in nodes if isinstance(x, ast.arg)}
+    helpers = others & {*HELPERS}
+    if helpers == others:
+        helpers = set()  # as of a task to write `gcd`
+    foreign = {x for x in FOREIGN & others if len(asked.get(x, ())) == loaded.count(x)}
     around = {name: set() for name in own & built_in - bound if not others}
     for node in nodes:
         if isinstance(node, ast.Call) and _called(node) in around:
@@ -226,7 +237,8 @@ def wanted(tests: tuple[str, ...]) -> dict:
         "resets": {x.id for x in targets if isinstance(x, ast.Name)},
         "given": {line.name for line in lines if isinstance(line, ast.ClassDef)},
         "apart": [what for what, (known, _) in APART.items() if known & _words(nodes)],
-        "foreign": sorted(_imported(nodes) - sys.stdlib_module_names),
+        "foreign": sorted(_imported(nodes) - sys.stdlib_module_names | foreign),
+        "helpers": tuple(f"from {HELPERS[name]} import {name}" for name in sorted(helpers)),
         "has_assert": any(isinstance(node, ast.Assert) for node in _reached(lines)),
     }
 
