@@ -16,6 +16,7 @@ import pytest
 
 import mdmrl.evaluation.accuracy
 import mdmrl.evaluation.examples
+import mdmrl.rl.values
 import mdmrl.sampling.hierarchy
 from mdmrl import load_policy, load_task
 from mdmrl.study import (
@@ -68,6 +69,11 @@ def sampled(policy, prompts, *arguments, **options) -> SimpleNamespace:
     empty = [""] * len(prompts)
     counts = {"nfe": 1, "unit_nfe": 1, "token_forwards": 1, "seconds": (1.0, 1.0)}
     return SimpleNamespace(completions=empty, descriptions=[empty], **counts)
+
+
+def fitted(policy, *_, **__) -> tuple:
+    """Stands in for a V that is fitted to a policy, whose opinion is shown and not kept."""
+    return mdmrl.rl.values.ValueHead(policy.model.config.hidden_size), 0.0
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +141,7 @@ def asked():
         for name in ("draw", "figure", "data", "claim"):
             patch.setattr(Outputs, name, lambda *_, **__: None)
         patch.setattr(mdmrl.evaluation.examples, "evaluate_examples", looked_at)
+        patch.setattr(mdmrl.rl.values, "fit_to_base", fitted)
         patch.setattr(gaps, "filled", lambda policy, rows, *_: [""] * len(rows))
         for path, parameters in plan("full"):
             with pytest.MonkeyPatch.context() as also:
