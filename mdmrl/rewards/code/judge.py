@@ -11,8 +11,9 @@ The grades are those of the thesis (section 3.3.1), read as follows. `passed` (1
 raises it when it is loaded (an AssertionError too) or when it is called, as when a name is missing;
 `timeout` and `memory` (-0.6). `compile` (-1): CPython does not compile it, or it has more than 64
 KiB. No grade: `unsupported`, also where tests import what is not Python's own, or a program fails
-that deals with files, say, which it does not share with tests that do so too; and `infra_error`
-where the judge itself failed, three times in a row.
+that deals with files, say, which it does not share with tests that do so too, or passes by its own
+`isclose` alone, which its tests take for imported; and `infra_error` where the judge itself failed,
+three times in a row.
 A guard `if __name__ == "__main__":` does not run; asserts that a program brings along are no tests.
 A table of the visible tests' answers earns 1: hence held-out tests (`code_reward`).
 """
