@@ -98,9 +98,8 @@ class RLConfig(TrainingConfig):
 
     @property
     def rollout_batch(self) -> int:
-        """Completions that are drawn at once on each process."""
         own = self.per_device_rollout_batch_size
-        return self.per_device_train_batch_size if own is None else own
+        return super().rollout_batch if own is None else own
 
     @property
     def needs_reference(self) -> bool:

@@ -112,6 +112,11 @@ class TrainingConfig(Config):
         """Completions of an update on each process."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps
 
+    @property
+    def rollout_batch(self) -> int:
+        """Completions that are drawn at once on each process."""
+        return self.per_device_train_batch_size
+
     def micro_batches(self, rows: int, size: int | None = None) -> list[slice]:
         """What of so many rows one forward takes, `per_device_train_batch_size` or `size`."""
         size = size or self.per_device_train_batch_size
