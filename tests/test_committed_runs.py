@@ -28,6 +28,7 @@ from mdmrl.study import (
     pieces,
     rejecting,
     training,
+    unified,
 )
 from mdmrl.study.notebooks import plan
 from mdmrl.study.outputs import Outputs
@@ -126,7 +127,7 @@ def asked():
         return type(policy)(copy.deepcopy(policy.model), policy.tokenizer)
 
     with pytest.MonkeyPatch.context() as patch:
-        for room in (training, judging, narrowing, rejecting, benchmark):
+        for room in (training, judging, narrowing, rejecting, benchmark, unified):
             patch.setattr(room, "cached_table", recorded)
             patch.setattr(room, "load_policy", fresh)
         patch.setattr(budgets, "cached_table", recorded)
@@ -160,7 +161,7 @@ def asked():
 def run_here(path: Path, parameters: dict) -> None:
     """Execute the cells of a notebook that uses runs."""
     cells = [c for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"]
-    imports = r"from mdmrl\.study import (\([^)]*|.*)\b(training|judging|benchmark)\b"
+    imports = r"from mdmrl\.study import (\([^)]*|.*)\b(training|judging|benchmark|unified)\b"
     if not any(re.search(imports, cell.source) for cell in cells):
         return
     space = {"display": lambda *_: None}

@@ -81,18 +81,19 @@ def hierarchy_pipeline(facts, runs) -> Figure:
     "11_reward_ablation",
     "reward_ablation",
     says="RL on the whole reward adds {ablation_medcot_all} of the exact answers; without accuracy "
-    "{ablation_medcot_no_accuracy}; with depth unbounded {ablation_medcot_depth_unbounded}.",
+    "{ablation_medcot_no_accuracy}; without depth {ablation_medcot_no_depth}.",
     rows=(18,),
 )
 def reward_ablation(facts, table) -> Figure:
     drawn, axes = plots.panels(2, height=2.2)
-    said = {"medcot": "MedCoT: exact answers", "code": "code: held-out tests"}
+    said = {"medcot": "MedCoT: exact answers", "code": "code: held-out tests pass"}
     for axis, (task, title) in zip(axes, said.items(), strict=True):
         part = table[table.arm.str.startswith(task)].set_index(["arm", "seed"]).gain
-        names = part.index.unique("arm")
-        plots.dots(axis, part.rename("MDM, {}".format, level="arm"), "MDM, " + names, bound=0.0)
+        names, family = part.index.unique("arm"), facts["families"][task]
+        in_colour = f"{family}, {{}}".format
+        plots.dots(axis, part.rename(in_colour, level="arm"), names.map(in_colour), bound=0.0)
         axis.set_yticks(axis.get_yticks(), [name.partition(": ")[2] for name in names])
-        axis.set(title=title, xlabel="gain on held-out items, greedy")
+        axis.set(title=f"{title} ({family})", xlabel="gain on held-out items, greedy")
     drawn.suptitle(f"{table.seed.nunique()} seeds, 95 % t-intervals; dotted: 0")
     return drawn
 
