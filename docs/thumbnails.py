@@ -20,7 +20,7 @@ FIGURES = {
     "08_block_rl": ("block_rl", (0.5, 0.06, 1.0, 0.385)),
     "09_value_guided": ("value_guided", (0.5, 0.08, 1.0, 1.0)),
     "10_hierarchy": ("hierarchy", (0.0, 0.06, 0.6, 0.53)),
-    "11_reward_ablation": ("reward_ablation", (0.0, 0.045, 0.5, 0.9)),
+    "11_reward_ablation": ("reward_ablation", (0.0, 0.09, 0.52, 0.9)),
     "12_code_completion": ("code_completion", (0.5, 0.065, 1.0, 0.5)),
     "13_dafny": ("dafny_rl", (0.5, 0.065, 1.0, 1.0)),
     "14_pass_at_k": ("fig_5_2_pass_at_k", (0.5, 0.045, 1.0, 0.5)),

@@ -5,7 +5,6 @@ import functools
 import re
 from collections import defaultdict
 from contextlib import suppress
-from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -32,14 +31,12 @@ from mdmrl.study import (
 )
 from mdmrl.study.notebooks import plan
 from mdmrl.study.outputs import Outputs
-from mdmrl.study.training import train_arm
 from mdmrl.tasks import Task
 from mdmrl.zoo import budgets
 
 pytestmark = pytest.mark.slow
 
 COMMITTED = pieces.pieces_folder("full")
-AWAITED = {"11_reward_ablation"}  # not all of their runs are made yet
 
 
 class NotMadeYet(Exception):
@@ -48,13 +45,6 @@ class NotMadeYet(Exception):
 
 
 def awaited(*arguments, **options):
-    raise NotMadeYet
-
-
-def only_kept(arms, seeds, profile):
-    """Ask for those runs of a notebook that are made, where not all are."""
-    for arm, seed in product(arms, seeds):
-        train_arm(arm, seed, profile, train=False)
     raise NotMadeYet
 
 
@@ -145,10 +135,7 @@ def asked():
         patch.setattr(mdmrl.rl.values, "fit_to_base", fitted)
         patch.setattr(gaps, "filled", lambda policy, rows, *_: [""] * len(rows))
         for path, parameters in plan("full"):
-            with pytest.MonkeyPatch.context() as also:
-                if path.stem in AWAITED:
-                    also.setattr(training, "train_arms", only_kept)
-                run_here(path, parameters)
+            run_here(path, parameters)
             if path.stem == "07_speed_vs_steps":  # the rest of it measures seconds
                 given: dict = {}
                 exec(nbformat.read(path, as_version=4).cells[1].source, given)

@@ -94,6 +94,7 @@ def reward_ablation(facts, table) -> Figure:
         plots.dots(axis, part.rename(in_colour, level="arm"), names.map(in_colour), bound=0.0)
         axis.set_yticks(axis.get_yticks(), [name.partition(": ")[2] for name in names])
         axis.set(title=f"{title} ({family})", xlabel="gain on held-out items, greedy")
+        axis.locator_params(axis="x", nbins=5)
     drawn.suptitle(f"{table.seed.nunique()} seeds, 95 % t-intervals; dotted: 0")
     return drawn
 
