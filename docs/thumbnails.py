@@ -24,7 +24,7 @@ FIGURES = {
     "12_code_completion": ("code_completion", (0.5, 0.065, 1.0, 0.5)),
     "13_dafny": ("dafny_rl", (0.5, 0.065, 1.0, 1.0)),
     "14_pass_at_k": ("fig_5_2_pass_at_k", (0.5, 0.045, 1.0, 0.5)),
-    "15_unified_objective": ("unified_objective", (0.0, 0.045, 0.5, 0.9)),
+    "15_unified_objective": ("unified_objective", (0.0, 0.04, 0.5, 0.47)),
     "16_starting_point": ("cold_start", (0.0, 0.05, 0.68, 0.5)),
     "17_few_steps": ("few_steps", (0.0, 0.13, 0.66, 1.0)),
 }

@@ -232,6 +232,7 @@ def pass_at_k_temperature(facts, table, crossings) -> Figure:
 def unified_objective(facts, runs, ends) -> Figure:
     families = runs.family.unique()
     drawn, axes = plots.panels(2 * len(families))
+    spent = 0.8 * ends.positions.min(), 1.25 * ends.positions.max()
     for (curve, cost), family in zip(axes.reshape(-1, 2), families, strict=True):
         own = runs[runs.family == family]
         plots.curves(curve, own, "eval/accuracy", own.arm.unique())
@@ -239,7 +240,7 @@ def unified_objective(facts, runs, ends) -> Figure:
         for arm, part in ends[ends.family == family].groupby("arm", sort=False):
             cost.scatter(part.positions, part.after, color=colour(arm), s=18)
         cost.set(title=f"{family}, after training", xlabel=plots.WORDS["spent/positions"])
-        cost.set(xscale="log", ylabel=plots.WORDS["eval/accuracy"])
+        cost.set(xscale="log", xlim=spent, ylabel=plots.WORDS["eval/accuracy"])
         plots.decimals(cost.xaxis)
     plots.shared_legend(drawn, axes[0])
     text = f"Fig. 5-1. {facts['updates']} updates of {facts['completions']} completions"
@@ -263,5 +264,5 @@ def reward_model(facts, runs) -> Figure:
             axis.scatter(own["kl/sum"], own[column], color=shade, s=8, label=family)
         axis.set(ylabel=f"mean of {judge}", xlabel="KL from the start, nats a completion")
     plots.shared_legend(drawn, axes[0])
-    plots.title(drawn, "RL on a reward model, a point an update", runs)
+    drawn.suptitle(f"RL on a reward model, a point an update, {runs.seed.nunique()} seeds")
     return drawn
