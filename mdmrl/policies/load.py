@@ -167,10 +167,10 @@ def _give_own_float32_head(model) -> None:
     bfloat16 logits move in steps of 0.06 at magnitude 8 to 16, which alone fakes a KL; and LoRA
     on a tied head would adapt the embedding with it.
     """
-    head = model.get_output_embeddings()
-    head.weight = torch.nn.Parameter(head.weight.detach().float().clone())
-    if head.bias is not None:
-        head.bias = torch.nn.Parameter(head.bias.detach().float().clone())
+    head, tied = model.get_output_embeddings(), model.get_input_embeddings().weight
+    for name, value in [*head.named_parameters(recurse=False)]:
+        if value is tied or value.dtype != torch.float32:
+            setattr(head, name, torch.nn.Parameter(value.detach().to(torch.float32, copy=True)))
     model.config.tie_word_embeddings = False
 
 
